@@ -1,0 +1,202 @@
+"""One record per run of a notebook, written atomically, read back as a record or as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fwdlib import runtime
+from fwdlib.data import Source
+from fwdlib.training import History, Run
+
+FORMAT = 1
+
+
+@dataclasses.dataclass
+class Record:
+    """What a training run was and what came out: enough to redraw every figure without training again."""
+
+    name: str
+    """Of the notebook, for example ``"1b_logistic_forward"``; also the name of the file."""
+    title: str
+    """For the legend of figures: ``"forward gradient"`` or ``"backprop"``."""
+    parameters: dict[str, Any]
+    """The notebook's parameters."""
+    source: dict[str, Any]
+    """The data: :class:`fwdlib.data.Source` as a dict."""
+    num_test: int
+    num_params: int
+    stack_size: int
+    runs: list[Run]
+    """One for each seed."""
+    alone: Run
+    """The first seed again, by itself: the one whose clock counts."""
+    environment: dict[str, Any]
+    quick: bool
+
+
+def save_run(
+    name: str,
+    *,
+    title: str,
+    history: History,
+    alone: History,
+    parameters: dict[str, Any],
+    source: Source,
+    folder: str | Path | None = None,
+) -> Path:
+    """Write the record of a run to ``<folder>/<name>.json``, whole or not at all.
+
+    Args:
+        name: of the notebook, without ``.ipynb``.
+        title: of the method, for legends.
+        history: all seeds.
+        alone: the first seed alone, for its times.
+        parameters: of the notebook; the device is taken from them.
+        source: of the data.
+        folder: where to; default :func:`fwdlib.runtime.results_dir`.
+
+    Returns:
+        The path of the record.
+
+    Raises:
+        OSError: if it cannot be written; the message says where and why. What was there before is still there.
+    """
+    record = Record(
+        name=name,
+        title=title,
+        parameters=parameters,
+        source=source._asdict(),
+        num_test=history.num_test,
+        num_params=sum(p.numel() for p in history.params[0].values()),
+        stack_size=history.stack_size,
+        runs=history.runs,
+        alone=alone.runs[0],
+        environment=runtime.environment(parameters.get("device", "cpu")),
+        quick=runtime.is_quick(),
+    )
+    path = Path(folder or runtime.results_dir()) / f"{name}.json"
+    write_json(path, {"format": FORMAT, **dataclasses.asdict(record)})
+    return path
+
+
+def load_run(path: str | Path) -> Record:
+    """Read a record that :func:`save_run` wrote.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the file is not a record of this format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no record at {path}; run the notebook {path.stem}.ipynb to make one")
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); delete it and run {path.stem}.ipynb again") from error
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise ValueError(f"{path} is not a record of format {FORMAT}; delete it and run {path.stem}.ipynb again")
+    content["runs"] = [_read_run(run) for run in content["runs"]]
+    content["alone"] = _read_run(content["alone"])
+    return Record(**content)
+
+
+def table(records: list[Record]) -> pd.DataFrame:
+    """Return one row per seed of each record: how it ended, after how many steps, with what losses and errors.
+
+    Args:
+        records: any number of them.
+
+    Returns:
+        Columns ``name, title, seed, status, iterations, train_loss, test_loss, test_errors, test_accuracy``.
+    """
+    rows = [
+        {
+            "name": record.name,
+            "title": record.title,
+            "seed": run.seed,
+            "status": run.status,
+            "iterations": run.iterations,
+            "train_loss": run.train_loss[-1],
+            "test_loss": run.test_loss[-1],
+            "test_errors": run.test_errors[-1],
+            "test_accuracy": 1 - run.test_errors[-1] / record.num_test,
+        }
+        for record in records
+        for run in record.runs
+    ]
+    return pd.DataFrame(rows)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as JSON, whole or not at all; numbers to six digits, nan and infinity as words.
+
+    Args:
+        path: of the file; its folder is made if it is not there.
+        content: of dicts, lists, strings and numbers.
+
+    Raises:
+        OSError: as :func:`write_text`.
+    """
+    write_text(path, json.dumps(_rounded(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to a temporary file beside ``path`` and move it into place once it is safely on the disk.
+
+    Args:
+        path: of the file; its folder is made if it is not there.
+        text: its new content.
+
+    Raises:
+        OSError: if that fails; the message names the file and what to do. What was there before is still there.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False, encoding="utf-8"
+        ) as file:
+            temporary = Path(file.name)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # NamedTemporaryFile makes it private
+        temporary.replace(path)
+    except OSError as error:
+        advice = "free some space" if error.errno == errno.ENOSPC else "choose a folder you can write to"
+        raise OSError(
+            error.errno,
+            f"could not write {path}: {error.strerror}. To go on, {advice} (FWDLIB_RESULTS names the folder)",
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _rounded(value: Any) -> Any:
+    # Six digits are more than any figure or table shows, and a third of the file's size.
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if abs(value) < float("inf") else str(value)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value
+
+
+def _read_run(content: dict[str, Any]) -> Run:
+    run = Run(**content)
+    for name in ("train_loss", "test_loss", "step_seconds"):
+        setattr(run, name, [float(value) for value in getattr(run, name)])
+    return run

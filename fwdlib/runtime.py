@@ -1,0 +1,151 @@
+"""The only place that touches seeds, devices, threads, paths and the environment; it imports nothing of the project
+but checks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+
+import platformdirs
+import torch
+
+from fwdlib.checks import check_choice, check_count
+
+# torch builds its table of forward-mode decompositions with its own deprecated torch.jit.script: not the user's
+# concern.
+warnings.filterwarnings("ignore", message=r"`torch\.jit\.script", category=FutureWarning)
+warnings.filterwarnings("ignore", message=r"`torch\.jit\.script", category=DeprecationWarning)
+
+PACKAGES = ("fwdlib", "torch", "torchvision", "numpy", "scikit-learn", "scipy", "pandas", "matplotlib")
+
+
+def is_quick() -> bool:
+    """Tell whether ``FWDLIB_QUICK`` asks for a short run that only shows that everything executes."""
+    return os.environ.get("FWDLIB_QUICK", "") not in ("", "0")
+
+
+def seed_list(seed: int, num_seeds: int) -> list[int]:
+    """Return the ``num_seeds`` consecutive seeds that start at ``seed``.
+
+    Raises:
+        ValueError: if ``seed`` is negative or ``num_seeds`` is below 1.
+    """
+    check_count("seed", seed, minimum=0)
+    check_count("num_seeds", num_seeds)
+    return list(range(seed, seed + num_seeds))
+
+
+def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a new random generator on ``device``, seeded with ``seed``."""
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Turn a device name such as ``"cpu"``, ``"cuda"`` or ``"cuda:1"`` into a usable device.
+
+    Raises:
+        ValueError: if the name is unknown or this machine has no such device; the message says what it has.
+    """
+    available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    available += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    return torch.device(check_choice("device", str(device), available))
+
+
+def use_determinism() -> None:
+    """Ask torch for deterministic kernels, so that one seed gives one result on one machine."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def project_root(start: Path | None = None) -> Path | None:
+    """Return the checkout that ``start`` (default: the working folder) lies in, or None outside one.
+
+    papermill runs a kernel in the caller's folder, Jupyter and nbval in the notebook's, Colab in /content: every path
+    of the project starts here, so that all of them agree.
+    """
+    start = Path.cwd() if start is None else start
+    for folder in (start, *start.parents):
+        config = folder / "pyproject.toml"
+        if config.is_file() and tomllib.loads(config.read_text()).get("project", {}).get("name") == "fwdlib":
+            return folder
+    return None
+
+
+def results_dir() -> Path:
+    """Return the folder for run records.
+
+    It is ``FWDLIB_RESULTS`` if that is set, else ``results/`` in the checkout, else ``results/`` in the working folder.
+    It is not made here; :func:`fwdlib.results.save_run` makes it.
+    """
+    if folder := os.environ.get("FWDLIB_RESULTS"):
+        return Path(folder).expanduser().resolve()
+    return (project_root() or Path.cwd()) / "results"
+
+
+def data_dir() -> Path | None:
+    """Return the folder that ``FWDLIB_DATA`` names, or None when it is not set.
+
+    Raises:
+        FileNotFoundError: if it is set and is not a folder.
+    """
+    folder = os.environ.get("FWDLIB_DATA")
+    if not folder:
+        return None
+    path = Path(folder).expanduser().resolve()
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"FWDLIB_DATA is {folder!r}, which is not a folder. Expected one laid out like torchvision's, for example "
+            f"with KMNIST/raw/train-images-idx3-ubyte.gz in it. Correct the path, or unset FWDLIB_DATA."
+        )
+    return path
+
+
+def cache_dir() -> Path:
+    """Return the folder for downloaded data: ``FWDLIB_CACHE``, else the platform's user cache. Not made here."""
+    folder = os.environ.get("FWDLIB_CACHE")
+    return Path(folder).expanduser().resolve() if folder else Path(platformdirs.user_cache_dir("fwdlib"))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result can depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def processor_name() -> str:
+    """Return the processor's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, object]:
+    """Return what a reader needs to know of the machine that a result was made on."""
+    device = torch.device(device)
+    return {
+        "versions": versions(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "in_colab": "google.colab" in sys.modules,
+    }

@@ -1,0 +1,173 @@
+"""Sampling tangents: random vectors v in parameter space with E[v v^T] = I.
+
+A sampler takes params, a number of tangents and a generator, and returns one tensor per parameter with a new leading
+axis of tangents. Every estimator draws through :func:`sample_tangents`; none calls ``randn`` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fwdlib.checks import check_choice, check_count
+
+Params = dict[str, Tensor]
+AnyGenerator = "torch.Generator | Replicate | None"
+Sampler = Callable[[Params, int, Any], Params]
+
+
+def normal(params: Params, num_tangents: int = 1, generator: AnyGenerator = None) -> Params:
+    """Sample independent standard normal components, the choice of the paper (Baydin et al. 2022, algorithm 1).
+
+    The forward gradient of one such tangent has E|g|^2 = (P + 2) |grad f|^2.
+
+    Args:
+        params: the parameters; only names, shapes, dtype and device are used.
+        num_tangents: K, how many.
+        generator: where the randomness comes from; None for torch's global generator.
+
+    Returns:
+        For each parameter of shape (...) a tensor of shape (K, ...).
+    """
+    return _draw_rows(params, num_tangents, generator, lambda row, gen: row.normal_(generator=gen))
+
+
+def rademacher(params: Params, num_tangents: int = 1, generator: AnyGenerator = None) -> Params:
+    """Sample independent signs, -1 or +1 with probability one half each.
+
+    Their kurtosis is the least of all unit-variance laws, so E|g|^2 = P |grad f|^2 is too (Shukla & Shin 2023).
+    Arguments and return value are those of :func:`normal`.
+    """
+    return _draw_rows(params, num_tangents, generator, lambda row, gen: row.bernoulli_(generator=gen).mul_(2).sub_(1))
+
+
+TANGENTS: dict[str, Sampler] = {"normal": normal, "rademacher": rademacher}
+
+
+def sample_tangents(
+    params: Params, num_tangents: int = 1, tangents: str | Sampler = "normal", generator: AnyGenerator = None
+) -> Params:
+    """Sample ``num_tangents`` tangents for ``params``.
+
+    Args:
+        params: the parameters, real and floating.
+        num_tangents: K, at least 1.
+        tangents: ``"normal"``, ``"rademacher"``, or a sampler of your own with the signature of :func:`normal`.
+        generator: where the randomness comes from; None for torch's global generator.
+
+    Returns:
+        For each parameter of shape (...) a tensor of shape (K, ...). The k-th tangent does not depend on K.
+
+    Raises:
+        ValueError: if ``num_tangents`` is below 1, ``tangents`` is unknown, or there are no parameters.
+        TypeError: if a parameter is an integer or complex tensor, which has no tangent here.
+
+    Example:
+        >>> params = {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
+        >>> tangents = sample_tangents(params, 4, "rademacher", torch.Generator().manual_seed(0))
+        >>> tangents["weight"].shape, tangents["bias"].shape
+        (torch.Size([4, 2, 3]), torch.Size([4, 2]))
+    """
+    check_count("num_tangents", num_tangents)
+    check_params(params)
+    sampler = tangents if callable(tangents) else TANGENTS[check_choice("tangents", tangents, TANGENTS)]
+    return sampler(params, num_tangents, generator)
+
+
+def check_params(params: Params) -> None:
+    """Refuse parameters that have no tangent.
+
+    Raises:
+        ValueError: if there are none.
+        TypeError: if one is an integer or complex tensor.
+    """
+    if not params:
+        raise ValueError(
+            "params is empty: there is nothing to differentiate. Does the model have trainable parameters?"
+        )
+    for name, value in params.items():
+        if not value.is_floating_point():
+            raise TypeError(f"params[{name!r}] must be a real floating tensor, got {value.dtype}")
+
+
+def _draw_rows(params: Params, num_tangents: int, generator: AnyGenerator, fill: Callable) -> Params:
+    # One row of P numbers per tangent, cut into views: one call of the generator however many parameters there are, and
+    # tangent k the same whatever K is.
+    first = next(iter(params.values()))
+    size = sum(p.numel() for p in params.values())
+
+    def rows(gen: torch.Generator | None) -> Tensor:
+        block = torch.empty(num_tangents, size, dtype=first.dtype, device=first.device)
+        for row in block:
+            fill(row, gen)
+        return block
+
+    block = rows(generator) if not isinstance(generator, Replicate) else generator.draw(rows)
+    pieces = block.split([p.numel() for p in params.values()], dim=1)
+    return {
+        name: piece.reshape(num_tangents, *p.shape).to(p.dtype)
+        for (name, p), piece in zip(params.items(), pieces, strict=True)
+    }
+
+
+class Replicates:
+    """One random generator for each of S replicates, usable inside ``torch.func.vmap`` over the replicates.
+
+    vmap can draw one random tensor for the whole stack, or the same for all; neither gives replicate s the numbers
+    that it would see alone. Here each has a generator of its own, so a stack of 100 seeds and 100 single runs draw
+    alike.
+
+    Args:
+        generators: one per replicate.
+
+    Example:
+        >>> replicates = Replicates([torch.Generator().manual_seed(seed) for seed in (0, 1)])
+        >>> params = {"x": torch.zeros(2, 3)}  # two replicates of a parameter of shape (3,)
+        >>> def draw(params, index):
+        ...     return normal(params, 1, replicates.at(index))["x"][0]
+        >>> stacked = torch.func.vmap(draw)(params, replicates.indices)
+        >>> alone = normal({"x": torch.zeros(3)}, 1, torch.Generator().manual_seed(1))["x"][0]
+        >>> torch.equal(stacked[1], alone)
+        True
+    """
+
+    def __init__(self, generators: list[torch.Generator]) -> None:
+        self.generators = generators
+        self.indices = torch.arange(len(generators))
+
+    def __iter__(self) -> Iterator[torch.Generator]:
+        return iter(self.generators)
+
+    def at(self, index: Tensor) -> Replicate:
+        """Return the replicate that ``index``, one element of ``indices`` as vmap hands it over, stands for."""
+        return Replicate(self.generators, index)
+
+
+class Replicate:
+    """One replicate of :class:`Replicates` inside vmap; samplers take it in place of a ``torch.Generator``."""
+
+    def __init__(self, generators: list[torch.Generator], index: Tensor) -> None:
+        self.generators = generators
+        self.index = index
+
+    def draw(self, sample: Callable[[torch.Generator], Tensor]) -> Tensor:
+        """Return ``sample(generator)`` with this replicate's own generator."""
+        return _DrawPerReplicate.apply(self.index, self.generators, sample)
+
+
+class _DrawPerReplicate(torch.autograd.Function):
+    # An autograd.Function only because that is where torch lets a function bring its own vmap rule.
+    @staticmethod
+    def forward(index: Tensor, generators: list[torch.Generator], sample: Callable) -> Tensor:
+        return sample(generators[int(index)])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, index: Tensor, generators: list[torch.Generator], sample: Callable) -> tuple:
+        return torch.stack([sample(generators[i]) for i in index.tolist()]), 0

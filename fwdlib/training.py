@@ -1,0 +1,320 @@
+"""The only training loop of the project: any estimator, any torch optimizer, one seed or a stack of them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+from fwdlib import runtime
+from fwdlib.checks import check_choice, check_count, check_positive
+from fwdlib.data import Dataset
+from fwdlib.estimators import Estimator, GradientEstimate
+from fwdlib.models import initialise
+from fwdlib.objectives import BatchLoss, params_of
+from fwdlib.tangents import Params, Replicates
+
+MakeOptimizer = Callable[[list[Tensor]], Optimizer]
+
+# Optimizers that treat each element alone, so that a leading axis of replicates changes nothing for any of them.
+ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD")
+OPTIMIZERS = tuple(
+    name
+    for name, kind in vars(torch.optim).items()
+    if inspect.isclass(kind)
+    and issubclass(kind, Optimizer)
+    # the base class; one that calls for the loss again and again; one for sparse gradients
+    and name not in ("Optimizer", "LBFGS", "SparseAdam")
+)
+
+
+@dataclass
+class Run:
+    """What happened to one seed."""
+
+    seed: int
+    status: str
+    """``"reached"`` the threshold; ``"not reached"`` after all iterations; ``"completed"`` them, there being no
+    threshold; ``"diverged"``: the training loss was not finite at iteration ``iterations``."""
+    iterations: int
+    """Optimizer steps taken."""
+    train_loss: list[float] = field(default_factory=list)
+    """Before the first step and after each: ``iterations + 1`` values. The test series alike."""
+    test_loss: list[float] = field(default_factory=list)
+    test_errors: list[int] = field(default_factory=list)
+    """Misclassified test examples."""
+    step_seconds: list[float] = field(default_factory=list)
+    """Time of estimate + optimizer step, evaluation excluded; empty for a seed of a stack, whose steps are shared."""
+
+
+@dataclass
+class History:
+    """The runs of one call of :func:`train`, in the order of its seeds."""
+
+    runs: list[Run]
+    params: list[Params]
+    """The parameters that each run ended with."""
+    num_test: int
+    stack_size: int
+    """How many seeds shared a step; 1 where they ran one after the other."""
+    seconds: float
+    """All steps together, evaluation excluded."""
+
+
+def make_optimizer(name: str, learning_rate: float, **options: float) -> MakeOptimizer:
+    """Return a function from parameters to the ``torch.optim`` optimizer called ``name``.
+
+    Raises:
+        ValueError: if torch has no such optimizer (for first-order, dense gradients), or ``learning_rate`` is not a
+            finite number above 0.
+
+    Example:
+        >>> make_optimizer("SGD", 0.2, momentum=0.9)([torch.zeros(3)]).param_groups[0]["lr"]
+        0.2
+    """
+    check_choice("optimizer", name, OPTIMIZERS)
+    check_positive("learning_rate", learning_rate)
+    return partial(getattr(torch.optim, name), lr=learning_rate, **options)
+
+
+def evaluate(model: nn.Module, params: Params, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean cross entropy and the number of misclassified examples, with the model in evaluation mode.
+
+    Args:
+        model: maps inputs (N, ...) to logits (N, classes).
+        params: its parameters, by name.
+        inputs: shape (N, ...).
+        targets: class indices, shape (N,).
+
+    Returns:
+        Two scalars, loss and errors.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = functional_call(model, params, (inputs,))
+            return F.cross_entropy(logits, targets), (logits.argmax(1) != targets).sum()
+    finally:
+        model.train(was_training)
+
+
+def train(
+    build: Callable[[], nn.Module],
+    data: Dataset,
+    estimator: Estimator,
+    *,
+    optimizer: str | MakeOptimizer = "SGD",
+    learning_rate: float | None = None,
+    threshold: float | None = None,
+    max_iterations: int,
+    seeds: Sequence[int] = (0,),
+    stacked: bool | None = None,
+    device: str | torch.device = "cpu",
+    progress: str | None = "training",
+) -> History:
+    """Train a model from each of several seeds, full batch, until its training loss reaches the threshold.
+
+    A seed fixes the initial parameters and the tangents. The test set is evaluated after each step, outside the timer.
+    With ``stacked``, all seeds train at once: the parameters get a leading axis and the estimator is vmapped over it.
+    Each seed sees the same random numbers as alone, so the numbers are the same up to the order of floating-point sums.
+
+    Args:
+        build: makes the model, for example a class of :mod:`fwdlib.models`.
+        data: the data set, of which the whole training part is the batch.
+        estimator: ``(objective, params) -> GradientEstimate``. If it takes a keyword ``generator``, each seed gets its
+            own.
+        optimizer: the name of a ``torch.optim`` optimizer, or a function from a list of tensors to an optimizer.
+        learning_rate: for an optimizer given by name.
+        threshold: stop a seed once its training loss is at most this; None to run all iterations.
+        max_iterations: stop every seed after this many steps.
+        seeds: one run for each.
+        stacked: train all seeds at once or one after the other; None to stack where that gives the same and pays, that
+            is for models without convolutions, buffers and Dropout and for elementwise optimizers.
+        device: ``"cpu"``, ``"cuda"``, ...
+        progress: what the progress bar is called; None for no bar.
+
+    Returns:
+        The history of each seed. Not reaching the threshold and diverging are results, recorded in it.
+
+    Raises:
+        ValueError: if an argument is out of its range, or ``stacked=True`` cannot give the numbers of single runs.
+    """
+    if isinstance(optimizer, str):
+        elementwise = optimizer in ELEMENTWISE
+        optimizer = make_optimizer(optimizer, learning_rate)
+    else:
+        elementwise = type(optimizer([torch.zeros(1)])).__name__ in ELEMENTWISE
+    if threshold is not None:
+        check_positive("threshold", threshold)
+    check_count("max_iterations", max_iterations)
+    check_count("the number of seeds", len(seeds))
+    device = runtime.resolve_device(device)
+    data = Dataset(*(part.to(device) if isinstance(part, Tensor) else part for part in data))
+    models = [initialise(build, seed).to(device) for seed in seeds]
+    obstacle = _why_not_stacked(models[0], elementwise)
+    if stacked and obstacle:
+        raise ValueError(f"stacked=True is not possible here: {obstacle}")
+    if stacked is None:
+        stacked = obstacle is None and not _has_convolutions(models[0])
+    groups = [range(len(seeds))] if stacked else [[i] for i in range(len(seeds))]
+    generators = [runtime.generator(seed, device) for seed in seeds]
+
+    limit = max_iterations * len(groups)
+    histories = []
+    with tqdm(total=limit, desc=progress, unit="it", leave=False, disable=progress is None) as bar:
+        for group in groups:
+            histories.append(
+                _train_group(
+                    [models[i] for i in group],
+                    [seeds[i] for i in group],
+                    [generators[i] for i in group],
+                    data,
+                    estimator,
+                    optimizer,
+                    threshold,
+                    max_iterations,
+                    bar,
+                )
+            )
+    return History(
+        runs=[run for runs, _, _ in histories for run in runs],
+        params=[params for _, ends, _ in histories for params in ends],
+        num_test=len(data.test_targets),
+        stack_size=len(seeds) if stacked else 1,
+        seconds=sum(seconds for _, _, seconds in histories),
+    )
+
+
+def _train_group(
+    models: list[nn.Module],
+    seeds: Sequence[int],
+    generators: list[torch.Generator],
+    data: Dataset,
+    estimator: Estimator,
+    make: MakeOptimizer,
+    threshold: float | None,
+    max_iterations: int,
+    bar: tqdm,
+) -> tuple[list[Run], list[Params], float]:
+    model = models[0]  # for its structure; with several, their parameters are stacked
+    many = len(models) > 1
+    params = {name: p.detach() for name, p in stack_module_state(models)[0].items()} if many else params_of(model)
+    estimate_all = _estimate_function(estimator, BatchLoss(model, data.train_inputs, data.train_targets), generators)
+    evaluate_all = partial(evaluate, model)
+    if many:
+        evaluate_all = vmap(evaluate_all, in_dims=(0, None, None))
+    optimizer = make(list(params.values()))
+    clock = _Clock(data.train_inputs.device)
+    runs = [Run(seed, "", 0) for seed in seeds]
+    ends: list[Params] = [{} for _ in seeds]
+    running = list(range(len(seeds)))
+    if not many:
+        torch.manual_seed(seeds[0])  # for Dropout, which only knows torch's global generator
+
+    for iteration in range(max_iterations + 1):
+        test_loss, test_errors = (
+            t.reshape(-1).tolist() for t in evaluate_all(params, data.test_inputs, data.test_targets)
+        )
+        with clock:
+            estimate: GradientEstimate = estimate_all(params)
+        train_loss = estimate.loss.reshape(-1).tolist()
+        for i in list(running):
+            run = runs[i]
+            run.train_loss.append(train_loss[i])
+            run.test_loss.append(test_loss[i])
+            run.test_errors.append(test_errors[i])
+            run.iterations = iteration
+            run.status = _status(train_loss[i], threshold, iteration == max_iterations)
+            if run.status:
+                # Set aside at the moment it stops; what the stack goes on to do with this row is never read.
+                ends[i] = {name: p[i].clone() if many else p.clone() for name, p in params.items()}
+                running.remove(i)
+        if not running:
+            break
+        with clock:
+            for name, p in params.items():
+                p.grad = estimate.grads[name]
+            optimizer.step()
+        seconds = clock.lap()
+        if not many:
+            runs[0].step_seconds.append(seconds)
+        bar.update()
+        bar.set_postfix(loss=f"{train_loss[running[0]]:.3f}", running=len(running), refresh=False)
+    bar.update(max_iterations - iteration)
+    return runs, ends, clock.total
+
+
+def _status(loss: float, threshold: float | None, is_last: bool) -> str:
+    if not math.isfinite(loss):
+        return "diverged"
+    if threshold is not None and loss <= threshold:
+        return "reached"
+    if is_last:
+        return "completed" if threshold is None else "not reached"
+    return ""
+
+
+def _estimate_function(
+    estimator: Estimator, objective: BatchLoss, generators: list[torch.Generator]
+) -> Callable[[Params], GradientEstimate]:
+    draws = "generator" in inspect.signature(estimator).parameters
+    if len(generators) == 1:
+        return partial(estimator, objective, **({"generator": generators[0]} if draws else {}))
+    replicates = Replicates(generators)
+
+    def one(params: Params, index: Tensor) -> GradientEstimate:
+        return estimator(objective, params, **({"generator": replicates.at(index)} if draws else {}))
+
+    return lambda params: vmap(one)(params, replicates.indices)
+
+
+def _why_not_stacked(model: nn.Module, elementwise: bool) -> str | None:
+    if not elementwise:
+        return f"the optimizer is not one of the elementwise ones ({', '.join(ELEMENTWISE)})"
+    if next(model.buffers(), None) is not None:
+        return "the model has buffers (BatchNorm's statistics, say), which each seed would need for itself"
+    if any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()):
+        return "the model has Dropout, which cannot draw each seed's own mask in a stack"
+    if any(not p.requires_grad for p in model.parameters()):
+        return "the model has frozen parameters"
+    return None
+
+
+def _has_convolutions(model: nn.Module) -> bool:
+    # A stack of convolutions becomes a grouped convolution, which is slower on a CPU than one after the other.
+    return any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
+
+
+class _Clock:
+    # Adds up the time inside its `with` blocks; on a GPU it waits for the work to be done.
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.total = 0.0
+        self._lap = 0.0
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __enter__(self) -> None:
+        self._start = self._now()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lap += self._now() - self._start
+
+    def lap(self) -> float:
+        lap, self._lap = self._lap, 0.0
+        self.total += lap
+        return lap

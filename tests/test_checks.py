@@ -1,0 +1,29 @@
+import math
+
+import pytest
+
+from fwdlib.checks import check_choice, check_count, check_positive
+
+
+@pytest.mark.parametrize("value", [0, -0.1, math.nan, math.inf, -math.inf, "0.1", None, True])
+def test_check_positive_refuses(value):
+    with pytest.raises(ValueError, match=r"learning_rate must be a finite number above 0, got") as error:
+        check_positive("learning_rate", value)
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, "2", None, True])
+def test_check_count_refuses(value):
+    with pytest.raises(ValueError, match=r"num_tangents must be a whole number of at least 1, got"):
+        check_count("num_tangents", value)
+
+
+def test_check_choice_lists_what_is_allowed():
+    with pytest.raises(ValueError, match=r"blocks must be one of 'joint', 'parameter', got 'layer'"):
+        check_choice("blocks", "layer", ("joint", "parameter"))
+
+
+def test_checks_return_the_value():
+    assert check_positive("x", 1e-3) == 1e-3
+    assert check_count("x", 3) == 3
+    assert check_choice("x", "a", "ab") == "a"

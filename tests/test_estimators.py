@@ -1,0 +1,298 @@
+"""Exact cases first, then closed forms within 5 sigma, then properties of random nets."""
+
+import itertools
+import math
+from functools import partial
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from fwdlib.estimators import backprop_gradient, forward_gradient
+from fwdlib.models import CNN, MLP, LogisticRegression, initialise
+from fwdlib.objectives import BatchLoss, params_of
+from fwdlib.tangents import Replicates
+
+ALL = {
+    "backprop": backprop_gradient,
+    "forward": forward_gradient,
+    "forward, K = 3": partial(forward_gradient, num_tangents=3),
+    "forward, blocks": partial(forward_gradient, blocks="parameter"),
+}
+
+
+def flat(params):
+    return torch.cat([p.flatten() for p in params.values()])
+
+
+def unit_tangents(params, num_tangents, generator):
+    """The P unit vectors, for exact cases: with them the sum of the estimates is the gradient."""
+    eye = torch.eye(sum(p.numel() for p in params.values()), dtype=next(iter(params.values())).dtype)
+    pieces = eye[:num_tangents].split([p.numel() for p in params.values()], dim=1)
+    return {name: piece.reshape(-1, *p.shape) for (name, p), piece in zip(params.items(), pieces, strict=True)}
+
+
+def small_net(dtype=torch.float64, activation=nn.Tanh):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), activation(), nn.Linear(4, 2)).to(dtype)
+    draw = torch.Generator().manual_seed(1)
+    return model, torch.randn(6, 3, generator=draw, dtype=dtype), torch.randint(0, 2, (6,), generator=draw)
+
+
+@pytest.fixture
+def objective():
+    return BatchLoss(*small_net())
+
+
+@pytest.fixture
+def params(objective):
+    return params_of(objective.model)
+
+
+# exact cases
+
+
+def test_backprop_is_what_autograd_gives(objective, params):
+    estimate = backprop_gradient(objective, params)
+    objective(dict(objective.model.named_parameters())).backward()
+    for name, p in objective.model.named_parameters():
+        assert torch.equal(estimate.grads[name], p.grad)
+    assert estimate.jvps.shape == (0,)
+
+
+@pytest.mark.parametrize("build", [LogisticRegression, MLP, CNN])
+def test_forward_gradient_on_unit_tangents_is_exact(build):
+    model = initialise(build, 0).double()
+    draw = torch.Generator().manual_seed(0)
+    shape = (2, 1, 28, 28) if build is CNN else (5, 4)
+    objective = BatchLoss(model, torch.rand(shape, generator=draw, dtype=torch.float64), torch.arange(shape[0]) % 3)
+    # for the CNN the parameters of the convolutions alone: 51 000 passes would take minutes
+    params = {name: p for name, p in params_of(model).items() if build is not CNN or name.startswith("conv")}
+    num = sum(p.numel() for p in params.values())
+    estimate = forward_gradient(objective, params, num_tangents=num, tangents=unit_tangents, chunk_size=100)
+    expected = backprop_gradient(objective, params)
+    torch.testing.assert_close(flat(estimate.grads) * num, flat(expected.grads), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(estimate.jvps, flat(expected.grads), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(estimate.loss, expected.loss)
+
+
+def test_estimate_is_jvp_times_tangent(objective, params):
+    def fixed(params, num_tangents, generator):
+        draw = torch.Generator().manual_seed(5)
+        return {n: torch.randn(num_tangents, *p.shape, generator=draw, dtype=p.dtype) for n, p in params.items()}
+
+    tangent = {name: v[0] for name, v in fixed(params, 1, None).items()}
+    estimate = forward_gradient(objective, params, tangents=fixed)
+    slope = flat(backprop_gradient(objective, params).grads) @ flat(tangent)
+    torch.testing.assert_close(estimate.jvps, slope.reshape(1))
+    torch.testing.assert_close(flat(estimate.grads), slope * flat(tangent))
+
+
+def test_blocks_take_one_derivative_per_tensor(objective, params):
+    def ones(params, num_tangents, generator):
+        return {n: torch.ones(num_tangents, *p.shape, dtype=p.dtype) for n, p in params.items()}
+
+    estimate = forward_gradient(objective, params, tangents=ones, blocks="parameter")
+    exact = backprop_gradient(objective, params).grads
+    assert estimate.jvps.shape == (1, 4)
+    for i, name in enumerate(params):
+        torch.testing.assert_close(estimate.jvps[0, i], exact[name].sum())
+        torch.testing.assert_close(estimate.grads[name], exact[name].sum() * torch.ones_like(params[name]))
+
+
+def test_jvps_of_blocks_add_up_to_the_joint_one(objective, params):
+    joint, blocks = (
+        forward_gradient(objective, params, num_tangents=3, blocks=b, generator=torch.Generator().manual_seed(0))
+        for b in ("joint", "parameter")
+    )
+    torch.testing.assert_close(blocks.jvps.sum(1), joint.jvps)
+
+
+@pytest.mark.parametrize("blocks", ["joint", "parameter"])
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 100])
+def test_chunks_change_no_number(objective, params, blocks, chunk_size):
+    whole, chunked = (
+        forward_gradient(
+            objective, params, num_tangents=5, blocks=blocks, chunk_size=c, generator=torch.Generator().manual_seed(0)
+        )
+        for c in (None, chunk_size)
+    )
+    torch.testing.assert_close(flat(chunked.grads), flat(whole.grads), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_same_numbers_inside_vmap(objective, params, name):
+    estimator = ALL[name]
+    if name != "backprop":
+        estimator = partial(estimator, tangents=unit_tangents)  # the same tangents, drawn nowhere
+    stacked = {key: torch.stack([p, 2 * p]) for key, p in params.items()}
+    both = torch.func.vmap(lambda p: estimator(objective, p))(stacked)
+    for i in range(2):
+        alone = estimator(objective, {key: p[i] for key, p in stacked.items()})
+        torch.testing.assert_close(both.loss[i], alone.loss)
+        torch.testing.assert_close(both.jvps[i], alone.jvps)
+        for key in params:
+            torch.testing.assert_close(both.grads[key][i], alone.grads[key])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_protocol(objective, params, name):
+    estimate = ALL[name](objective, params)
+    assert estimate.loss.shape == ()
+    assert {n: g.shape for n, g in estimate.grads.items()} == {n: p.shape for n, p in params.items()}
+    assert not any(t.requires_grad for t in (estimate.loss, estimate.jvps, *estimate.grads.values()))
+
+
+def test_forward_gradient_builds_no_graph(objective):
+    seen = []
+
+    def watched(params):
+        seen.append(torch.is_grad_enabled())
+        return objective(params)
+
+    forward_gradient(watched, dict(objective.model.named_parameters()))
+    assert seen == [False]
+
+
+def test_a_parameter_that_the_objective_does_not_use_gets_zero_where_its_derivative_is_taken_alone():
+    params = {"used": torch.tensor([2.0]), "unused": torch.tensor([3.0])}
+    for estimator in (backprop_gradient, partial(forward_gradient, blocks="parameter")):
+        assert estimator(lambda p: (p["used"] ** 2).sum(), params).grads["unused"] == 0
+    # a joint tangent gives it the noise of the others; a constant objective has no slope at all
+    assert forward_gradient(lambda p: (p["used"] ** 2).sum(), params).grads["unused"] != 0
+    assert forward_gradient(lambda p: torch.tensor(1.0), params).jvps == 0
+
+
+def test_shared_and_frozen_parameters():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False), nn.Linear(3, 2)).double()
+    model[2].weight = model[0].weight
+    model[3].requires_grad_(False)
+    objective = BatchLoss(model, torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1]))
+    params = params_of(model)
+    estimate = forward_gradient(objective, params, num_tangents=9, tangents=unit_tangents)
+    objective.loss(model(objective.inputs), objective.targets).backward()
+    torch.testing.assert_close(9 * estimate.grads["0.weight"], model[0].weight.grad)
+    assert list(estimate.grads) == ["0.weight"]
+
+
+# the state of BatchNorm and Dropout
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_running_statistics_advance_once_per_estimate(name):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    twin = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    twin.load_state_dict(model.state_dict())
+    inputs = torch.randn(6, 3)
+    ALL[name](BatchLoss(model, inputs, torch.zeros(6, dtype=torch.long)), params_of(model))
+    twin(inputs)
+    for buffer, expected in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_evaluation_mode_leaves_running_statistics_alone(name):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    ALL[name](BatchLoss(model, torch.randn(6, 3), torch.zeros(6, dtype=torch.long)), params_of(model))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_all_tangents_see_one_dropout_mask(chunk_size):
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
+    objective = BatchLoss(model, torch.randn(6, 3, dtype=torch.float64), torch.zeros(6, dtype=torch.long))
+    params = params_of(model)
+    num = sum(p.numel() for p in params.values())
+    torch.manual_seed(3)
+    estimate = forward_gradient(objective, params, num_tangents=num, tangents=unit_tangents, chunk_size=chunk_size)
+    torch.manual_seed(3)
+    one_mask = backprop_gradient(objective, params)
+    torch.testing.assert_close(num * flat(estimate.grads), flat(one_mask.grads))
+
+
+# closed forms, 5 sigma
+
+
+@pytest.mark.parametrize(("tangents", "spread"), [("normal", +1), ("rademacher", -1)])
+@pytest.mark.parametrize("num_tangents", [1, 4])
+@pytest.mark.parametrize("blocks", ["joint", "parameter"])
+def test_mean_and_variance_agree_with_the_closed_forms(objective, params, tangents, spread, num_tangents, blocks):
+    # E g = grad f, and E|g - grad f|^2 = (P + 1)/K |grad f|^2 (normal) or (P - 1)/K |grad f|^2 (rademacher), per block
+    num_draws = 4000
+    exact = flat(backprop_gradient(objective, params).grads)
+    draws = Replicates([torch.Generator().manual_seed(seed) for seed in range(num_draws)])
+    estimator = partial(
+        forward_gradient, objective, params, num_tangents=num_tangents, tangents=tangents, blocks=blocks
+    )
+    grads = torch.func.vmap(lambda index: estimator(generator=draws.at(index)).grads)(draws.indices)
+    estimates = torch.cat([grad.flatten(1) for grad in grads.values()], dim=1)
+    sizes = [p.numel() for p in params.values()] if blocks == "parameter" else [len(exact)]
+    squares = torch.stack([piece.square().sum() for piece in exact.split(sizes)])
+    counts = torch.tensor(sizes, dtype=torch.float64)
+    expected = ((counts + spread) / num_tangents * squares).sum()
+
+    errors = (estimates - exact).square().sum(1)
+    # the spread of the measured mean square is itself measured: 4000 draws give it to a few per cent
+    assert (errors.mean() - expected).abs() < 5 * errors.std() / math.sqrt(num_draws)
+    standard_error = estimates.std(0) / math.sqrt(num_draws)
+    assert ((estimates.mean(0) - exact).abs() < 5 * standard_error).all()
+
+
+# properties
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    widths=st.lists(st.integers(1, 6), min_size=2, max_size=4),
+    activation=st.sampled_from([nn.Tanh, nn.Sigmoid, nn.Softplus, nn.GELU]),
+    batch=st.integers(1, 5),
+    seed=st.integers(0, 2**31),
+    blocks=st.sampled_from(["joint", "parameter"]),
+)
+def test_jvp_is_the_slope_by_finite_differences(widths, activation, batch, seed, blocks):
+    torch.manual_seed(seed)
+    layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), activation())]
+    model = nn.Sequential(*layers).double()
+    objective = BatchLoss(model, torch.randn(batch, widths[0]).double(), torch.zeros(batch, dtype=torch.long))
+    params = params_of(model)
+    tangent = {name: torch.randn_like(p) for name, p in params.items()}
+    estimate = forward_gradient(
+        objective, params, tangents=lambda p, k, g: {n: v[None] for n, v in tangent.items()}, blocks=blocks
+    )
+    step = 1e-5
+    ahead, behind = ({n: p + sign * step * tangent[n] for n, p in params.items()} for sign in (1, -1))
+    slope = (objective(ahead) - objective(behind)) / (2 * step)
+    torch.testing.assert_close(estimate.jvps.sum(), slope, rtol=1e-5, atol=1e-7)
+
+
+# bad input
+
+
+def test_refuses_bad_options(objective, params):
+    with pytest.raises(ValueError, match="num_tangents must be a whole number of at least 1, got 0"):
+        forward_gradient(objective, params, num_tangents=0)
+    with pytest.raises(ValueError, match="tangents must be one of 'normal', 'rademacher', got 'gaussian'"):
+        forward_gradient(objective, params, tangents="gaussian")
+    with pytest.raises(ValueError, match="blocks must be one of 'joint', 'parameter', got 'layer'"):
+        forward_gradient(objective, params, blocks="layer")
+    with pytest.raises(ValueError, match="chunk_size must be a whole number of at least 1, got 0"):
+        forward_gradient(objective, params, chunk_size=0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_refuses_what_has_no_gradient(name):
+    with pytest.raises(TypeError, match=r"params\['n'\] must be a real floating tensor, got torch.int64"):
+        ALL[name](lambda p: p["n"].sum(), {"n": torch.arange(3)})
+    with pytest.raises(ValueError, match="params is empty"):
+        ALL[name](lambda p: torch.tensor(0.0), {})
+    with pytest.raises(ValueError, match=r"the objective must return a scalar tensor, got \(3,\)"):
+        ALL[name](lambda p: p["x"] ** 2, {"x": torch.ones(3)})
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_non_finite_loss_is_returned_not_hidden(name):
+    estimate = ALL[name](lambda p: p["x"].log().sum(), {"x": torch.tensor([-1.0])})
+    assert estimate.loss.isnan()

@@ -1,0 +1,68 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fwdlib.objectives import BatchLoss, assign_gradients, params_of
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+
+
+@pytest.fixture
+def batch():
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(8, 4, generator=draw), torch.randint(0, 3, (8,), generator=draw)
+
+
+def test_batch_loss_is_the_loss_of_the_model(model, batch):
+    inputs, targets = batch
+    assert torch.equal(BatchLoss(model, *batch)(params_of(model)), F.cross_entropy(model(inputs), targets))
+
+
+def test_batch_loss_takes_another_loss(model, batch):
+    inputs, _ = batch
+    objective = BatchLoss(model, inputs, torch.zeros(8, 3), loss=F.mse_loss)
+    assert torch.equal(objective(params_of(model)), (model(inputs) ** 2).mean())
+
+
+def test_calling_it_leaves_the_buffers_alone(model, batch):
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    BatchLoss(model, *batch)(params_of(model))
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+
+
+def test_with_buffers_returns_what_a_forward_pass_would_have_left(model, batch):
+    _, buffers = BatchLoss(model, *batch).with_buffers(params_of(model))
+    model(batch[0])
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in model.named_buffers())
+
+
+def test_params_of_leaves_out_frozen_and_counts_shared_once():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    model[2].bias.requires_grad_(False)
+    assert list(params_of(model)) == ["0.weight", "2.weight"]
+
+
+def test_params_of_shares_storage(model):
+    params_of(model)["0.weight"].zero_()
+    assert model[0].weight.abs().sum() == 0
+
+
+def test_assign_gradients_serves_any_optimizer(model):
+    grads = {name: torch.ones_like(p) for name, p in params_of(model).items()}
+    before = model[3].bias.detach().clone()
+    assign_gradients(model, grads)
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    assert torch.allclose(model[3].bias, before - 0.5)
+
+
+def test_assign_gradients_says_what_is_wrong(model):
+    with pytest.raises(KeyError, match=r"'nowhere', which is no parameter of the model; it has 0\.weight"):
+        assign_gradients(model, {"nowhere": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"grads\['0\.bias'\] must have shape \(5,\), got \(4,\)"):
+        assign_gradients(model, {"0.bias": torch.zeros(4)})

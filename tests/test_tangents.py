@@ -1,0 +1,85 @@
+import math
+
+import pytest
+import torch
+
+from fwdlib.tangents import TANGENTS, Replicates, normal, sample_tangents
+
+PARAMS = {"weight": torch.zeros(3, 4), "bias": torch.zeros(3), "scale": torch.zeros(())}
+P = 16
+
+
+def flat(tangents):
+    return torch.cat([v.reshape(len(v), -1) for v in tangents.values()], dim=1)
+
+
+@pytest.mark.parametrize("name", TANGENTS)
+def test_shapes_are_the_parameters_with_a_leading_axis(name):
+    tangents = sample_tangents(PARAMS, 5, name, torch.Generator().manual_seed(0))
+    assert {key: v.shape for key, v in tangents.items()} == {key: (5, *p.shape) for key, p in PARAMS.items()}
+
+
+@pytest.mark.parametrize("name", TANGENTS)
+def test_components_have_zero_mean_unit_variance_and_are_uncorrelated(name):
+    num = 40_000
+    v = flat(sample_tangents(PARAMS, num, name, torch.Generator().manual_seed(1))).double()
+    # 5 sigma: a mean of n has standard deviation 1/sqrt(n), a second moment at most sqrt(2/n)
+    assert v.mean(0).abs().max() < 5 / math.sqrt(num)
+    assert (v.T @ v / num - torch.eye(P)).abs().max() < 5 * math.sqrt(2 / num)
+
+
+def test_rademacher_tangents_are_signs():
+    v = flat(sample_tangents(PARAMS, 50, "rademacher", torch.Generator().manual_seed(0)))
+    assert set(v.unique().tolist()) == {-1.0, 1.0}
+
+
+@pytest.mark.parametrize("name", TANGENTS)
+def test_tangent_k_does_not_depend_on_how_many_there_are(name):
+    few = flat(sample_tangents(PARAMS, 2, name, torch.Generator().manual_seed(3)))
+    many = flat(sample_tangents(PARAMS, 7, name, torch.Generator().manual_seed(3)))
+    assert torch.equal(few, many[:2])
+
+
+def test_every_replicate_of_a_stack_draws_what_it_draws_alone():
+    seeds = (5, 6, 7)
+    stacked_params = {name: torch.zeros(3, *p.shape) for name, p in PARAMS.items()}
+    replicates = Replicates([torch.Generator().manual_seed(seed) for seed in seeds])
+    draw = torch.func.vmap(lambda params, index: sample_tangents(params, 4, "normal", replicates.at(index)))
+    first, second = (draw(stacked_params, replicates.indices) for _ in range(2))
+    for i, seed in enumerate(seeds):
+        alone = torch.Generator().manual_seed(seed)
+        for stacked in (first, second):
+            expected = normal(PARAMS, 4, alone)
+            assert all(torch.equal(stacked[name][i], expected[name]) for name in PARAMS)
+
+
+def test_a_sampler_of_your_own_is_called():
+    ones = sample_tangents(PARAMS, 2, lambda params, k, _: {n: torch.ones(k, *p.shape) for n, p in params.items()})
+    assert torch.equal(flat(ones), torch.ones(2, P))
+
+
+def test_keeps_the_dtype_of_each_parameter():
+    tangents = sample_tangents({"a": torch.zeros(2, dtype=torch.float64), "b": torch.zeros(2)}, 3)
+    assert (tangents["a"].dtype, tangents["b"].dtype) == (torch.float64, torch.float32)
+
+
+@pytest.mark.parametrize("num_tangents", [0, -1, 1.5])
+def test_refuses_a_bad_number_of_tangents(num_tangents):
+    with pytest.raises(ValueError, match=r"num_tangents must be a whole number of at least 1"):
+        sample_tangents(PARAMS, num_tangents)
+
+
+def test_refuses_unknown_tangents():
+    with pytest.raises(ValueError, match=r"tangents must be one of 'normal', 'rademacher', got 'uniform'"):
+        sample_tangents(PARAMS, 1, "uniform")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_refuses_parameters_without_a_tangent(dtype):
+    with pytest.raises(TypeError, match=r"params\['x'\] must be a real floating tensor, got torch\."):
+        sample_tangents({"x": torch.zeros(2, dtype=dtype)})
+
+
+def test_refuses_no_parameters():
+    with pytest.raises(ValueError, match="nothing to differentiate"):
+        sample_tangents({})
