@@ -1,0 +1,327 @@
+"""Notebooks x parameters through papermill: each in a process of its own, resumable, nothing half-written.
+
+One loop starts, watches and collects the workers; it needs no threads, because all that passes between it and a worker
+lies in the worker's folder. A worker holds the read end of a pipe whose write end only this process has. When the pipe
+closes - we closed it, or we are dead, by whatever signal - the worker ends its kernel, removes its folder and exits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import psutil
+from papermill.exceptions import PapermillExecutionError, strip_color
+from tqdm import tqdm
+
+from fwdlib.checks import check_count, check_positive
+
+# results and runtime are imported where they are used: a worker has no use for the two seconds that torch takes.
+START_RETRIES = 2  # kernels that start at the same time can race for ports
+STAGGER = 0.5  # seconds between two starts, to make that rare
+BAR = "{desc}: cell {n_fmt} of {total_fmt} |{bar:20}| {elapsed}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of ``notebook``; ``name`` (default: the notebook's, without ``.ipynb``) names its outputs."""
+
+    notebook: Path
+    parameters: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "notebook", Path(self.notebook).resolve())
+        object.__setattr__(self, "name", self.name or self.notebook.stem)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job."""
+
+    job: Job
+    status: str  # "done", "reused" or "failed"
+    seconds: float  # in this batch, with the start of the kernel; 0 when reused
+    executed: Path  # of a failure: apart, in failed/, and not there when the kernel did not start
+    results: tuple[Path, ...]
+    error: str = ""  # of a failure: "cell 7: ValueError: ... (in: first line)", counted as in the executed copy
+
+
+def run_batch(
+    jobs: list[Job],
+    *,
+    results: Path,
+    executed: Path,
+    num_jobs: int = 2,
+    resume: bool = True,
+    timeout: float = 600,
+    fingerprint: str = "",
+    progress: bool = True,
+) -> list[Outcome]:
+    """Run every job, and keep the results of those that succeed.
+
+    A notebook finds an empty folder in ``FWDLIB_RESULTS``. Once it has succeeded, what it put there moves to
+    ``results``, the executed copy to ``executed/<name>.ipynb``, and last of all a stamp to ``executed/<name>.json``:
+    without it nothing counts as a result of this job. A failure moves no result and removes the stamp; older result
+    files stay, but no later build takes them for its own. Times taken with ``num_jobs`` above 1 are not timings.
+
+    Args:
+        jobs: what to run.
+        results: folder for result files.
+        executed: folder for executed copies and stamps.
+        num_jobs: how many run at once; above 1, each is held to one thread.
+        resume: keep what an earlier batch made if its stamp fits: same cells and tags, parameters, fwdlib, versions of
+            Python and torch, quick mode and ``fingerprint``, and result files of the stamped content.
+        timeout: seconds for a whole notebook, the start of its kernel included.
+        fingerprint: stands for whatever else the results depend on, such as the data.
+        progress: show a bar per running notebook (in a terminal) and a line per start and end, on stderr.
+
+    Returns:
+        One outcome per job, in the order of the jobs.
+
+    Raises:
+        FileNotFoundError: if a notebook does not exist; before anything runs.
+        ValueError: if a notebook, its parameters or a name is not usable; before anything runs.
+        OSError: if results cannot be written.
+    """
+    check_count("num_jobs", num_jobs)
+    check_positive("timeout", timeout)
+    _check_jobs(jobs)
+    results, executed = Path(results).resolve(), Path(executed).resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    for folder in results.glob(".running-*-*"):  # left over when a batch and its workers died at the same moment
+        if not psutil.pid_exists(int(folder.name.split("-")[1])):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    say = partial(tqdm.write, file=sys.stderr if progress else io.StringIO())  # goes above the bars
+    prints = {job.name: _fingerprint(job, fingerprint) for job in jobs}
+    outcomes: dict[str, Outcome] = {}
+    for job in jobs if resume else []:
+        if (kept := _reusable(job, prints[job.name], results, executed)) is not None:
+            outcomes[job.name] = Outcome(job, "reused", 0.0, executed / f"{job.name}.ipynb", kept)
+            say(f"reused   {job.name}")
+
+    waiting, next_start = [job for job in jobs if job.name not in outcomes], 0.0
+    workers: list[_Worker] = []
+    try:
+        while waiting or workers:
+            if waiting and len(workers) < num_jobs and time.monotonic() >= next_start:
+                slot = min(set(range(num_jobs)) - {worker.slot for worker in workers})
+                workers.append(_Worker(waiting.pop(0), results, timeout, num_jobs > 1, slot, progress))
+                next_start = time.monotonic() + STAGGER
+                say(f"started  {workers[-1].job.name} ({workers[-1].num_cells} cells)")
+            for worker in [worker for worker in workers if worker.has_ended()]:
+                name = worker.job.name
+                owners = {path: other for other, outcome in outcomes.items() for path in outcome.results}
+                end = outcomes[name] = worker.collect(prints[name], results, executed, owners)
+                worker.remove()
+                workers.remove(worker)
+                say(f"FAILED   {name}: {end.error}" if end.error else f"done     {name} in {end.seconds:.1f} s")
+            time.sleep(0.1)
+    finally:  # there are some left after Ctrl-C, or when a folder cannot be written
+        for worker in workers:
+            worker.remove()
+    return [outcomes[job.name] for job in jobs]
+
+
+def _check_jobs(jobs: list[Job]) -> None:
+    names = [job.name for job in jobs]
+    for job in jobs:
+        if Path(job.name).name != job.name or job.name.startswith(".") or names.count(job.name) > 1:
+            raise ValueError(f"each job needs a file name of its own: {job.name!r} is no such name, or given twice")
+        if not job.notebook.is_file():
+            raise FileNotFoundError(f"job {job.name!r}: there is no notebook at {job.notebook}")
+        tagged = sum("parameters" in cell.metadata.get("tags", []) for cell in nbformat.read(job.notebook, 4).cells)
+        if tagged != 1:  # without one, papermill would put the values on top, and the defaults below would win
+            raise ValueError(f"{job.notebook} has {tagged} cells tagged 'parameters'; a batch needs exactly one")
+        # Of an unknown name papermill only warns, and it runs on with the default.
+        known = papermill.inspect_notebook(str(job.notebook))
+        for name, value in job.parameters.items():
+            if name not in known:
+                raise ValueError(f"{job.notebook} has no parameter {name!r}; it has {', '.join(known) or 'none'}")
+            default = known[name]["default"]
+            # A string "1e-3" in a number's place would fail somewhere deep inside the notebook, or not at all.
+            misplaced = isinstance(value, str) and re.fullmatch(r"[-+.\d_e]+|True|False", default)
+            if misplaced or not isinstance(value, (bool, int, float, str, list, dict, type(None))):
+                raise ValueError(f"parameter {name!r} of {job.notebook} is {default} by default, got {value!r}")
+
+
+def _fingerprint(job: Job, extra: str) -> str:
+    from fwdlib import runtime
+
+    cells, package = nbformat.read(job.notebook, 4).cells, Path(__file__).parent
+    sources = sorted(path for pattern in ("*.py", "*.mplstyle") for path in package.rglob(pattern))
+    content = {  # of cells not the outputs: running a notebook does not make it another
+        "cells": [[cell.cell_type, cell.source, cell.metadata.get("tags", [])] for cell in cells],
+        "parameters": job.parameters,
+        "fwdlib": {path.relative_to(package).as_posix(): _sha256(path) for path in sources},
+        "versions": [runtime.versions()[name] for name in ("python", "torch")],
+        "quick": runtime.is_quick(),
+        "extra": extra,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _reusable(job: Job, fingerprint: str, results: Path, executed: Path) -> tuple[Path, ...] | None:
+    try:
+        stamp = json.loads((executed / f"{job.name}.json").read_text())
+        fits = stamp["fingerprint"] == fingerprint and (executed / f"{job.name}.ipynb").is_file()
+        fits = fits and all(_sha256(results / name) == digest for name, digest in stamp["results"].items())
+        return tuple(results / name for name in stamp["results"]) if fits else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no stamp, a damaged one, a result that is gone
+        return None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class _Worker:
+    """A process that runs one notebook, seen from the batch."""
+
+    def __init__(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> None:
+        self.job, self.slot, self.start = job, slot, time.monotonic()
+        self.num_cells = len(nbformat.read(job.notebook, 4).cells) + bool(job.parameters)  # papermill puts one in
+        # In the folder of the results, so that a result is moved in one step: it is there whole or not at all.
+        self.folder = Path(tempfile.mkdtemp(prefix=f".running-{os.getpid()}-{job.name}-", dir=results))
+        self.staging = self.folder / "results"
+        for name in ("results", "cwd", "runtime", "ipython"):
+            (self.folder / name).mkdir()
+        order = json.dumps({"notebook": str(job.notebook), "parameters": job.parameters, "timeout": timeout})
+        command = [sys.executable, "-m", "fwdlib.batch", str(self.folder), order]
+        with (self.folder / "log.txt").open("w") as log:
+            streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
+            cwd, env = self.folder / "cwd", self._environment(one_thread)  # empty: nothing found, nothing littered
+            # In a session of its own, so that Ctrl-C reaches the batch alone, which then ends its workers.
+            self.process = subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **streams)
+        hidden = not (progress and sys.stderr.isatty())
+        self.bar = tqdm(desc=job.name, total=self.num_cells, position=slot, leave=False, disable=hidden, bar_format=BAR)
+
+    def _environment(self, one_thread: bool) -> dict[str, str]:
+        env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # the kernel knows its own
+        for name in ("FWDLIB_DATA", "FWDLIB_CACHE"):
+            if env.get(name):
+                env[name] = str(Path(env[name]).expanduser().resolve())  # the kernel's working folder is another
+        env |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if one_thread else {}
+        env |= {"JUPYTER_RUNTIME_DIR": str(self.folder / "runtime"), "IPYTHONDIR": str(self.folder / "ipython")}
+        # The kernel "python3" is this Python, not what the user's home calls so.
+        return env | {"JUPYTER_PREFER_ENV_PATH": "1", "FWDLIB_RESULTS": str(self.staging), "PYTHONHASHSEED": "0"}
+
+    def has_ended(self) -> bool:
+        """Tell whether the process has ended; if not, move its bar."""
+        if not self.bar.disable and (self.folder / "cell.txt").exists():
+            self.bar.n = int((self.folder / "cell.txt").read_text() or 0) + 1  # empty while it is being written
+            self.bar.refresh()
+        return self.process.poll() is not None
+
+    def collect(self, fingerprint: str, results: Path, executed: Path, owners: dict[Path, str]) -> Outcome:
+        """Move what the ended process has left into place; ``owners`` tells whose result a file already is."""
+        from fwdlib.results import write_json, write_text
+
+        name, seconds, verdict = self.job.name, time.monotonic() - self.start, self.folder / "error.txt"
+        last = (self.folder / "log.txt").read_text(errors="replace").strip().rpartition("\n")[2]
+        killed = f"its process ended with status {self.process.returncode}: {last}"
+        error = verdict.read_text(encoding="utf-8") if verdict.is_file() else killed
+        staged = [path for path in sorted(self.staging.rglob("*")) if path.is_file()]
+        targets = {path: results / path.relative_to(self.staging) for path in staged}
+        taken = [f"{target.name}, a result of {owners[target]}" for target in targets.values() if target in owners]
+        if taken and not error:
+            error = f"it wrote {', '.join(taken)} in this same batch; give the two jobs different file names"
+        # From here on, nothing in place counts until the new stamp is there.
+        stamp, failed = executed / f"{name}.json", executed / "failed" / f"{name}.ipynb"
+        stamp.unlink(missing_ok=True)
+        failed.unlink(missing_ok=True)
+        for path, target in {} if error else targets.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+        copy, draft = failed if error else executed / f"{name}.ipynb", self.folder / "copy.ipynb"
+        if draft.is_file():
+            text = draft.read_text(encoding="utf-8")
+            for old, new in ((draft, copy), (self.staging, results)):  # the copy names files where they are from now on
+                text = text.replace(*(json.dumps(str(path), ensure_ascii=False)[1:-1] for path in (old, new)))
+            write_text(copy, text)
+        if error:
+            return Outcome(self.job, "failed", seconds, copy, (), error)
+        digests = {target.relative_to(results).as_posix(): _sha256(target) for target in targets.values()}
+        write_json(stamp, {"fingerprint": fingerprint, "seconds": seconds, "results": digests})
+        return Outcome(self.job, "done", seconds, copy, tuple(targets.values()))
+
+    def remove(self) -> None:
+        """End the process and its kernel if they are still there, and remove the folder."""
+        self.process.stdin.close()
+        self.process.wait()
+        self.bar.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _work(folder: Path, order: str) -> None:
+    # The worker's side: runs in a process of its own, as `python -m fwdlib.batch <folder> <order>`.
+    tempfile.tempdir = str(folder)  # jupyter_client puts the kernel's connection file there
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
+    try:
+        _execute(folder, **json.loads(order))
+        error = ""
+    except PapermillExecutionError as stop:
+        first = stop.source.strip().partition("\n")[0]
+        error = strip_color(f"cell {stop.exec_count}: {stop.ename}: {stop.evalue} (in: {first})")
+    except Exception as stop:
+        error = f"the notebook did not start: {type(stop).__name__}: {stop}"
+    (folder / "error.part").write_text(error, encoding="utf-8")
+    (folder / "error.part").replace(folder / "error.txt")  # its presence says that the run came to its end
+
+
+def _end_with_parent(folder: Path) -> None:
+    os.read(0, 1)  # returns when the batch closes the pipe or dies; sys.stdin would be locked at our own exit
+    kernels = psutil.Process().children(recursive=True)
+    for kernel in kernels:
+        kernel.kill()
+    psutil.wait_procs(kernels, timeout=3)  # so that none of them writes into the folder again
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def _execute(folder: Path, notebook: str, parameters: dict[str, Any], timeout: float) -> None:
+    copy, progress, deadline = str(folder / "copy.ipynb"), folder / "cell.txt", time.monotonic() + timeout
+    options = {
+        "kernel_name": "python3",
+        "language": "python",
+        "progress_bar": False,
+        "on_cell_execute": lambda cell_index, **_: progress.write_text(str(cell_index)),
+        "timeout_func": lambda _: max(0.1, deadline - time.monotonic()),  # 0 would mean no limit
+        "iopub_timeout": 60,  # nbclient's 4 s for a cell's last output are short on a busy machine
+    }
+    for retries_left in reversed(range(1 + START_RETRIES)):
+        try:
+            papermill.execute_notebook(notebook, copy, parameters, **options)
+            return
+        except Exception as stop:
+            if progress.exists() and not isinstance(stop, PapermillExecutionError):
+                # A time-out or a dead kernel: papermill marks the copy only once the cell shows an error.
+                late = f"the notebook took longer than {timeout:g} s" if time.monotonic() >= deadline else ""
+                error = {"ename": type(stop).__name__, "evalue": late or str(stop).partition("\n")[0], "traceback": []}
+                draft, index = nbformat.read(copy, 4), int(progress.read_text())
+                draft.cells[index].outputs.insert(0, nbformat.v4.new_output("error", **error))
+                draft.cells[index].execution_count = sum(cell.cell_type == "code" for cell in draft.cells[: index + 1])
+                papermill.execute.raise_for_execution_errors(draft, copy)
+            if progress.exists() or not retries_left:
+                raise
+            time.sleep(1)
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]), sys.argv[2])
