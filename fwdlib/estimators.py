@@ -90,7 +90,7 @@ def forward_gradient(
     Bias: none, for tangents with independent components of zero mean and unit variance.
 
     Mean squared error, P being the number of parameters: :math:`(P + 1)/K\, |\nabla f|^2` for normal tangents,
-    :math:`(P - 1)/K\, |\nabla f|^2` for rademacher ones. With ``blocks="parameter"`` every parameter tensor is estimated
+    :math:`(P - 1)/K\, |\nabla f|^2` for rademacher ones. With ``blocks="parameter"`` each parameter tensor is estimated
     from directional derivatives of its own, so P and the gradient are those of the tensor: less variance, for one jvp
     per tensor.
 

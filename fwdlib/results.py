@@ -7,14 +7,17 @@ import errno
 import json
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fwdlib import runtime
 from fwdlib.data import Source
-from fwdlib.training import History, Run
+from fwdlib.history import History, Run
+from fwdlib.statistics import Interval, median_interval
 
 FORMAT = 1
 
@@ -100,15 +103,19 @@ def load_run(path: str | Path) -> Record:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no record at {path}; run the notebook {path.stem}.ipynb to make one")
+    again = f"delete it and run {path.stem}.ipynb again"
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); delete it and run {path.stem}.ipynb again") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one too
+        raise ValueError(f"{path} is not JSON ({error}); {again}") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise ValueError(f"{path} is not a record of format {FORMAT}; delete it and run {path.stem}.ipynb again")
-    content["runs"] = [_read_run(run) for run in content["runs"]]
-    content["alone"] = _read_run(content["alone"])
-    return Record(**content)
+        raise ValueError(f"{path} is not a record of format {FORMAT}; {again}")
+    try:
+        content["runs"] = [_read_run(run) for run in content["runs"]]
+        content["alone"] = _read_run(content["alone"])
+        return Record(**content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a record of format {FORMAT} ({error!r}); {again}") from error
 
 
 def table(records: list[Record]) -> pd.DataFrame:
@@ -136,6 +143,53 @@ def table(records: list[Record]) -> pd.DataFrame:
         for run in record.runs
     ]
     return pd.DataFrame(rows)
+
+
+def summary(records: list[Record]) -> pd.DataFrame:
+    """Return one column per record: how its seeds ended, after how many iterations, how well, and how fast.
+
+    Iterations are the median over the seeds with its 95 % interval; a seed that never reached the threshold counts as
+    infinite. Loss and errors are medians of what the seeds ended with; times are those of the first seed, run alone.
+
+    Args:
+        records: of one task or several.
+
+    Returns:
+        Text, for reading.
+    """
+    return pd.DataFrame({record.name: _summary_column(record) for record in records})
+
+
+def _summary_column(record: Record) -> dict[str, str]:
+    ended = Counter(run.status for run in record.runs)
+    wrong = float(np.median([run.test_errors[-1] for run in record.runs]))
+    steps = np.array(record.alone.step_seconds)
+    return {
+        "seeds": ", ".join(f"{count} {status}" for status, count in ended.most_common()),
+        "iterations, median [95 % interval]": interval_text(median_interval(iterations(record)), "{:.0f}"),
+        "test loss at the end, median": f"{np.median([run.test_loss[-1] for run in record.runs]):.3f}",
+        "test accuracy at the end, median": f"{100 * (1 - wrong / record.num_test):.1f} %",
+        "misclassifications at the end, median": f"{wrong:g} of {record.num_test}",
+        "mean time of an iteration": f"{1e3 * steps.mean():.2f} ms",
+        "total time": f"{steps.sum():.2f} s for {record.alone.iterations} iterations",
+    }
+
+
+def iterations(record: Record) -> list[float]:
+    """Return each seed's number of iterations, infinite for one that diverged or did not reach the threshold."""
+    arrived = ("reached", "completed")
+    return [run.iterations if run.status in arrived else float("inf") for run in record.runs]
+
+
+def interval_text(interval: Interval, form: str = "{:.3g}") -> str:
+    """Return ``estimate [low, high]``, each formatted by ``form``; without the brackets where there is no interval.
+
+    Example:
+        >>> interval_text(Interval(300.0, 312.4, float("inf")), "{:.0f}")
+        '312 [300, never]'
+    """
+    low, estimate, high = ("never" if value == float("inf") else form.format(value) for value in interval)
+    return f"{estimate} [{low}, {high}]" if interval.low == interval.low else f"{estimate}"
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,5 +1,4 @@
-"""The only place that touches seeds, devices, threads, paths and the environment; it imports nothing of the project
-but checks."""
+"""The only place that touches seeds, devices, paths and the environment; of the project it imports only ``checks``."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ import tomllib
 import warnings
 from pathlib import Path
 
+import numpy as np
 import platformdirs
 import torch
 
@@ -40,9 +40,19 @@ def seed_list(seed: int, num_seeds: int) -> list[int]:
     return list(range(seed, seed + num_seeds))
 
 
-def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a new random generator on ``device``, seeded with ``seed``."""
-    return torch.Generator(device=device).manual_seed(seed)
+def generator(seed: int, device: torch.device | str = "cpu", purpose: str = "tangents") -> torch.Generator:
+    """Return a new random generator on ``device`` for one purpose of one seed.
+
+    Streams for different purposes, and that of ``torch.manual_seed(seed)`` for the initial parameters, are independent:
+    seeding all of them with the bare number would make a tangent repeat the numbers that the parameters started from.
+
+    Args:
+        seed: of the run.
+        device: where the numbers are drawn.
+        purpose: what for, any word.
+    """
+    mixed = np.random.SeedSequence(seed, spawn_key=tuple(purpose.encode())).generate_state(1, np.uint64)
+    return torch.Generator(device=device).manual_seed(int(mixed[0]) >> 1)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -123,6 +133,19 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def summary(seeds: list[int], device: torch.device | str = "cpu") -> str:
+    """Return what a notebook prints at its top: packages and versions, device and threads, seeds.
+
+    Args:
+        seeds: of its runs.
+        device: that it trains on.
+    """
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+    mode = "; quick mode: only to see that everything runs" if is_quick() else ""
+    return f"{packages}\n{resolve_device(device)}, {torch.get_num_threads()} threads; {which}{mode}"
 
 
 def processor_name() -> str:

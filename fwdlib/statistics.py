@@ -52,13 +52,13 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
         confidence: of the interval.
 
     Raises:
-        ValueError: if there are no values or one is nan.
+        ValueError: if there are no values or one is not finite.
 
     Example:
         >>> mean_interval([2.0, 2.0, 2.0])
         Interval(low=2.0, estimate=2.0, high=2.0)
     """
-    values = _checked(values)
+    values = _finite(values)
     mean = float(values.mean())
     if len(values) == 1:
         return Interval(float("nan"), mean, float("nan"))
@@ -77,11 +77,11 @@ def paired_difference(first: Sequence[float], second: Sequence[float], confidenc
         confidence: of the interval.
 
     Raises:
-        ValueError: if the lengths differ, there are no values or one is nan.
+        ValueError: if the lengths differ, there are no values or one is not finite.
     """
     if len(first) != len(second):
         raise ValueError(f"paired samples need the same seeds, got {len(first)} and {len(second)} values")
-    return mean_interval(_checked(first) - _checked(second), confidence)
+    return mean_interval(_finite(first) - _finite(second), confidence)
 
 
 def _checked(values: Sequence[float]) -> np.ndarray:
@@ -90,4 +90,12 @@ def _checked(values: Sequence[float]) -> np.ndarray:
         raise ValueError("values is empty: an interval needs at least one number")
     if np.isnan(values).any():
         raise ValueError(f"values has nan at position {int(np.flatnonzero(np.isnan(values))[0])}")
+    return values
+
+
+def _finite(values: Sequence[float]) -> np.ndarray:
+    values = _checked(values)
+    if np.isinf(values).any():
+        position = int(np.flatnonzero(np.isinf(values))[0])
+        raise ValueError(f"values has {values[position]} at position {position}, so no mean; use median_interval")
     return values

@@ -6,7 +6,6 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,6 +19,7 @@ from fwdlib import runtime
 from fwdlib.checks import check_choice, check_count, check_positive
 from fwdlib.data import Dataset
 from fwdlib.estimators import Estimator, GradientEstimate
+from fwdlib.history import History, Run
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.tangents import Params, Replicates
@@ -36,39 +36,6 @@ OPTIMIZERS = tuple(
     # the base class; one that calls for the loss again and again; one for sparse gradients
     and name not in ("Optimizer", "LBFGS", "SparseAdam")
 )
-
-
-@dataclass
-class Run:
-    """What happened to one seed."""
-
-    seed: int
-    status: str
-    """``"reached"`` the threshold; ``"not reached"`` after all iterations; ``"completed"`` them, there being no
-    threshold; ``"diverged"``: the training loss was not finite at iteration ``iterations``."""
-    iterations: int
-    """Optimizer steps taken."""
-    train_loss: list[float] = field(default_factory=list)
-    """Before the first step and after each: ``iterations + 1`` values. The test series alike."""
-    test_loss: list[float] = field(default_factory=list)
-    test_errors: list[int] = field(default_factory=list)
-    """Misclassified test examples."""
-    step_seconds: list[float] = field(default_factory=list)
-    """Time of estimate + optimizer step, evaluation excluded; empty for a seed of a stack, whose steps are shared."""
-
-
-@dataclass
-class History:
-    """The runs of one call of :func:`train`, in the order of its seeds."""
-
-    runs: list[Run]
-    params: list[Params]
-    """The parameters that each run ended with."""
-    num_test: int
-    stack_size: int
-    """How many seeds shared a step; 1 where they ran one after the other."""
-    seconds: float
-    """All steps together, evaluation excluded."""
 
 
 def make_optimizer(name: str, learning_rate: float, **options: float) -> MakeOptimizer:
@@ -99,14 +66,15 @@ def evaluate(model: nn.Module, params: Params, inputs: Tensor, targets: Tensor) 
     Returns:
         Two scalars, loss and errors.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # not all alike where a BatchNorm is frozen
     model.eval()
     try:
         with torch.no_grad():
             logits = functional_call(model, params, (inputs,))
             return F.cross_entropy(logits, targets), (logits.argmax(1) != targets).sum()
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def train(
@@ -172,7 +140,10 @@ def train(
 
     limit = max_iterations * len(groups)
     histories = []
-    with tqdm(total=limit, desc=progress, unit="it", leave=False, disable=progress is None) as bar:
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        tqdm(total=limit, desc=progress, unit="it", leave=False, disable=progress is None) as bar,
+    ):
         for group in groups:
             histories.append(
                 _train_group(
@@ -220,7 +191,8 @@ def _train_group(
     ends: list[Params] = [{} for _ in seeds]
     running = list(range(len(seeds)))
     if not many:
-        torch.manual_seed(seeds[0])  # for Dropout, which only knows torch's global generator
+        # for Dropout, which only knows torch's global generator; train() puts that back
+        torch.manual_seed(runtime.generator(seeds[0], purpose="dropout").initial_seed())
 
     for iteration in range(max_iterations + 1):
         test_loss, test_errors = (

@@ -1,0 +1,55 @@
+# Two commands do everything: `make report` and `make test`. Each makes .venv first, from requirements.txt.
+
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help report page test test-browser lint format notebooks wheel lab clean
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
+	@echo "Setting up $(VENV): about two minutes and 6 GB, once."
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+report: $(STAMP)  ## run the six notebooks headless and make report/report.html and report.pdf (ARGS="--jobs 4 --no-resume")
+	@$(RUN) -m report $(ARGS)
+
+page: $(STAMP)  ## draw the figures and the page again from the saved results
+	@$(RUN) -m report --only-render
+
+test: $(STAMP)  ## run the tests, and every notebook in quick mode
+	@$(RUN) -m pytest -n 2 --dist loadgroup
+	@FWDLIB_QUICK=1 $(RUN) -m pytest -n 2 --nbval-lax -p no:doctest notebooks
+
+test-browser: $(STAMP)  ## open a notebook in a real JupyterLab in headless Chromium (installs Chromium by apt)
+	@tests/browser.sh $(RUN)
+
+lint: $(STAMP)  ## check style and documentation
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+format: $(STAMP)  ## put code and notebooks into the project's format
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+notebooks: $(STAMP)  ## execute the committed notebooks on the real data and write them back, cleaned
+	@$(RUN) -m report.notebooks $(ARGS)
+
+wheel: $(STAMP)  ## build dist/fwdlib-*.whl, for Colab
+	@$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+lab: $(STAMP)  ## open JupyterLab on the notebooks
+	@$(RUN) -m jupyter lab notebooks
+
+clean:  ## remove what was built; keep .venv and the committed results
+	@rm -rf build dist results report/executed .pytest_cache .ruff_cache .hypothesis *.egg-info
+	@find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,162 @@
+"""Published archives: found in ``FWDLIB_DATA``, else in the cache folder, else downloaded into it.
+
+What is handed out has the published hash. ``FWDLIB_DATA`` is only ever read; a file in the cache is there whole or not
+at all, whoever else downloads at the same time; a damaged file is named, neither used nor replaced; and where there is
+no network, all hosts together cost a process at most ``PROBE_BUDGET`` seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import shutil
+import tempfile
+import threading
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from tqdm.auto import tqdm
+
+from fwdlib.runtime import cache_dir, data_dir
+
+PROBE_SECONDS = 2.0  # longest wait for the answer of one host
+PROBE_BUDGET = 4.5  # longest wait for all hosts that do not answer, per process
+DOWNLOAD_SECONDS = 20.0  # longest silence of a host during a download
+BYTES = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}  # how a progress bar counts
+
+
+class DamagedFileError(RuntimeError):
+    """A data file is there but is not the published one; it is neither used nor replaced."""
+
+
+class UnavailableError(Exception):
+    """A data set cannot be had; the text says what was tried."""
+
+
+class Archive(NamedTuple):
+    """A published file."""
+
+    path: str  # below FWDLIB_DATA, and below the cache folder
+    digest: str  # as published: md5 (32 hex digits) by torchvision, sha256 (64) by tensorflow-datasets
+    urls: tuple[str, ...]
+
+
+def obtain(archives: list[Archive]) -> tuple[Path, str]:
+    """Return the folder that holds all the archives and its name in words, after downloading what is missing.
+
+    Raises:
+        UnavailableError: if an archive cannot be downloaded.
+        DamagedFileError: if an archive is found and is not the published file.
+    """
+    folder, place = find(archives)
+    if folder:
+        return folder, place
+    for archive in archives:
+        if not (cache_dir() / archive.path).is_file():
+            _download(archive, tried=place)
+    return cache_dir(), find(archives)[1]
+
+
+def find(archives: list[Archive]) -> tuple[Path | None, str]:
+    """Return the folder that holds all the archives and its name in words, or None and why there is none.
+
+    Raises:
+        DamagedFileError: if an archive is found and is not the published file, even where others are missing.
+    """
+    tried = [] if data_dir() else ["FWDLIB_DATA is not set"]
+    for label, folder in (("FWDLIB_DATA", data_dir()), ("the download cache", cache_dir())):
+        if folder is None:
+            continue
+        missing = [archive.path for archive in archives if not (folder / archive.path).is_file()]
+        for archive in archives:
+            if archive.path not in missing:
+                _check(folder / archive.path, archive.digest)
+        if not missing:
+            return folder, Path(label, archives[0].path).parent.as_posix()
+        tried.append(f"{label} has no {missing[0]}")
+    return None, ", ".join(tried)
+
+
+def _check(path: Path, published: str) -> None:
+    """Compare a file with its published hash.
+
+    Raises:
+        DamagedFileError: if it differs.
+    """
+    name = "md5" if len(published) == 32 else "sha256"
+    with path.open("rb") as file:  # the flag lets md5 run where policy bars it from security uses
+        found = hashlib.file_digest(file, lambda: hashlib.new(name, usedforsecurity=False)).hexdigest()
+    if found != published:
+        raise DamagedFileError(
+            f"{path} is damaged: its {name} is {found}, expected {published}. "
+            f"It is not used. Replace it with the published file, or remove it to let fwdlib look elsewhere."
+        )
+
+
+def _download(archive: Archive, tried: str) -> None:
+    """Download an archive into the cache folder from the first host that works.
+
+    Raises:
+        UnavailableError: if none works; the text goes on from ``tried``, what was tried before.
+    """
+    path = cache_dir() / archive.path
+    reasons = [tried]
+    for url in archive.urls:
+        host = urlsplit(url).netloc
+        if not answers(url):
+            reasons.append(f"{host} does not answer")
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Made beside its target, the checked file moves there in one step.
+            scratch = tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-")
+        except OSError as error:
+            problem = f"the cache folder {cache_dir()} cannot be written ({error.strerror})"
+            reasons.append(f"{problem}: set FWDLIB_CACHE to another")
+            break
+        with scratch as folder:
+            part = Path(folder, path.name)
+            try:
+                with (
+                    urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response,
+                    tqdm.wrapattr(response, "read", response.length, desc=path.name, leave=False, **BYTES) as stream,
+                    part.open("wb") as file,
+                ):
+                    shutil.copyfileobj(stream, file)
+                _check(part, archive.digest)
+                part.replace(path)
+                return
+            except DamagedFileError:
+                reasons.append(f"{host} sent a file that is not the published {path.name}")
+            except (OSError, http.client.HTTPException) as error:
+                reasons.append(f"the download from {host} failed ({error})")
+    raise UnavailableError(", ".join(reasons))
+
+
+_answered: dict[str, bool] = {}  # by host, for the life of the process
+_waited = 0.0  # seconds, for hosts that did not answer
+
+
+def answers(url: str) -> bool:
+    """Tell whether a host serves ``url``; each host is asked once, within one budget of time for all."""
+    global _waited
+    host, wait = urlsplit(url).netloc, min(PROBE_SECONDS, PROBE_BUDGET - _waited)
+    if host not in _answered and wait > 0:
+        answer: list[bool] = []
+
+        def ask() -> None:
+            request = urllib.request.Request(url, method="HEAD")
+            with suppress(OSError, http.client.HTTPException), urllib.request.urlopen(request, timeout=wait):
+                answer.append(True)
+
+        # In a thread, because looking up a host's name has no time-out of its own.
+        thread, start = threading.Thread(target=ask, daemon=True), time.monotonic()
+        thread.start()
+        thread.join(wait)
+        _answered[host] = bool(answer)
+        _waited += 0 if answer else time.monotonic() - start
+    return _answered.get(host, False)

@@ -1,0 +1,40 @@
+"""What a training run leaves behind: plain data, so that records and figures need no training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fwdlib.tangents import Params
+
+
+@dataclass
+class Run:
+    """What happened to one seed."""
+
+    seed: int
+    status: str
+    """``"reached"`` the threshold; ``"not reached"`` after all iterations; ``"completed"`` them, there being no
+    threshold; ``"diverged"``: the training loss was not finite at iteration ``iterations``."""
+    iterations: int
+    """Optimizer steps taken."""
+    train_loss: list[float] = field(default_factory=list)
+    """Before the first step and after each: ``iterations + 1`` values. The test series alike."""
+    test_loss: list[float] = field(default_factory=list)
+    test_errors: list[int] = field(default_factory=list)
+    """Misclassified test examples."""
+    step_seconds: list[float] = field(default_factory=list)
+    """Time of estimate + optimizer step, evaluation excluded; empty for a seed of a stack, whose steps are shared."""
+
+
+@dataclass
+class History:
+    """The runs of one call of :func:`fwdlib.training.train`, in the order of its seeds."""
+
+    runs: list[Run]
+    params: list[Params]
+    """The parameters that each run ended with."""
+    num_test: int
+    stack_size: int
+    """How many seeds shared a step; 1 where they ran one after the other."""
+    seconds: float
+    """All steps together, evaluation excluded."""

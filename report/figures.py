@@ -1,0 +1,115 @@
+"""The figures of the report: saved results in, SVG files out; the same results give the same bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fwdlib import plotting
+from fwdlib.results import iterations
+from fwdlib.statistics import Interval, median_interval
+from report.claims import METHODS, TASKS, Results, arrivals
+
+PANEL = (3.0, 2.5)  # inches: three side by side on a page or a desktop, one on a phone
+MARKERS = {"backprop": "o", "forward": "D"}  # beside the colours of plotting.METHODS, for prints in black and white
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Draw every figure of the report into a folder.
+
+    Args:
+        results: as :func:`report.claims.load` reads them.
+        folder: must be there.
+
+    Returns:
+        The SVG files: three for the summary, three for each model.
+    """
+    figures = {f"summary-{name}": figure for name, figure in plot_summary(results).items()}
+    for task, pair in results.records.items():
+        for quantity in plotting.QUANTITIES:
+            figure = plotting.plot_quantity(list(pair.values()), quantity)
+            figures[f"{task}-{quantity.replace(' ', '-')}"] = figure
+    paths = []
+    for name, figure in figures.items():
+        figure.set_size_inches(PANEL)
+        paths.append(folder / f"{name}.svg")
+        with matplotlib.style.context(plotting.STYLE):  # its hash salt and its fonts count when the file is written
+            figure.savefig(paths[-1], metadata={"Date": None, "Creator": None})
+    return paths
+
+
+def plot_summary(results: Results) -> dict[str, Figure]:
+    """Draw iterations, time of an iteration and total time of both methods on all models: each seed, and the median.
+
+    Args:
+        results: as :func:`report.claims.load` reads them.
+
+    Returns:
+        Three figures of one panel: ``iterations``, ``step`` and ``total``.
+    """
+    clocks = {
+        task: {method: arrivals(timed["methods"][name]) for method, name in METHODS.items()}
+        for task, timed in results.timings["tasks"].items()
+    }
+    panels = {
+        "iterations": ("Iterations to the end", "optimizer steps", lambda t, m: iterations(results.records[t][m])),
+        "step": ("Time of an iteration", "seconds", lambda t, m: clocks[t][m]["median_step"]),
+        "total": ("Time of the whole training", "seconds", lambda t, m: clocks[t][m]["total"]),
+    }
+    records = [record for pair in results.records.values() for record in pair.values()]
+    figures = {}
+    for name, (title, unit, values) in panels.items():
+        with matplotlib.style.context(plotting.STYLE):
+            figures[name] = figure = Figure(figsize=PANEL)
+            axes = figure.subplots()
+            table = {(task, method): values(task, method) for task in TASKS for method in METHODS}
+            ceiling = 2 * max((v for row in table.values() for v in row if math.isfinite(v)), default=1.0)
+            for (task, method), row in table.items():
+                place = list(TASKS).index(task) + (-0.17 if method == "backprop" else 0.17)
+                _draw_row(axes, place, row, method, ceiling)
+            axes.set(title=title, xlabel=unit, xscale="log", ylim=(len(TASKS) - 0.5, -0.5))
+            axes.set_yticks(range(len(TASKS)), [task.short for task in TASKS.values()])
+            axes.tick_params(axis="y", length=0)
+            axes.grid(visible=False, axis="y")
+            axes.xaxis.set_major_formatter(ticker.FuncFormatter(_seconds if unit == "seconds" else _plain))
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+            plotting._stamp(figure, records)
+    return figures
+
+
+def _draw_row(axes: Axes, place: float, row: Sequence[float], method: str, ceiling: float) -> None:
+    """Draw each seed as a dot, one that never arrived as an arrow at the right, the median and its interval on top."""
+    color = plotting.METHODS[METHODS[method]]["color"]
+    middle = Interval(*(min(end, ceiling) for end in median_interval(row)))  # min keeps a nan that comes first
+    finite = [value for value in row if math.isfinite(value)]
+    shift = np.linspace(-0.09, 0.09, len(row)) if len(row) > 1 else [0.0]  # apart, so that equal seeds can be seen
+    axes.scatter(finite, place + np.asarray(shift[: len(finite)]), s=9, color=color, alpha=0.35, linewidth=0)
+    never = len(row) - len(finite)
+    if never:
+        axes.scatter([ceiling] * never, place + np.asarray(shift[len(finite) :]), marker=">", s=26, color=color)
+        axes.annotate(f"{never} never", (ceiling, place), xytext=(0, 6), textcoords="offset points", ha="right", fontsize=7)
+    if not math.isnan(middle.low):
+        axes.plot([middle.low, middle.high], [place, place], color=color, linewidth=2.2, solid_capstyle="butt")
+    label = METHODS[method] if round(place) == 0 else None  # once for each method
+    axes.plot(
+        middle.estimate, place, MARKERS[method], color=color, markersize=6.5, markeredgecolor="white", label=label
+    )
+
+
+def _plain(value: float, _: int) -> str:
+    return f"{value:g}"
+
+
+def _seconds(value: float, _: int) -> str:
+    for scale, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
+        if value * scale >= 0.999:
+            return f"{value * scale:g} {unit}"
+    return f"{value:g} s"

@@ -1,0 +1,175 @@
+"""Refresh the committed notebooks: ``python -m report.notebooks`` (``make notebooks``).
+
+Each is executed from top to bottom on the real data and written back with its outputs, less what does not belong into
+a committed file: progress bars, their widgets, what went to stderr, time stamps. The Colab badge and the line that
+installs fwdlib there are written from the address in pyproject.toml; while that is unset there is no badge, and Colab
+gets the wheel.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import sys
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import tyro
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+from PIL import Image
+from tqdm import tqdm
+
+from fwdlib import results, runtime
+
+ROOT = Path(__file__).resolve().parents[1]
+COLAB = "https://colab.research.google.com"
+SETUP_TEXT = (
+    "## Setup\n\nOn your own machine the installation of `fwdlib` has done all this. In Colab, {colab}run this cell."
+)
+SETUP_CODE = """\
+import sys
+
+if "google.colab" in sys.modules:  # nothing to do on your own machine
+    %pip install --quiet {package}"""
+
+
+@dataclass
+class Options:
+    """Execute the committed notebooks on the real data and write them back, cleaned."""
+
+    notebooks: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Which ones; all of them by default."""
+    timeout: int = 600
+    """Seconds for one notebook."""
+    write_only: bool = False
+    """Write the badges and the setup cells, execute nothing."""
+
+
+def main(options: Options) -> None:
+    """Refresh the notebooks that ``options`` names.
+
+    Args:
+        options: see :class:`Options`.
+
+    Raises:
+        SystemExit: with a message, if a notebook fails or ran on substitute data; it is then left as it was.
+    """
+    paths = list(options.notebooks) or sorted((ROOT / "notebooks").glob("**/[0-9]*.ipynb"))
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    address = config["project"].get("urls", {}).get("Repository")
+    for path in (bar := tqdm(paths, unit="notebook")):
+        bar.set_postfix_str(path.stem)
+        notebook = nbformat.read(path, as_version=4)
+        write_setup(notebook, path.resolve().relative_to(ROOT).as_posix(), address)
+        if not options.write_only:
+            try:
+                execute(notebook, path.stem, options.timeout)
+            except (CellExecutionError, TimeoutError, ValueError) as error:
+                bar.close()
+                sys.exit(f"{path} was not refreshed: {error}")
+            clean(notebook)
+        results.write_text(path, nbformat.writes(notebook) + "\n")
+
+
+def write_setup(notebook: NotebookNode, name: str, address: str | None) -> None:
+    """Write the badge and the setup cells, which are the third and fourth, in place.
+
+    Args:
+        notebook: to change.
+        name: its path inside the repository.
+        address: of the repository, ``https://github.com/owner/name``; None while there is none.
+    """
+    title, *rest = notebook.cells[0].source.split("\n")
+    rest = [line for line in rest if not line.startswith("[![Open in Colab]")]
+    if address:
+        target = f"{COLAB}/github/{address.removeprefix('https://github.com/')}/blob/main/{name}"
+        badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({target})"
+        rest = ["", badge, *rest]
+    notebook.cells[0].source = "\n".join([title, *rest])
+    package = f'"fwdlib @ git+{address}"' if address else "fwdlib-*.whl"
+    upload = (
+        ""
+        if address
+        else "upload the wheel that `make wheel` builds into `dist/` (the folder symbol on the left), then "
+    )
+    notebook.cells[2].source = SETUP_TEXT.format(colab=upload)
+    notebook.cells[3].source = SETUP_CODE.format(package=package)
+
+
+def execute(notebook: NotebookNode, name: str, timeout: int) -> None:
+    """Run all cells in a new kernel, in an empty folder, and keep their outputs.
+
+    Args:
+        notebook: to run, in place.
+        name: of the record that it saves.
+        timeout: seconds for all of it.
+
+    Raises:
+        CellExecutionError: if a cell fails.
+        TimeoutError: if it takes longer.
+        ValueError: if its record was made with substitute data or in quick mode.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "FWDLIB_RESULTS": folder, "FWDLIB_QUICK": ""}
+        if data := runtime.data_dir():
+            environment["FWDLIB_DATA"] = str(data)
+        client = NotebookClient(
+            notebook,
+            timeout=timeout,
+            kernel_name="python3",
+            record_timing=False,
+            resources={"metadata": {"path": folder}},
+        )
+        client.execute(env=environment)
+        record = results.load_run(Path(folder) / f"{name}.json")
+    if record.source["substitute_for"]:
+        raise ValueError(
+            f"it ran on {record.source['name']} in place of {record.source['substitute_for']}. Committed notebooks "
+            f"show the real data: set FWDLIB_DATA to a folder that has it, or connect to the network."
+        )
+
+
+def clean(notebook: NotebookNode) -> None:
+    """Take out, in place, what a committed notebook should not hold.
+
+    Args:
+        notebook: executed.
+    """
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if _belongs(output)]
+            for output in cell.outputs:
+                if "metadata" in output:
+                    output.metadata = {}
+                if "image/png" in output.get("data", {}):
+                    output.data["image/png"] = smaller_png(output.data["image/png"])
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+
+
+def smaller_png(encoded: str) -> str:
+    """Return a base64 PNG with its colours reduced to 128: a figure looks the same at a third of the size."""
+    image = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+    image = image.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    image.save(buffer, format="png", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _belongs(output: NotebookNode) -> bool:
+    if output.output_type == "stream":
+        return output.name == "stdout"
+    return "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

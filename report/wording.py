@@ -1,0 +1,76 @@
+"""Numbers as text: significant digits, units, intervals, and "never" where a seed did not arrive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+from fwdlib.statistics import Interval
+
+
+def number(value: float, digits: int = 3, infinite: str = "never") -> str:
+    """Return a number to so many significant digits, never with an exponent.
+
+    Args:
+        value: any number.
+        digits: significant ones; digits before the decimal point are all kept.
+        infinite: what to say of one that is infinite or nan.
+
+    Example:
+        >>> number(0.034567), number(12345.6), number(-7.0), number(float("inf"))
+        ('0.0346', '12,346', '−7.00', 'never')
+    """
+    if not math.isfinite(value):
+        return infinite
+    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    decimals = max(0, digits - 1 - magnitude)
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def count(value: float) -> str:
+    """Return a count, or the median of some, which may be a half.
+
+    Example:
+        >>> count(382.0), count(381.5), count(float("inf"))
+        ('382', '381.5', 'never')
+    """
+    return f"{value:,.1f}".removesuffix(".0").replace("-", "−") if math.isfinite(value) else "never"
+
+
+def interval(value: Interval, form: Callable[[float], str] = number) -> str:
+    """Return ``estimate [low, high]``; the estimate alone where there is no interval, or nothing but one number.
+
+    Example:
+        >>> interval(Interval(3.412, 3.5, 3.6)), interval(Interval(100, 100, 100), count)
+        ('3.50 [3.41, 3.60]', '100')
+    """
+    low, estimate, high = (form(end) for end in value)
+    return estimate if math.isnan(value.low) or low == estimate == high else f"{estimate} [{low}, {high}]"
+
+
+def duration(value: Interval | float) -> str:
+    """Return seconds, with an interval or without, in the unit that suits the estimate.
+
+    Example:
+        >>> duration(0.00123), duration(Interval(1.0, 2.5, float("inf")))
+        ('1.23 ms', '2.50 [1.00, never] s')
+    """
+    value = value if isinstance(value, Interval) else Interval(math.nan, value, math.nan)
+    if not math.isfinite(value.estimate):
+        scale, unit = 1.0, " s" if math.isfinite(value.low) else ""
+    else:
+        scale, unit = next(
+            (pair for pair in ((1.0, " s"), (1e3, " ms")) if value.estimate * pair[0] >= 1), (1e6, " µs")
+        )
+    return interval(Interval(*(end * scale for end in value))) + unit
+
+
+def enumerated(items: Iterable[str]) -> str:
+    """Return the items as a list in a sentence.
+
+    Example:
+        >>> enumerated(["a", "b", "c"])
+        'a, b and c'
+    """
+    *rest, last = items
+    return f"{', '.join(rest)} and {last}" if rest else last

@@ -1,0 +1,107 @@
+"""Intervals: known order statistics, infinite values, agreement with the textbook where that is exact enough."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fwdlib.statistics import mean_interval, median_interval, paired_difference
+
+INF = math.inf
+
+
+def test_median_of_an_odd_and_an_even_number_of_values():
+    assert median_interval([9, 1, 5]).estimate == 5
+    assert median_interval([9, 1, 5, 6]).estimate == 5.5
+
+
+@pytest.mark.parametrize("n", [6, 10, 20, 33])
+def test_median_interval_is_that_of_order_statistics(n):
+    # The widest-spread symmetric pair that is still left out of the interval has less than 95 %: from the binomial law.
+    interval = median_interval(np.random.default_rng(n).permutation(n) + 1.0)
+    low, high = int(interval.low), int(interval.high)
+    coverage = stats.binom.cdf(high - 1, n, 0.5) - stats.binom.cdf(low - 1, n, 0.5)
+    narrower = stats.binom.cdf(high - 2, n, 0.5) - stats.binom.cdf(low, n, 0.5)
+    assert low + high == n + 1
+    assert coverage >= 0.95 > narrower
+
+
+def test_fewer_than_six_values_have_no_95_percent_interval():
+    interval = median_interval([1, 2, 3, 4, 5])
+    assert interval.estimate == 3
+    assert math.isnan(interval.low)
+    assert math.isnan(interval.high)
+    assert median_interval([1, 2, 3, 4, 5], confidence=0.9)[::2] == (1, 5)
+
+
+def test_seeds_that_never_arrived_count_as_infinite():
+    assert median_interval([1, 2, 3, 4, 5, 6, 7, INF, INF]) == (2, 5, INF)
+    assert median_interval([1, 2, 3, INF, INF, INF]).estimate == INF  # between 3 and never: never
+    assert median_interval([INF] * 8) == (INF, INF, INF)
+
+
+def test_mean_interval_is_close_to_student_s_for_normal_values():
+    values = np.random.default_rng(3).normal(7, 2, size=60)
+    low, high = stats.t.interval(0.95, 59, loc=values.mean(), scale=stats.sem(values))
+    interval = mean_interval(values)
+    assert interval.estimate == pytest.approx(values.mean())
+    assert interval.low == pytest.approx(low, abs=0.1 * (high - low))
+    assert interval.high == pytest.approx(high, abs=0.1 * (high - low))
+
+
+def test_mean_interval_leans_to_the_side_of_the_long_tail():
+    interval = mean_interval(np.random.default_rng(0).exponential(size=30))
+    assert interval.high - interval.estimate > 1.1 * (interval.estimate - interval.low)
+
+
+def test_mean_interval_widens_with_confidence_and_is_the_same_each_time():
+    values = [1.0, 2.0, 4.0, 8.0, 9.0, 11.0]
+    narrow, wide = mean_interval(values, 0.5), mean_interval(values, 0.99)
+    assert wide.low < narrow.low < narrow.estimate < narrow.high < wide.high
+    assert mean_interval(values) == mean_interval(values)
+
+
+def test_mean_interval_of_seeds_that_agree_is_a_point():
+    assert mean_interval([0.25] * 5) == (0.25, 0.25, 0.25)
+
+
+def test_mean_interval_of_one_value_has_no_ends():
+    interval = mean_interval([3.0])
+    assert interval.estimate == 3
+    assert math.isnan(interval.low)
+    assert math.isnan(interval.high)
+
+
+def test_paired_difference_is_first_minus_second():
+    assert paired_difference([3, 5, 9], [1, 3, 7]) == (2, 2, 2)
+
+
+def test_paired_difference_removes_what_the_seeds_have_in_common():
+    draw = np.random.default_rng(0)
+    seeds, noise = draw.normal(0, 100, size=20), draw.normal(0, 0.1, size=20)
+    interval = paired_difference(seeds + 1 + noise, seeds)
+    assert 0.9 < interval.low < 1 + noise.mean() < interval.high < 1.1
+
+
+def test_paired_difference_refuses_different_lengths():
+    with pytest.raises(ValueError, match="the same seeds, got 2 and 3 values"):
+        paired_difference([1, 2], [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "interval", [median_interval, mean_interval, lambda v: paired_difference(v, v)], ids=["median", "mean", "paired"]
+)
+def test_refuses_no_values_and_nan(interval):
+    with pytest.raises(ValueError, match="values is empty"):
+        interval([])
+    with pytest.raises(ValueError, match="values has nan at position 2"):
+        interval([1.0, INF if interval is median_interval else 0.0, math.nan])
+
+
+@pytest.mark.parametrize("value", [INF, -INF])
+def test_a_mean_refuses_infinite_values(value):
+    with pytest.raises(ValueError, match=f"values has {value} at position 1.*median_interval"):
+        mean_interval([1.0, value])
+    with pytest.raises(ValueError, match="at position 1"):
+        paired_difference([1.0, value], [1.0, value])

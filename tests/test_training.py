@@ -1,0 +1,475 @@
+"""How a run ends, what is recorded of it, a stack and single runs alike, what is refused."""
+
+import math
+import re
+import time
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fwdlib import training
+from fwdlib.data import Dataset, Source
+from fwdlib.estimators import GradientEstimate, backprop_gradient, forward_gradient
+from fwdlib.models import CNN, MLP, LogisticRegression, initialise
+from fwdlib.objectives import BatchLoss, params_of
+from fwdlib.training import OPTIMIZERS, evaluate, make_optimizer
+
+SEEDS = (3, 0, 5)
+ESTIMATORS = {
+    "backprop": backprop_gradient,
+    "forward, joint": partial(forward_gradient, num_tangents=2),
+    "forward, parameter": partial(forward_gradient, blocks="parameter", tangents="rademacher"),
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Three overlapping classes in four dimensions: 60 rows to train on, 30 to test on."""
+    draw = torch.Generator().manual_seed(0)
+    targets = torch.arange(90) % 3
+    centres = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]])
+    inputs = centres[targets] + 0.3 * torch.randn(90, 4, generator=draw)
+    source = Source("blobs", "a test", None, "", "", "", 0)
+    return Dataset(inputs[:60], targets[:60], inputs[60:], targets[60:], ("a", "b", "c"), source)
+
+
+@pytest.fixture
+def train(data):
+    defaults = {"learning_rate": 0.1, "max_iterations": 10, "progress": None}
+
+    def call(build=LogisticRegression, estimator=backprop_gradient, **options):
+        if callable(options.get("optimizer")):
+            options.setdefault("learning_rate", None)
+        return training.train(build, data, estimator, **(defaults | options))
+
+    return call
+
+
+def train_loss(build, data, params):
+    model = initialise(build, 0)
+    return BatchLoss(model, data.train_inputs, data.train_targets)(params).item()
+
+
+def assert_same_runs(history, other, rtol=1e-4):
+    assert [run.seed for run in history.runs] == [run.seed for run in other.runs]
+    for run, expected in zip(history.runs, other.runs, strict=True):
+        assert (run.status, run.iterations) == (expected.status, expected.iterations)
+        for name in ("train_loss", "test_loss"):
+            values, wanted = torch.tensor(getattr(run, name)), torch.tensor(getattr(expected, name))
+            torch.testing.assert_close(values, wanted, rtol=rtol, atol=1e-5, equal_nan=True)
+        assert run.test_errors == expected.test_errors
+    for params, expected in zip(history.params, other.params, strict=True):
+        torch.testing.assert_close(params, expected, rtol=rtol, atol=1e-4, equal_nan=True)
+
+
+# how a run ends
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_run_stops_at_the_first_loss_that_reaches_the_threshold(train, estimator, stacked):
+    history = train(estimator=estimator, threshold=0.6, max_iterations=500, seeds=SEEDS, stacked=stacked)
+    for run in history.runs:
+        assert run.status == "reached"
+        assert run.train_loss[-1] <= 0.6
+        assert min(run.train_loss[:-1]) > 0.6
+        assert run.iterations == len(run.train_loss) - 1 > 0
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_threshold_that_is_met_at_the_start_takes_no_iteration(train, stacked):
+    history = train(threshold=100.0, seeds=(0, 1), stacked=stacked)
+    for run, params in zip(history.runs, history.params, strict=True):
+        assert (run.status, run.iterations, len(run.train_loss), run.step_seconds) == ("reached", 0, 1, [])
+        initial = params_of(initialise(LogisticRegression, run.seed))
+        assert all(torch.equal(params[name], initial[name]) for name in initial)
+    assert history.seconds == 0
+
+
+def test_a_loss_equal_to_the_threshold_reaches_it(train):
+    losses = train(max_iterations=5).runs[0].train_loss
+    run = train(threshold=losses[3], max_iterations=5).runs[0]
+    assert (run.status, run.iterations) == ("reached", 3)
+
+
+def test_a_threshold_reached_with_the_last_step_is_reached(train):
+    losses = train(max_iterations=5).runs[0].train_loss
+    assert train(threshold=losses[5], max_iterations=5).runs[0].status == "reached"
+    assert train(threshold=losses[5], max_iterations=4).runs[0].status == "not reached"
+
+
+@pytest.mark.parametrize(("threshold", "status"), [(None, "completed"), (1e-6, "not reached")])
+def test_a_run_ends_after_max_iterations(train, threshold, status):
+    for run in train(threshold=threshold, max_iterations=7, seeds=(0, 1)).runs:
+        assert (run.status, run.iterations, len(run.train_loss)) == (status, 7, 8)
+
+
+def test_a_run_that_diverges_is_recorded_up_to_the_loss_that_is_not_finite(train):
+    run = train(MLP, learning_rate=1e30).runs[0]
+    assert run.status == "diverged"
+    assert run.iterations == len(run.train_loss) - 1 == len(run.test_loss) - 1 == 1
+    assert math.isfinite(run.train_loss[0])
+    assert not math.isfinite(run.train_loss[-1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_value_that_is_not_finite_reaches_a_threshold(train, value):
+    def broken(objective, params):
+        return backprop_gradient(objective, params)._replace(loss=torch.tensor(value))
+
+    run = train(estimator=broken, threshold=0.5).runs[0]
+    assert (run.status, run.iterations) == ("diverged", 0)
+
+
+class Exploding(LogisticRegression):
+    """Gradient descent on the cubed parameter overshoots further at each step, if it starts far out: with seed 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.root = nn.Parameter(torch.tensor(100.0 if torch.initial_seed() == 0 else 0.1))
+
+    def forward(self, inputs):
+        return super().forward(inputs) + self.root**3 * torch.tensor([1.0, 0.0, 0.0])
+
+
+def test_the_others_of_a_stack_go_on_when_one_diverges(train):
+    options = {"build": Exploding, "learning_rate": 0.05, "max_iterations": 12, "seeds": SEEDS}
+    history = train(stacked=True, **options)
+    assert [run.status for run in history.runs] == ["completed", "diverged", "completed"]
+    assert 0 < history.runs[1].iterations < 12
+    assert len(history.runs[1].train_loss) == history.runs[1].iterations + 1
+    assert_same_runs(history, train(stacked=False, **options))
+
+
+# a stack and single runs
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        make_optimizer("SGD", 0.02),
+        make_optimizer("SGD", 0.02, momentum=0.9, nesterov=True, weight_decay=0.01),
+        make_optimizer("Adam", 0.02),
+    ],
+    ids=["SGD", "momentum", "Adam"],
+)
+@pytest.mark.parametrize("build", [LogisticRegression, MLP])
+def test_a_stack_gives_the_numbers_of_single_runs(train, build, estimator, optimizer):
+    stacked, single = (
+        train(build, estimator, optimizer=optimizer, seeds=SEEDS, max_iterations=6, stacked=s) for s in (True, False)
+    )
+    assert (stacked.stack_size, single.stack_size) == (3, 1)
+    assert_same_runs(stacked, single)
+    first = stacked.runs[0].train_loss
+    assert len(set(first)) == 7  # it moved
+    assert all(first != run.train_loss for run in stacked.runs[1:])  # seeds differ
+
+
+def test_a_stack_whose_seeds_stop_at_different_times_gives_the_numbers_of_single_runs(train):
+    options = {"threshold": 0.6, "max_iterations": 500, "seeds": range(6)}
+    history = train(stacked=True, **options)
+    assert len({run.iterations for run in history.runs}) > 2
+    assert_same_runs(history, train(stacked=False, **options))
+
+
+def test_a_stack_of_convolutions_is_possible_and_gives_the_same_numbers():
+    draw = torch.Generator().manual_seed(0)
+    images, targets = torch.rand(6, 1, 28, 28, generator=draw), torch.arange(6) % 3
+    data = Dataset(images, targets, images[:2], targets[:2], tuple("abc"), None)
+    call = partial(training.train, CNN, data, forward_gradient, learning_rate=1e-3, max_iterations=2, progress=None)
+    stacked, default = call(seeds=(1, 2), stacked=True), call(seeds=(1, 2))
+    assert (stacked.stack_size, default.stack_size) == (2, 1)
+    assert_same_runs(stacked, default)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_the_same_call_gives_the_same_numbers(train, estimator, stacked):
+    first, second = (train(MLP, estimator, seeds=(0, 1), stacked=stacked, max_iterations=4) for _ in range(2))
+    assert [run.train_loss for run in first.runs] == [run.train_loss for run in second.runs]
+
+
+def test_a_seed_has_the_same_numbers_in_whatever_company(train):
+    alone = train(MLP, forward_gradient, seeds=(5,))
+    among = train(MLP, forward_gradient, seeds=(9, 5, 1))
+    assert alone.runs[0].train_loss == pytest.approx(among.runs[1].train_loss, rel=1e-4)
+
+
+def test_two_methods_start_from_the_same_parameters(train):
+    first, second = (train(MLP, e, seeds=SEEDS) for e in (backprop_gradient, forward_gradient))
+    for run, other in zip(first.runs, second.runs, strict=True):
+        assert run.train_loss[0] == pytest.approx(other.train_loss[0], rel=1e-5)
+        assert run.train_loss[1] != pytest.approx(other.train_loss[1], rel=1e-5)
+
+
+# the history
+
+
+def test_the_loss_follows_gradient_descent(train, data):
+    run = train(max_iterations=3, learning_rate=0.3).runs[0]
+    model = initialise(LogisticRegression, 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for i in range(4):
+        loss = F.cross_entropy(model(data.train_inputs), data.train_targets)
+        logits = model(data.test_inputs)
+        assert run.train_loss[i] == pytest.approx(loss.item(), rel=1e-5)
+        assert run.test_loss[i] == pytest.approx(F.cross_entropy(logits, data.test_targets).item(), rel=1e-5)
+        assert run.test_errors[i] == (logits.argmax(1) != data.test_targets).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_series_have_a_value_before_the_first_step_and_after_each(train, stacked):
+    history = train(seeds=(4, 2), stacked=stacked, max_iterations=5)
+    assert [run.seed for run in history.runs] == [4, 2]
+    for run in history.runs:
+        assert len(run.train_loss) == len(run.test_loss) == len(run.test_errors) == run.iterations + 1 == 6
+        assert len(run.step_seconds) == (0 if stacked else 5)
+        assert all(isinstance(errors, int) for errors in run.test_errors)
+    assert history.num_test == 30
+    assert history.stack_size == (2 if stacked else 1)
+    if not stacked:
+        assert history.seconds == pytest.approx(sum(sum(run.step_seconds) for run in history.runs))
+    assert history.seconds > 0
+
+
+def test_a_single_seed_has_times_even_where_a_stack_was_asked_for(train):
+    history = train(seeds=(0,), stacked=True)
+    assert (history.stack_size, len(history.runs[0].step_seconds)) == (1, 10)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("threshold", [0.6, None])
+def test_params_are_those_that_gave_the_last_training_loss(train, data, stacked, threshold):
+    history = train(threshold=threshold, max_iterations=100, seeds=range(5), stacked=stacked)
+    for run, params in zip(history.runs, history.params, strict=True):
+        assert {name: p.shape for name, p in params.items()} == {"linear.weight": (3, 4), "linear.bias": (3,)}
+        assert train_loss(LogisticRegression, data, params) == pytest.approx(run.train_loss[-1], rel=1e-6)
+
+
+def test_the_timer_leaves_out_the_evaluation(train, monkeypatch):
+    def slow(*args):
+        time.sleep(0.1)
+        return evaluate(*args)
+
+    monkeypatch.setattr(training, "evaluate", slow)
+    start = time.perf_counter()
+    history = train(max_iterations=4)
+    assert time.perf_counter() - start > 0.5  # it was slow
+    assert sorted(history.runs[0].step_seconds)[1] < 0.1  # all but the first few, on a busy machine
+    assert train(max_iterations=4, seeds=(0, 1), stacked=True).seconds < 0.4
+
+
+def test_the_timer_has_the_estimate_and_the_step(train):
+    def slow(objective, params):
+        time.sleep(0.05)
+        return backprop_gradient(objective, params)
+
+    class SlowSGD(torch.optim.SGD):
+        def step(self, closure=None):
+            time.sleep(0.05)
+            return super().step(closure)
+
+    history = train(estimator=slow, optimizer=partial(SlowSGD, lr=0.1), max_iterations=3)
+    assert min(history.runs[0].step_seconds) >= 0.1
+
+
+# estimators and models of one's own
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_an_estimator_without_a_generator(train, stacked):
+    def signs_only(objective, params):
+        estimate = backprop_gradient(objective, params)
+        return GradientEstimate(estimate.loss, {name: g.sign() for name, g in estimate.grads.items()}, estimate.jvps)
+
+    history = train(estimator=signs_only, seeds=(0, 1), stacked=stacked, max_iterations=1)
+    for run, params in zip(history.runs, history.params, strict=True):
+        initial = params_of(initialise(LogisticRegression, run.seed))
+        for name, p in params.items():
+            torch.testing.assert_close((p - initial[name]).abs(), torch.full_like(p, 0.1))
+
+
+def test_an_object_with_a_generator_gets_each_seed_s_own(train):
+    class Recorder:
+        def __init__(self):
+            self.generators = []
+
+        def __call__(self, objective, params, *, generator=None):
+            self.generators.append(generator)
+            return backprop_gradient(objective, params)
+
+    recorder = Recorder()
+    train(estimator=recorder, seeds=(3, 4), stacked=False, max_iterations=2)
+    assert len(recorder.generators) == 6
+    assert recorder.generators[0] is recorder.generators[2]
+    assert recorder.generators[0].initial_seed() != recorder.generators[3].initial_seed()
+
+
+def with_dropout():
+    return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+def with_batchnorm():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+
+def with_frozen():
+    model = MLP()
+    model.fc1.weight.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"), [(with_dropout, "Dropout"), (with_batchnorm, "buffers"), (with_frozen, "frozen parameters")]
+)
+def test_models_that_cannot_be_stacked_run_one_after_the_other(train, build, reason):
+    for estimator in (backprop_gradient, forward_gradient):
+        history = train(build, estimator, seeds=(0, 1), max_iterations=3, learning_rate=0.01)
+        assert history.stack_size == 1
+        again = train(build, estimator, seeds=(1,), max_iterations=3, learning_rate=0.01)
+        assert again.runs[0].train_loss == history.runs[1].train_loss  # whatever ran before
+    with pytest.raises(ValueError, match=rf"stacked=True is not possible here: .*{reason}"):
+        train(build, seeds=(0, 1), stacked=True)
+
+
+def test_frozen_parameters_stay(train):
+    history = train(with_frozen, max_iterations=2)
+    assert "fc1.weight" not in history.params[0]
+    assert {"fc1.bias", "fc2.weight"} < set(history.params[0])
+
+
+def test_dropout_draws_a_new_mask_at_each_step_and_another_for_each_seed(train):
+    # With a vanishing learning rate the loss changes by the masks alone.
+    runs = train(with_dropout, seeds=(0, 1), learning_rate=1e-20, max_iterations=4).runs
+    assert all(len(set(run.train_loss)) == 5 for run in runs)
+    assert all(len(set(run.test_loss)) == 1 for run in runs)
+
+
+def test_training_leaves_the_global_generator_alone(train):
+    for build, stacked in ((LogisticRegression, True), (LogisticRegression, False), (with_dropout, False)):
+        before = torch.random.get_rng_state()
+        train(build, forward_gradient, seeds=(0, 1), stacked=stacked, max_iterations=2)
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_batchnorm_is_evaluated_with_the_statistics_of_training(train, data):
+    history = train(with_batchnorm, max_iterations=1, learning_rate=1e-20)
+    model = initialise(with_batchnorm, 0)
+    expected = []
+    for _ in range(2):
+        expected.append(F.cross_entropy(model.eval()(data.test_inputs), data.test_targets).item())
+        model.train()(data.train_inputs)  # one forward pass, as one estimate has
+    assert expected[0] != pytest.approx(expected[1])
+    assert history.runs[0].test_loss == pytest.approx(expected, rel=1e-5)
+
+
+# optimizers
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_makes_a_step_or_says_why_not(train, name):
+    try:
+        run = train(MLP, optimizer=name, learning_rate=0.01, max_iterations=2).runs[0]
+    except ValueError as error:
+        assert name == "Muon", error  # made for matrices alone
+        assert re.search("Muon only supports 2D parameters", str(error))
+    else:
+        assert run.train_loss[0] > run.train_loss[1] > run.train_loss[2]
+
+
+@pytest.mark.parametrize("name", training.ELEMENTWISE)
+def test_every_elementwise_optimizer_is_stacked_and_gives_the_numbers_of_single_runs(train, name):
+    options = {"optimizer": name, "learning_rate": 0.01, "seeds": (0, 1), "max_iterations": 4}
+    history = train(MLP, **options)
+    assert history.stack_size == 2
+    assert_same_runs(history, train(MLP, stacked=False, **options))
+
+
+@pytest.mark.parametrize("optimizer", ["Adafactor", make_optimizer("Adafactor", 0.01)])
+def test_an_optimizer_that_is_not_elementwise_is_not_stacked(train, optimizer):
+    assert train(optimizer=optimizer, seeds=(0, 1), max_iterations=1).stack_size == 1
+    with pytest.raises(ValueError, match="stacked=True is not possible here: the optimizer is not one of the element"):
+        train(optimizer=optimizer, seeds=(0, 1), stacked=True)
+
+
+def test_options_reach_the_optimizer():
+    made = make_optimizer("SGD", 0.2, momentum=0.9)([torch.zeros(2)])
+    assert isinstance(made, torch.optim.SGD)
+    assert (made.param_groups[0]["lr"], made.param_groups[0]["momentum"]) == (0.2, 0.9)
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": -0.1}, "learning_rate must be a finite number above 0, got -0.1"),
+        ({"learning_rate": 0}, "learning_rate must be a finite number above 0, got 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be a finite number above 0, got nan"),
+        ({"learning_rate": None}, "learning_rate must be a finite number above 0, got None"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be a finite number above 0, got '1e-3'"),
+        ({"optimizer": "sgd"}, "optimizer must be one of .*'Adam'.*'SGD', got 'sgd'"),
+        ({"optimizer": "LBFGS"}, "optimizer must be one of .*'SGD', got 'LBFGS'"),
+        ({"device": "tpu"}, "device must be one of 'cpu'.*, got 'tpu'"),
+        ({"max_iterations": 0}, "max_iterations must be a whole number of at least 1, got 0"),
+        ({"max_iterations": 10.0}, "max_iterations must be a whole number of at least 1, got 10.0"),
+        ({"threshold": -0.3}, "threshold must be a finite number above 0, got -0.3"),
+        ({"threshold": math.nan}, "threshold must be a finite number above 0, got nan"),
+        ({"seeds": ()}, "the number of seeds must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named_with_what_is_allowed(train, options, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        train(**options)
+
+
+def test_a_bar_is_drawn_only_where_it_has_a_name(train, capsys):
+    train(max_iterations=2)
+    assert capsys.readouterr() == ("", "")
+    train(max_iterations=2, progress="1b")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "1b" in err
+
+
+# evaluate
+
+
+@pytest.mark.parametrize("build", [LogisticRegression, with_dropout, with_batchnorm])
+@pytest.mark.parametrize("mode", [True, False])
+def test_evaluate_is_the_loss_and_the_errors_in_evaluation_mode(data, build, mode):
+    model = initialise(build, 0).train()
+    model(data.train_inputs)  # moves BatchNorm's statistics
+    model.train(mode)
+    params = {name: 2 * p for name, p in params_of(model).items()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    loss, errors = evaluate(model, params, data.test_inputs, data.test_targets)
+    assert model.training == mode
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in model.named_buffers())
+    model.eval()
+    logits = torch.func.functional_call(model, params, data.test_inputs)
+    assert torch.equal(loss, F.cross_entropy(logits, data.test_targets))
+    assert errors.item() == sum(row.argmax() != target for row, target in zip(logits, data.test_targets, strict=True))
+    assert not loss.requires_grad
+
+
+def test_evaluate_restores_each_module_s_own_mode(data):
+    model = with_batchnorm()
+    model[1].eval()  # as one does with a BatchNorm that is not to be trained
+    evaluate(model, params_of(model), data.test_inputs, data.test_targets)
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+
+
+def test_evaluate_restores_the_mode_after_an_error(data):
+    model = LogisticRegression()
+    with pytest.raises(RuntimeError):
+        evaluate(model, params_of(model), torch.zeros(2, 7), torch.zeros(2, dtype=torch.long))
+    assert model.training
