@@ -17,7 +17,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@echo "Setting up $(VENV): about two minutes and 6 GB, once."
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 report: $(STAMP)  ## run the six notebooks headless and make report/report.html and report.pdf (ARGS="--jobs 4 --no-resume")
@@ -45,7 +45,7 @@ notebooks: $(STAMP)  ## execute the committed notebooks on the real data and wri
 	@$(RUN) -m report.notebooks $(ARGS)
 
 wheel: $(STAMP)  ## build dist/fwdlib-*.whl, for Colab
-	@$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	@$(RUN) -m jupyter lab notebooks

@@ -92,7 +92,9 @@ class FetchData:
     FWDLIB_CACHE names another cache folder. What is there and has the published hash is not downloaded again.
     """
 
-    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME [NAME ...]")]
+    names: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="")
+    ]
     """Data sets by name, for example KMNIST CIFAR10. `python -m fwdlib data` lists them."""
 
     def run(self) -> int:

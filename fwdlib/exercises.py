@@ -27,9 +27,7 @@ def check(answer: Callable[..., Any], cases: Iterable[tuple[tuple, Any]], tolera
         try:
             given = answer(*arguments)
         except NotImplementedError:
-            print(
-                f"{name}: not solved yet. Replace `raise NotImplementedError` by your answer and run this cell again."
-            )
+            print(f"{name}: not solved yet; replace `raise NotImplementedError` by your answer.")
             return
         expected = torch.as_tensor(expected, dtype=torch.float64)
         try:

@@ -43,7 +43,7 @@ def plot_training(records: Record | Sequence[Record]) -> Figure:
     """
     records = [records] if isinstance(records, Record) else list(records)
     with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(10.5, 3.1))
+        figure = Figure(figsize=(9, 2.9))
         for axes, quantity in zip(figure.subplots(1, 3), QUANTITIES, strict=True):
             _draw_quantity(axes, records, quantity)
         figure.axes[1].legend()
@@ -91,7 +91,7 @@ def plot_seeds(record: Record, threshold: float | None = None) -> Figure:
         style = METHODS.get(record.title, {"color": "0.3"})
         for run in record.runs:
             finite = [value if np.isfinite(value) else np.nan for value in run.train_loss]
-            axes.plot(finite, color=style["color"], alpha=0.35, linewidth=0.8)
+            axes.plot(finite, color=style["color"], alpha=0.45, linewidth=0.9)
             last = int(np.flatnonzero(np.isfinite(finite))[-1]) if np.isfinite(finite).any() else 0
             marker, size = marks[run.status]
             axes.scatter(last, finite[last], marker=marker, s=size, color=style["color"], zorder=3)
@@ -118,12 +118,15 @@ def plot_seeds(record: Record, threshold: float | None = None) -> Figure:
     return figure
 
 
-def plot_losses(curves: dict[str, Sequence[float]], threshold: float | None = None) -> Figure:
+def plot_losses(
+    curves: dict[str, Sequence[float]], threshold: float | None = None, threshold_label: str = "threshold"
+) -> Figure:
     """Draw a few named loss curves over the iterations, each until it leaves a hundred times the start.
 
     Args:
         curves: name -> training loss before the first step and after each.
         threshold: drawn as a line.
+        threshold_label: what it is.
 
     Returns:
         A figure with one panel.
@@ -139,7 +142,7 @@ def plot_losses(curves: dict[str, Sequence[float]], threshold: float | None = No
                 last = int(np.flatnonzero(np.isnan(shown))[0]) - 1
                 axes.plot(last, shown[last], "x", color=color, markersize=8)
         if threshold is not None:
-            axes.axhline(threshold, color="0.2", linewidth=0.8, linestyle=":", label="threshold")
+            axes.axhline(threshold, color="0.2", linewidth=0.8, linestyle=":", label=threshold_label)
         axes.set(xlabel="iteration (optimizer steps)", ylabel="training loss [nats]", yscale="log")
         _plain_ticks(axes)
         axes.legend()
@@ -208,7 +211,7 @@ def plot_features(data: Dataset) -> Figure:
                 axes.scatter(
                     points[:, x], points[:, y], s=14, marker=marker, alpha=0.7, color=CURVES[index], label=name
                 )
-            axes.set(xlabel=f"{PENGUIN_FEATURES[x]}, scaled", ylabel=f"{PENGUIN_FEATURES[y]}, scaled")
+            axes.set(xlabel=_scaled(PENGUIN_FEATURES[x]), ylabel=_scaled(PENGUIN_FEATURES[y]))
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
@@ -247,6 +250,10 @@ def _until_end(run: Run, quantity: str, num_test: int) -> np.ndarray:
     return (
         100 * (1 - values / num_test) if quantity == "test accuracy" else np.where(np.isfinite(values), values, np.inf)
     )
+
+
+def _scaled(feature: str) -> str:
+    return feature.removesuffix("_mm").removesuffix("_g").replace("_", " ") + ", scaled to 0..1"
 
 
 def _plain_ticks(axes: Axes) -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import textwrap
 import tomllib
 import warnings
 from pathlib import Path
@@ -145,6 +146,7 @@ def summary(seeds: list[int], device: torch.device | str = "cpu") -> str:
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     mode = "; quick mode: only to see that everything runs" if is_quick() else ""
+    packages = textwrap.fill(packages, 88)
     return f"{packages}\n{resolve_device(device)}, {torch.get_num_threads()} threads; {which}{mode}"
 
 

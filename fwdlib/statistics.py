@@ -39,7 +39,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interv
     # inverted_cdf-like middle, by hand: numpy's interpolation makes nan of (inf + inf) / 2 and of inf - inf
     ordered = np.sort(values)
     low_mid, high_mid = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
-    middle = low_mid if low_mid == high_mid else (low_mid + high_mid) / 2
+    middle = (low_mid + high_mid) / 2
     interval = stats.quantile_test(values, q=0.0, p=0.5).confidence_interval(confidence)
     return Interval(float(interval.low), float(middle), float(interval.high))
 

@@ -33,8 +33,8 @@ OPTIMIZERS = tuple(
     for name, kind in vars(torch.optim).items()
     if inspect.isclass(kind)
     and issubclass(kind, Optimizer)
-    # the base class; one that calls for the loss again and again; one for sparse gradients
-    and name not in ("Optimizer", "LBFGS", "SparseAdam")
+    # the base class; one that evaluates the loss several times a step; for sparse gradients; for matrices alone
+    and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
 )
 
 
@@ -121,6 +121,10 @@ def train(
     if isinstance(optimizer, str):
         elementwise = optimizer in ELEMENTWISE
         optimizer = make_optimizer(optimizer, learning_rate)
+    elif learning_rate is not None:
+        raise ValueError(
+            f"learning_rate goes with an optimizer given by name; yours has its own, got {learning_rate!r}"
+        )
     else:
         elementwise = type(optimizer([torch.zeros(1)])).__name__ in ELEMENTWISE
     if threshold is not None:

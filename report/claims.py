@@ -23,6 +23,7 @@ from fwdlib.statistics import Interval, median_interval, paired_difference
 METHODS = {"backprop": "backprop", "forward": "forward gradient"}  # key -> as records and timings call it
 QUOTED = Path(__file__).with_name("quoted.toml")
 TIMINGS = "timings.json"
+BARELY = 1.0  # percent: a training loss that falls by less has barely moved
 
 
 class Task(NamedTuple):
@@ -36,7 +37,9 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "logistic": Task("Logistic regression", "logistic", LogisticRegression, "1a_logistic_backprop", "1b_logistic_forward"),
+    "logistic": Task(
+        "Logistic regression", "logistic", LogisticRegression, "1a_logistic_backprop", "1b_logistic_forward"
+    ),
     "mlp": Task("Multilayer perceptron", "MLP", MLP, "2a_mlp_backprop", "2b_mlp_forward"),
     "cnn": Task("Convolutional network", "CNN", CNN, "3a_cnn_backprop", "3b_cnn_forward"),
 }
@@ -102,6 +105,7 @@ def context(results: Results) -> dict[str, Any]:
     environments = [record.environment for record in records]
     return {
         "tasks": tasks,
+        "barely": BARELY,
         "quoted": quoted,
         "quick": any(record.quick for record in records),
         "substitutes": [source for source in sources if source["substitute_for"]],
@@ -126,13 +130,11 @@ def arrivals(runs: dict[str, list]) -> dict[str, list[float]]:
     return {
         "total": [t if ok else math.inf for t, ok in zip(runs["total_seconds"], arrived, strict=True)],
         "median_step": [math.inf if t is None else t for t in runs["step_seconds"]],
-        "mean_step": [
-            t / n if n else math.inf for t, n in zip(runs["total_seconds"], runs["iterations"], strict=True)
-        ],
+        "mean_step": [t / n if n else math.inf for t, n in zip(runs["total_seconds"], runs["iterations"], strict=True)],
     }
 
 
-def paired_ratio(over: Sequence[float], under: Sequence[float]) -> Interval | None:
+def paired_ratio(over: Sequence[float], under: Sequence[float]) -> Interval:
     """Return the median over the pairs of ``over / under`` with its interval.
 
     A pair of which one is infinite counts as infinite or zero; one of which both are, says nothing and is left out.
@@ -142,39 +144,43 @@ def paired_ratio(over: Sequence[float], under: Sequence[float]) -> Interval | No
         under: the same seeds.
 
     Returns:
-        The interval, or None if there is no pair.
+        The interval, nan if no pair is left.
     """
     pairs = [(a, b) for a, b in zip(over, under, strict=True) if math.isfinite(a) or math.isfinite(b)]
     # 0 / 0: a seed that started below the threshold with both methods
     ratios = [1.0 if a == b else a / b if b else math.inf for a, b in pairs]
-    return median_interval(ratios) if ratios else None
+    return median_interval(ratios) if ratios else Interval(math.nan, math.nan, math.nan)
 
 
-def relation(ratio: Interval | None) -> str:
+def relation(ratio: Interval) -> str:
     """Return what a ratio of forward gradient to backprop says: ``more``, ``less``, ``same`` or ``unclear``.
 
     Args:
         ratio: with its interval; ``same`` if that contains 1, ``unclear`` if there is none.
     """
-    if ratio is None or math.isnan(ratio.low):
+    if math.isnan(ratio.low):
         return "unclear"
     return "more" if ratio.low > 1 else "less" if ratio.high < 1 else "same"
 
 
 def overlap(first: Interval, second: Interval) -> str:
-    """Return ``same`` if two intervals overlap, else whether the second is ``more`` or ``less``; or ``unclear``.
+    """Return ``same`` if two intervals overlap, else whether the second is ``more`` or ``less``.
+
+    ``never`` if both medians are infinite, ``unclear`` if there is no interval.
 
     Args:
         first: of backprop.
         second: of the forward gradient.
     """
+    if math.isinf(first.estimate) and math.isinf(second.estimate):
+        return "never"
     if math.isnan(first.low) or math.isnan(second.low):
         return "unclear"
     return "more" if second.low > first.high else "less" if second.high < first.low else "same"
 
 
 def _task(key: str, pair: dict[str, Record], timed: dict[str, Any], quoted: dict[str, Any]) -> dict[str, Any]:
-    task, backprop, forward = TASKS[key], pair["backprop"], pair["forward"]
+    task, forward = TASKS[key], pair["forward"]
     clocks = {method: arrivals(timed["methods"][name]) for method, name in METHODS.items()}
     plain = float(np.median(timed["plain_seconds"]))
     published = float(np.median(timed["published_seconds"]))
@@ -199,7 +205,7 @@ def _task(key: str, pair: dict[str, Record], timed: dict[str, Any], quoted: dict
     return {
         "key": key,
         "title": task.title,
-        "description": (task.build.__doc__ or "").partition("\n")[0].rstrip("."),
+        "description": (task.build.__doc__ or "").partition("\n")[0].rstrip(".").replace("->", "→"),
         "num_params": forward.num_params,
         "num_tensors": len(list(task.build().parameters())),
         "source": forward.source,
@@ -222,6 +228,7 @@ def _task(key: str, pair: dict[str, Record], timed: dict[str, Any], quoted: dict
         "num_published": len(timed["published_seconds"]),
         "speedup": published / methods["forward"]["step"].estimate,
         "quoted": quoted,
+        "moves": min(float(m["train_fall"].estimate) for m in methods.values()) >= BARELY,
         "comparisons": _comparisons(quoted, ratios, threshold is None),
     }
 

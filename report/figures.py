@@ -59,9 +59,13 @@ def plot_summary(results: Results) -> dict[str, Figure]:
         for task, timed in results.timings["tasks"].items()
     }
     panels = {
-        "iterations": ("Iterations to the end", "optimizer steps", lambda t, m: iterations(results.records[t][m])),
-        "step": ("Time of an iteration", "seconds", lambda t, m: clocks[t][m]["median_step"]),
-        "total": ("Time of the whole training", "seconds", lambda t, m: clocks[t][m]["total"]),
+        "iterations": (
+            "Iterations to the end",
+            "optimizer steps, logarithmic",
+            lambda t, m: iterations(results.records[t][m]),
+        ),
+        "step": ("Time of an iteration", "time, logarithmic", lambda t, m: clocks[t][m]["median_step"]),
+        "total": ("Time of the whole training", "time, logarithmic", lambda t, m: clocks[t][m]["total"]),
     }
     records = [record for pair in results.records.values() for record in pair.values()]
     figures = {}
@@ -75,10 +79,11 @@ def plot_summary(results: Results) -> dict[str, Figure]:
                 place = list(TASKS).index(task) + (-0.17 if method == "backprop" else 0.17)
                 _draw_row(axes, place, row, method, ceiling)
             axes.set(title=title, xlabel=unit, xscale="log", ylim=(len(TASKS) - 0.5, -0.5))
+            axes.margins(x=0.06)
             axes.set_yticks(range(len(TASKS)), [task.short for task in TASKS.values()])
             axes.tick_params(axis="y", length=0)
             axes.grid(visible=False, axis="y")
-            axes.xaxis.set_major_formatter(ticker.FuncFormatter(_seconds if unit == "seconds" else _plain))
+            axes.xaxis.set_major_formatter(ticker.FuncFormatter(_plain if name == "iterations" else _seconds))
             axes.xaxis.set_minor_formatter(ticker.NullFormatter())
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
             plotting._stamp(figure, records)
@@ -95,7 +100,9 @@ def _draw_row(axes: Axes, place: float, row: Sequence[float], method: str, ceili
     never = len(row) - len(finite)
     if never:
         axes.scatter([ceiling] * never, place + np.asarray(shift[len(finite) :]), marker=">", s=26, color=color)
-        axes.annotate(f"{never} never", (ceiling, place), xytext=(0, 6), textcoords="offset points", ha="right", fontsize=7)
+        axes.annotate(
+            f"{never} never", (ceiling, place), xytext=(0, 6), textcoords="offset points", ha="right", fontsize=7
+        )
     if not math.isnan(middle.low):
         axes.plot([middle.low, middle.high], [place, place], color=color, linewidth=2.2, solid_capstyle="butt")
     label = METHODS[method] if round(place) == 0 else None  # once for each method
@@ -109,7 +116,7 @@ def _plain(value: float, _: int) -> str:
 
 
 def _seconds(value: float, _: int) -> str:
-    for scale, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
+    for scale, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "\N{MICRO SIGN}s")):
         if value * scale >= 0.999:
             return f"{value * scale:g} {unit}"
     return f"{value:g} s"

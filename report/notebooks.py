@@ -78,7 +78,7 @@ def main(options: Options) -> None:
 
 
 def write_setup(notebook: NotebookNode, name: str, address: str | None) -> None:
-    """Write the badge and the setup cells, which are the third and fourth, in place.
+    """Write the badge under the title, the text under "## Setup" and the code after it, in place.
 
     Args:
         notebook: to change.
@@ -98,8 +98,9 @@ def write_setup(notebook: NotebookNode, name: str, address: str | None) -> None:
         if address
         else "upload the wheel that `make wheel` builds into `dist/` (the folder symbol on the left), then "
     )
-    notebook.cells[2].source = SETUP_TEXT.format(colab=upload)
-    notebook.cells[3].source = SETUP_CODE.format(package=package)
+    setup = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## Setup"))
+    notebook.cells[setup].source = SETUP_TEXT.format(colab=upload)
+    notebook.cells[setup + 1].source = SETUP_CODE.format(package=package)
 
 
 def execute(notebook: NotebookNode, name: str, timeout: int) -> None:

@@ -22,9 +22,9 @@ def number(value: float, digits: int = 3, infinite: str = "never") -> str:
     """
     if not math.isfinite(value):
         return infinite
-    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    magnitude = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded number: 9.999 is 10.0
     decimals = max(0, digits - 1 - magnitude)
-    return f"{value:,.{decimals}f}".replace("-", "−")
+    return f"{value:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def count(value: float) -> str:
@@ -34,7 +34,7 @@ def count(value: float) -> str:
         >>> count(382.0), count(381.5), count(float("inf"))
         ('382', '381.5', 'never')
     """
-    return f"{value:,.1f}".removesuffix(".0").replace("-", "−") if math.isfinite(value) else "never"
+    return f"{value:,.1f}".removesuffix(".0").replace("-", "\N{MINUS SIGN}") if math.isfinite(value) else "never"
 
 
 def interval(value: Interval, form: Callable[[float], str] = number) -> str:
@@ -60,9 +60,23 @@ def duration(value: Interval | float) -> str:
         scale, unit = 1.0, " s" if math.isfinite(value.low) else ""
     else:
         scale, unit = next(
-            (pair for pair in ((1.0, " s"), (1e3, " ms")) if value.estimate * pair[0] >= 1), (1e6, " µs")
+            (pair for pair in ((1.0, " s"), (1e3, " ms")) if value.estimate * pair[0] >= 1), (1e6, " \N{MICRO SIGN}s")
         )
     return interval(Interval(*(end * scale for end in value))) + unit
+
+
+def times(ratio: Interval) -> str:
+    """Return what a ratio of durations says, as the end of a sentence about the numerator.
+
+    Example:
+        >>> times(Interval(2.1, 2.25, 2.5))
+        'takes 2.25 [2.10, 2.50] times as long'
+    """
+    if math.isnan(ratio.estimate):
+        return "cannot be compared, as no seed arrived,"
+    if not ratio.estimate:
+        return "arrives where backprop does not"
+    return f"takes {interval(ratio)} times as long" if math.isfinite(ratio.estimate) else "does not arrive"
 
 
 def enumerated(items: Iterable[str]) -> str:

@@ -4,4 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 os.environ.setdefault("MPLBACKEND", "agg")
+torch.set_num_threads(1)  # not by OMP_NUM_THREADS, which the processes that some tests start would inherit

@@ -49,6 +49,10 @@ def save(folder, name="1b_logistic_forward", parameters=None, **changes):
     return save_run(name, parameters=parameters, **options)
 
 
+def names_in(folder):
+    return [path.name for path in folder.iterdir()]
+
+
 def same(first, second):
     return repr(first) == repr(second)  # unlike ==, takes nan for nan
 
@@ -104,7 +108,7 @@ def test_the_folder_is_that_of_the_environment_unless_given(tmp_path, monkeypatc
 
 
 def test_a_missing_record_says_how_to_make_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no record at .*1a.json; run the notebook 1a.ipynb"):
+    with pytest.raises(FileNotFoundError, match=r"no record at .*1a\.json; run the notebook 1a\.ipynb"):
         load_run(tmp_path / "1a.json")
 
 
@@ -150,14 +154,16 @@ def test_a_new_file_replaces_the_old_one_and_can_be_read_by_others(tmp_path):
     write_text(path, "new ö\n")
     assert path.read_bytes() == "new ö\n".encode()
     assert path.stat().st_mode & 0o777 == 0o644
-    assert os.listdir(tmp_path) == ["x.txt"]
+    assert names_in(tmp_path) == ["x.txt"]
 
 
 def test_the_old_file_is_there_until_the_new_one_is_complete(tmp_path, monkeypatch):
     path, seen = tmp_path / "x.txt", []
     write_text(path, "old")
     monkeypatch.setattr(os, "fsync", lambda _: seen.append(path.read_text()))
-    write_text(path, "new")
+    with path.open() as reader:
+        write_text(path, "new")
+        assert reader.read() == "old"  # moved into place, not written over: a reader has one or the other
     assert seen == ["old"]
     assert path.read_text() == "new"
 
@@ -172,7 +178,7 @@ def test_a_full_disk_names_file_and_cause_and_leaves_the_old_file(tmp_path, monk
     assert "free some space" in str(error.value)
     assert error.value.errno == errno.ENOSPC
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == [path.name]
+    assert names_in(tmp_path) == [path.name]
 
 
 FULL_DISK = """
@@ -203,10 +209,10 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="could not write .*file/1b_logistic_forward.json: ") as error:
+    with pytest.raises(OSError, match=r"could not write .*file/1b_logistic_forward\.json: ") as error:
         save(tmp_path / "file")
     assert "choose a folder you can write to (FWDLIB_RESULTS names the folder)" in str(error.value)
-    assert os.listdir(tmp_path) == ["file"]
+    assert names_in(tmp_path) == ["file"]
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
@@ -214,15 +220,15 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(results.tempfile, "NamedTemporaryFile", denied)  # root may write anywhere
-    with pytest.raises(PermissionError, match="could not write .*: Permission denied. To go on, choose a folder"):
+    with pytest.raises(PermissionError, match=r"could not write .*: Permission denied\. To go on, choose a folder"):
         save(tmp_path)
 
 
 def test_a_folder_in_the_place_of_the_file(tmp_path):
     (tmp_path / "1b_logistic_forward.json").mkdir()
-    with pytest.raises(OSError, match="could not write .*1b_logistic_forward.json: "):
+    with pytest.raises(OSError, match=r"could not write .*1b_logistic_forward\.json: "):
         save(tmp_path)
-    assert os.listdir(tmp_path) == ["1b_logistic_forward.json"]
+    assert names_in(tmp_path) == ["1b_logistic_forward.json"]
 
 
 def test_nothing_is_left_when_it_is_interrupted(tmp_path, monkeypatch):
@@ -232,7 +238,7 @@ def test_nothing_is_left_when_it_is_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path)
-    assert os.listdir(tmp_path) == []
+    assert names_in(tmp_path) == []
 
 
 def test_what_is_no_json_is_refused_before_the_old_file_is_touched(tmp_path):
@@ -241,7 +247,7 @@ def test_what_is_no_json_is_refused_before_the_old_file_is_touched(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         save(tmp_path, parameters={"tangents": print})
     assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == [path.name]
+    assert names_in(tmp_path) == [path.name]
 
 
 # tables

@@ -177,7 +177,7 @@ def test_resolve_device_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="^device must be one of 'cpu', got 'cuda'$"):
+    with pytest.raises(ValueError, match=r"^device must be one of 'cpu', got 'cuda'$"):
         runtime.resolve_device("cuda")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert runtime.resolve_device("mps").type == "mps"
@@ -219,8 +219,8 @@ def test_versions_names_every_package_and_those_that_are_missing(monkeypatch):
 
 
 def test_summary_shows_versions_device_threads_and_seeds(monkeypatch):
-    packages, rest = runtime.summary([4, 5, 6]).split("\n")
-    assert packages == ", ".join(f"{name} {version}" for name, version in runtime.versions().items())
+    packages, _, rest = runtime.summary([4, 5, 6]).rpartition("\n")
+    assert packages.replace("\n", " ") == ", ".join(f"{name} {version}" for name, version in runtime.versions().items())
     assert rest == f"cpu, {torch.get_num_threads()} threads; seeds 4 to 6"
     assert runtime.summary([4]).endswith("; seed 4")
     monkeypatch.setenv("FWDLIB_QUICK", "1")

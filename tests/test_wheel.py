@@ -1,0 +1,65 @@
+"""Each notebook stands alone: an empty folder, only the wheel, no repository, no network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+# A network namespace of its own: loopback for the kernel's sockets, and nothing else.
+OFFLINE = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+
+
+def can_cut_the_network():
+    return (
+        all(map(shutil.which, ("unshare", "ip")))
+        and subprocess.run([*OFFLINE, "true"], capture_output=True).returncode == 0
+    )
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """A folder that holds what the wheel holds, and nothing of the repository."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "fwdlib", source / "fwdlib", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source], check=True)
+    (wheel,) = folder.glob("fwdlib-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
+    return folder / "site"
+
+
+def test_the_wheel_holds_fwdlib_alone(site):
+    assert {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")} == {"fwdlib"}
+    assert {path.name for path in (ROOT / "fwdlib").glob("*.py")} <= {path.name for path in (site / "fwdlib").iterdir()}
+    assert (site / "fwdlib" / "fwdlib.mplstyle").is_file()
+
+
+@pytest.mark.skipif(not can_cut_the_network(), reason="needs unshare and ip, and the right to make a network namespace")
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_alone_and_offline(notebook, site, tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    shutil.copy(notebook, folder)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FWDLIB_")}
+    environment |= {"PYTHONPATH": str(site), "FWDLIB_QUICK": "1", "FWDLIB_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "papermill", notebook.name, "out.ipynb", "-k", "python3", "--no-progress-bar"]
+    run = subprocess.run([*OFFLINE, *command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+    outputs = [output for cell in nbformat.read(folder / "out.ipynb", 4).cells for output in cell.get("outputs", ())]
+    text = "".join(output.text for output in outputs if output.output_type == "stream")
+    # the penguins are the same rows offline; the digits are not KMNIST, and say so
+    assert ("SUBSTITUTE: this is digits, not KMNIST" in text) == notebook.stem.startswith("3")
+    assert (folder / "results" / f"{notebook.stem}.json").is_file()
