@@ -285,9 +285,9 @@ def test_substitute_data_is_announced_on_the_first_page(results, tmp_path):
         change(results, name, lambda r: r.source.update(name="digits", substitute_for="KMNIST", origin="scikit-learn"))
     render.render(claims.load(results), tmp_path)
     page = Page(tmp_path / "report.html")
-    notice = page.text.index("Substitute data.")
-    assert notice < page.text.index("Question and answer", page.text.index("Forward gradients beside"))
-    assert "KMNIST was not at hand" in page.text[notice:]
+    notice = page.source.index("Substitute data.")
+    assert page.source.index("<h1>") < notice < page.source.index('<h2 id="answer"')
+    assert "KMNIST was not at hand when this report was made; digits (scikit-learn) stood in for it" in page.text
     assert any(attributes.get("role") == "note" for attributes in page.all("div"))
     assert "a substitute for KMNIST" in section(text_of(results), "cnn")
     assert "KMNIST is by" not in page.text
@@ -519,6 +519,30 @@ def test_an_interrupted_timing_pass_leaves_no_stamp(results, measured, monkeypat
     assert not (results.parent / "executed" / "timings.json").exists()
 
 
+# --- a whole build ---------------------------------------------------------------------------------------------------
+
+
+def test_a_build_and_another_that_reuses_it(saved, measured, tmp_path, monkeypatch, capsys):
+    names = [getattr(task, method) for task in claims.TASKS.values() for method in claims.METHODS]
+    for name in names:  # each "trains" by copying its saved record
+        copy_it = f"import os, shutil\nshutil.copy({str(saved / name)!r} + '.json', os.environ['FWDLIB_RESULTS'])"
+        write_notebook(tmp_path, name, copy_it)
+    monkeypatch.setattr(program, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(program.Build, "_load_data", lambda self: "data")
+    built = tmp_path / "built"
+    assert program.main(["--output", str(built)]) == 0
+    said = capsys.readouterr()
+    assert said.out.split() == [str(built / "report.html"), str(built / "report.pdf")]
+    assert re.search(r"report +\d+ s in all", said.err)
+    assert {path.name for path in built.iterdir()} == {"executed", "figures", "results", *render.PAGES}
+    assert len(measured) == 3
+    before = snapshot(built)
+    assert program.main(["--output", str(built)]) == 0
+    assert snapshot(built) == before
+    assert len(measured) == 3
+    assert capsys.readouterr().err.count("reused") == 7
+
+
 def test_the_plan_names_the_six_notebooks():
     plan = program.tomllib.loads(program.PLAN.read_text())
     names = {getattr(task, method) for task in claims.TASKS.values() for method in claims.METHODS}
@@ -558,10 +582,10 @@ def test_number(value, text):
     ("value", "text"),
     [
         (12.0, "12.0 s"),
-        (0.0004, "400 µs"),
+        (0.0004, "400 \N{MICRO SIGN}s"),
         (math.inf, "never"),
         (Interval(2, math.inf, math.inf), "never [2.00, never] s"),
     ],
 )
 def test_duration(value, text):
-    assert wording.duration(value) == text.replace("µ", "\N{MICRO SIGN}")
+    assert wording.duration(value) == text
