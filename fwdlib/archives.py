@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 
-from fwdlib.runtime import cache_dir, data_dir
+from fwdlib.runtime import cache_dir, data_dir, is_offline
 
 PROBE_SECONDS = 2.0  # longest wait for the answer of one host
 PROBE_BUDGET = 4.5  # longest wait for all hosts that do not answer, per process
@@ -142,8 +142,13 @@ _waited = 0.0  # seconds, for hosts that did not answer
 
 
 def answers(url: str) -> bool:
-    """Tell whether a host serves ``url``; each host is asked once, within one budget of time for all."""
+    """Tell whether a host serves ``url``; each host is asked once, within one budget of time for all.
+
+    With ``FWDLIB_OFFLINE`` set none is asked.
+    """
     global _waited
+    if is_offline():
+        return False
     host, wait = urlsplit(url).netloc, min(PROBE_SECONDS, PROBE_BUDGET - _waited)
     if host not in _answered and wait > 0:
         answer: list[bool] = []
@@ -160,3 +165,8 @@ def answers(url: str) -> bool:
         _answered[host] = bool(answer)
         _waited += 0 if answer else time.monotonic() - start
     return _answered.get(host, False)
+
+
+def found_no_network() -> bool:
+    """Tell whether hosts were asked in this process and none answered."""
+    return bool(_answered) and not any(_answered.values())

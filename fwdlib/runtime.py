@@ -30,6 +30,11 @@ def is_quick() -> bool:
     return os.environ.get("FWDLIB_QUICK", "") not in ("", "0")
 
 
+def is_offline() -> bool:
+    """Tell whether ``FWDLIB_OFFLINE`` says that there is no network, so that none is waited for."""
+    return os.environ.get("FWDLIB_OFFLINE", "") not in ("", "0")
+
+
 def seed_list(seed: int, num_seeds: int) -> list[int]:
     """Return the ``num_seeds`` consecutive seeds that start at ``seed``.
 

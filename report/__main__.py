@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 import tomllib
@@ -66,9 +67,12 @@ class Build:
 
     def _load_data(self) -> str:
         """Load the data once, say where it is from, and return what it depends on as one text."""
+        from fwdlib.archives import found_no_network
         from fwdlib.data import describe, load_kmnist, load_penguins
 
         found = [load_penguins(), load_kmnist()]
+        if found_no_network():
+            os.environ["FWDLIB_OFFLINE"] = "1"  # the notebooks' processes need not find out again
         for dataset in found:
             first, second, *_ = describe(dataset).splitlines()
             is_real = dataset.source.substitute_for is None

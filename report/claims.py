@@ -109,6 +109,8 @@ def context(results: Results) -> dict[str, Any]:
         "quoted": quoted,
         "quick": any(record.quick for record in records),
         "substitutes": [source for source in sources if source["substitute_for"]],
+        # an iteration holds an evaluation: it cannot be the shorter of the two, unless others had the processor
+        "disturbed": [t["title"] for t in tasks.values() if min(m["over_plain"] for m in t["methods"].values()) < 1],
         "sources": [
             {**source, "tasks": [tasks[key]["title"] for key in TASKS if tasks[key]["source"] == source]}
             for source in sources

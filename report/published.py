@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.utils.data import DataLoader, TensorDataset
 
 from fwdlib.data import Dataset
 from fwdlib.tangents import Params
@@ -35,9 +36,12 @@ def published_step(
         model: one of the three, for its structure.
         data: the data set; the whole training part is the batch.
         learning_rate: of the update.
-        per_tensor: one jvp per parameter tensor with standardised tangents (logistic regression and MLP), or one for
-            all with normal tangents (CNN).
+        per_tensor: as for logistic regression and the MLP: a jvp per parameter tensor with standardised tangents, and
+            the training loss once more. Else as for the CNN: one jvp with normal tangents, of parameters that still
+            require gradients, so that the reverse graph is built as well; and test images drawn one by one, each from
+            a new iterator of a data loader.
     """
+    loader = DataLoader(TensorDataset(data.test_inputs, data.test_targets), shuffle=True)
 
     def loss(params: Params) -> Tensor:
         return F.nll_loss(predict(model, params, data.train_inputs).log(), data.train_targets)
@@ -45,23 +49,29 @@ def published_step(
     def derivative_of_one(params: Params, name: str, tangent: Tensor) -> Tensor:
         return jvp(lambda value: loss({**params, name: value}), (params[name],), (tangent,))[1]
 
-    @torch.no_grad()
     def step(params: Params) -> Params:
+        params = {name: p.detach().requires_grad_(not per_tensor) for name, p in params.items()}
         tangents = {name: torch.randn_like(p) for name, p in params.items()}
         if per_tensor:
             tangents = {name: (v - v.mean()) / v.std() for name, v in tangents.items()}
             slopes = {name: derivative_of_one(params, name, v) for name, v in tangents.items()}
         else:
-            slope = jvp(loss, (params,), (tangents,))[1]
-            slopes = dict.fromkeys(params, slope)
-        updated = {name: p - learning_rate * slopes[name] * tangents[name] for name, p in params.items()}
-        # evaluation, which the published timer includes: every test example twice, and the training loss again
-        probabilities = predict(model, updated, data.test_inputs)
-        F.nll_loss(probabilities.log(), data.test_targets).item()
-        pairs = zip(predict(model, updated, data.test_inputs), data.test_targets, strict=True)
+            slopes = dict.fromkeys(params, jvp(loss, (params,), (tangents,))[1])
+        with torch.no_grad():
+            updated = {name: p - learning_rate * slopes[name] * tangents[name] for name, p in params.items()}
+        evaluate(updated)
+        return updated
+
+    def evaluate(params: Params) -> None:
+        # inside the published timer: every test example twice, for the losses and for the errors
+        inputs, targets = data.test_inputs, data.test_targets
+        if not per_tensor:
+            drawn = [next(iter(loader)) for _ in range(len(targets))]
+            inputs, targets = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        F.nll_loss(predict(model, params, inputs).log(), targets).item()
+        pairs = zip(predict(model, params, inputs), targets, strict=True)
         sum(int(probability.argmax() != target) for probability, target in pairs)
         if per_tensor:
-            loss(updated).item()
-        return updated
+            loss(params).item()
 
     return step

@@ -36,7 +36,7 @@ def measure(tasks: dict[str, dict[str, Any]], *, num_seeds: int, num_published: 
 
     Returns:
         For each task the lists ``plain_seconds`` (one evaluation of the loss without derivative),
-        ``published_seconds`` (one published iteration) and for each method ``step_seconds`` (mean of a run),
+        ``published_seconds`` (one published iteration) and for each method ``step_seconds`` (median of a run),
         ``total_seconds`` and ``iterations``.
     """
     models: dict[str, tuple[Callable[[], nn.Module], Dataset]] = {}

@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 import os
+import urllib.request
+from urllib.error import URLError
 
+import pytest
 import torch
+
+from fwdlib import archives
 
 os.environ.setdefault("MPLBACKEND", "agg")
 torch.set_num_threads(1)  # not by OMP_NUM_THREADS, which the processes that some tests start would inherit
+
+
+@pytest.fixture
+def bare_machine(monkeypatch, tmp_path):
+    """Neither data nor cache nor network; tests add what they need."""
+    for name in ("FWDLIB_DATA", "FWDLIB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FWDLIB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(archives, "_answered", {})
+    monkeypatch.setattr(archives, "_waited", 0.0)
+
+    def no_network(*args, **kwargs):
+        raise URLError("no network in this test")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)

@@ -32,18 +32,7 @@ def digest_of(path: str, algorithm: str = "md5") -> str:
     return hashlib.new(algorithm, CONTENT[path]).hexdigest()
 
 
-@pytest.fixture(autouse=True)
-def bare_machine(monkeypatch, tmp_path):
-    """Neither data nor cache nor network; tests add what they need."""
-    monkeypatch.delenv("FWDLIB_DATA", raising=False)
-    monkeypatch.setenv("FWDLIB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(archives, "_answered", {})
-    monkeypatch.setattr(archives, "_waited", 0.0)
-
-    def no_network(*args, **kwargs):
-        raise URLError("no network in this test")
-
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+pytestmark = pytest.mark.usefixtures("bare_machine")
 
 
 @pytest.fixture
@@ -264,3 +253,18 @@ def test_without_a_network_everything_loads_within_five_seconds(tmp_path):
     )
     assert (ran.returncode, ran.stderr) == (0, "")
     assert float(ran.stdout) < 5
+
+
+def test_offline_asks_nobody(monkeypatch):
+    monkeypatch.setenv("FWDLIB_OFFLINE", "1")
+    monkeypatch.setattr(archives.urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
+    assert not archives.answers("http://example.invalid/file")
+
+
+def test_found_no_network_needs_a_question_that_nobody_answered(monkeypatch):
+    monkeypatch.setattr(archives, "_answered", {})
+    assert not archives.found_no_network()
+    monkeypatch.setattr(archives, "_answered", {"one": False})
+    assert archives.found_no_network()
+    monkeypatch.setattr(archives, "_answered", {"one": False, "two": True})
+    assert not archives.found_no_network()

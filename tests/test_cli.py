@@ -11,7 +11,6 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -20,20 +19,12 @@ from fwdlib import archives, cli, data
 
 
 @pytest.fixture(autouse=True)
-def bare_machine(monkeypatch, tmp_path):
+def bare_machine(bare_machine, monkeypatch, tmp_path):
     """Neither data nor cache nor network, no kernels of the user's own; results go to a folder that is not there."""
-    for name in ("FWDLIB_DATA", "FWDLIB_QUICK", "JUPYTER_PATH"):
+    for name in ("FWDLIB_QUICK", "JUPYTER_PATH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("FWDLIB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("FWDLIB_RESULTS", str(tmp_path / "new" / "results"))
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
-    monkeypatch.setattr(archives, "_answered", {})
-    monkeypatch.setattr(archives, "_waited", 0.0)
-
-    def no_network(*args, **kwargs):
-        raise URLError("no network in this test")
-
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
 
 
 @pytest.fixture

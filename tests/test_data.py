@@ -34,18 +34,7 @@ needs_penguins = pytest.mark.skipif(
 needs_kmnist = pytest.mark.skipif(not (REAL / "KMNIST/raw").is_dir(), reason=f"no KMNIST in {REAL}")
 
 
-@pytest.fixture(autouse=True)
-def bare_machine(monkeypatch, tmp_path):
-    """Neither data nor cache nor network; tests add what they need."""
-    monkeypatch.delenv("FWDLIB_DATA", raising=False)
-    monkeypatch.setenv("FWDLIB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(archives, "_answered", {})
-    monkeypatch.setattr(archives, "_waited", 0.0)
-
-    def no_network(*args, **kwargs):
-        raise URLError("no network in this test")
-
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+pytestmark = pytest.mark.usefixtures("bare_machine")
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

@@ -305,6 +305,16 @@ def test_quick_mode_is_announced(results):
     assert text_of(results).index("Quick mode.") < text_of(results).index("{#answer}")
 
 
+def test_times_that_cannot_be_are_announced(results):
+    assert "Disturbed" not in text_of(results)
+    content = json.loads((results / "timings.json").read_text())
+    content["tasks"]["mlp"]["plain_seconds"] = [0.032] * 3  # of an evaluation, while an iteration takes 1 to 3 ms
+    write_json(results / "timings.json", content)
+    text = text_of(results)
+    assert text.index("Disturbed times.") < text.index("{#answer}")
+    assert "for the multilayer perceptron, a whole iteration" in text
+
+
 def test_too_few_seeds_have_no_interval(results):
     for name in ("2a_mlp_backprop", "2b_mlp_forward"):
         change(results, name, lambda record: setattr(record, "runs", record.runs[:3]))
