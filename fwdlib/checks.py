@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 
 def check_positive(name: str, value: float) -> float:
@@ -12,7 +13,7 @@ def check_positive(name: str, value: float) -> float:
     Raises:
         ValueError: if it is zero, negative, not finite or not a number.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
     return value
 
@@ -23,7 +24,7 @@ def check_count(name: str, value: int, minimum: int = 1) -> int:
     Raises:
         ValueError: if it is smaller or not an integer.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
     return value
 

@@ -65,7 +65,11 @@ def backprop_gradient(objective: Objective, params: Params) -> GradientEstimate:
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         with torch.enable_grad():
             loss, buffers = evaluate(leaves)
-        grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True), strict=True))
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        else:  # a constant
+            found = [torch.zeros_like(p) for p in leaves.values()]
+        grads = dict(zip(leaves, found, strict=True))
     _keep_buffers(objective, buffers)
     return GradientEstimate(loss.detach(), grads, loss.new_empty(0))
 
@@ -94,7 +98,15 @@ def forward_gradient(
     from directional derivatives of its own, so P and the gradient are those of the tensor: less variance, for one jvp
     per tensor.
 
-    Cost: a joint tangent takes one pass forward; no activations are kept and no graph is built. BatchNorm's running
+    With blocks the error is :math:`\sum_l (P_l + 1)/K\, |\nabla_l f|^2` over the tensors l. The blocks of one tangent
+    are one draw, cut by tensor.
+
+    Cost: one jvp per tangent, or per tangent and tensor; one jvp is one pass forward, in which no activations are kept
+    and no graph is built (so an outer ``torch.func.grad`` sees a constant). All jvps go through the model together
+    unless ``chunk_size`` is set. The tangents themselves take K P numbers, with blocks K P times the number of tensors.
+
+    Every operation of the model needs a forward derivative in torch; one that has none raises NotImplementedError with
+    its name. (On a CPU ``nn.LSTM`` has one inside ``torch.backends.mkldnn.flags(enabled=False)``.) BatchNorm's running
     statistics advance once per estimate, Dropout draws one mask per estimate: see
     :class:`~fwdlib.objectives.BatchLoss`.
 

@@ -28,6 +28,9 @@ def params_of(model: nn.Module) -> Params:
 def assign_gradients(model: nn.Module, grads: Params) -> None:
     """Set ``.grad`` of the model's parameters, in place of ``loss.backward()``.
 
+    What was there is replaced, so ``zero_grad()`` is not needed, and to accumulate over batches you sum the estimates
+    yourself. The tensors are not copied: clipping ``.grad`` in place clips ``grads`` as well.
+
     Args:
         model: the model whose optimizer takes the next step.
         grads: a gradient for each name, each of its parameter's shape.
@@ -78,13 +81,20 @@ class BatchLoss:
         self.inputs = inputs
         self.targets = targets
         self.loss = loss
+        self._names = dict(model.named_parameters(remove_duplicate=False)).keys()
 
     def __call__(self, params: Params) -> Tensor:
-        """Return the scalar loss at ``params``."""
+        """Return the scalar loss at ``params``; parameters of the model that are not in it keep their values."""
         return self.with_buffers(params)[0]
 
     def with_buffers(self, params: Params) -> tuple[Tensor, Params]:
-        """Return the loss at ``params`` and the model's buffers as this forward pass leaves them."""
+        """Return the loss at ``params`` and the model's buffers as this forward pass leaves them.
+
+        Raises:
+            ValueError: if a name in ``params`` is no parameter of the model.
+        """
+        if unknown := params.keys() - self._names:
+            raise ValueError(f"params has {min(unknown)!r}, which the model has not; it has {', '.join(self._names)}")
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         logits = functional_call(self.model, (params, buffers), (self.inputs,))
         return self.loss(logits, self.targets), buffers

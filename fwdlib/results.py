@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,9 @@ def table(records: list[Record]) -> pd.DataFrame:
             "status": run.status,
             "iterations": run.iterations,
             "train_loss": run.train_loss[-1],
-            "test_loss": run.test_loss[-1],
-            "test_errors": run.test_errors[-1],
-            "test_accuracy": 1 - run.test_errors[-1] / record.num_test,
+            "test_loss": _end(record)(run)[0],
+            "test_errors": _end(record)(run)[1],
+            "test_accuracy": 1 - _end(record)(run)[1] / record.num_test,
         }
         for record in records
         for run in record.runs
@@ -162,17 +163,24 @@ def summary(records: list[Record]) -> pd.DataFrame:
 
 def _summary_column(record: Record) -> dict[str, str]:
     ended = Counter(run.status for run in record.runs)
-    wrong = float(np.median([run.test_errors[-1] for run in record.runs]))
+    loss, wrong = (median_interval(values).estimate for values in zip(*map(_end(record), record.runs), strict=True))
     steps = np.array(record.alone.step_seconds)
     return {
         "seeds": ", ".join(f"{count} {status}" for status, count in ended.most_common()),
         "iterations, median [95 % interval]": interval_text(median_interval(iterations(record)), "{:.0f}"),
-        "test loss at the end, median": f"{np.median([run.test_loss[-1] for run in record.runs]):.3f}",
+        "test loss at the end, median": f"{loss:.3f}",
         "test accuracy at the end, median": f"{100 * (1 - wrong / record.num_test):.1f} %",
         "misclassifications at the end, median": f"{wrong:g} of {record.num_test}",
-        "mean time of an iteration": f"{1e3 * steps.mean():.2f} ms",
+        "mean time of an iteration": f"{1e3 * steps.mean():.2f} ms" if steps.size else "no step was needed",
         "total time": f"{steps.sum():.2f} s for {record.alone.iterations} iterations",
     }
+
+
+def _end(record: Record) -> Callable[[Run], tuple[float, int]]:
+    # argmax of nan is class 0: a model that has diverged gets everything wrong, not what happens to be class 0
+    return lambda run: (
+        (float("inf"), record.num_test) if run.status == "diverged" else (run.test_loss[-1], run.test_errors[-1])
+    )
 
 
 def iterations(record: Record) -> list[float]:

@@ -6,6 +6,7 @@ axis of tangents. Every estimator draws through :func:`sample_tangents`; none ca
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,7 +63,8 @@ def sample_tangents(
         For each parameter of shape (...) a tensor of shape (K, ...). The k-th tangent does not depend on K.
 
     Raises:
-        ValueError: if ``num_tangents`` is below 1, ``tangents`` is unknown, or there are no parameters.
+        ValueError: if ``num_tangents`` is below 1, ``tangents`` is unknown, there are no parameters, or a sampler of
+            your own returns other names or shapes.
         TypeError: if a parameter is an integer or complex tensor, which has no tangent here.
 
     Example:
@@ -74,7 +76,12 @@ def sample_tangents(
     check_count("num_tangents", num_tangents)
     check_params(params)
     sampler = tangents if callable(tangents) else TANGENTS[check_choice("tangents", tangents, TANGENTS)]
-    return sampler(params, num_tangents, generator)
+    sampled = sampler(params, num_tangents, generator)
+    for name, p in params.items():
+        expected, given = (num_tangents, *p.shape), tuple(sampled[name].shape) if name in sampled else None
+        if given != expected:
+            raise ValueError(f"the sampler {sampler!r} must give {name!r} the shape {expected}, got {given}")
+    return {name: sampled[name] for name in params}
 
 
 def check_params(params: Params) -> None:
@@ -97,10 +104,11 @@ def _draw_rows(params: Params, num_tangents: int, generator: AnyGenerator, fill:
     # One row of P numbers per tangent, cut into views: one call of the generator however many parameters there are, and
     # tangent k the same whatever K is.
     first = next(iter(params.values()))
+    dtype = functools.reduce(torch.promote_types, (p.dtype for p in params.values()), torch.float32)
     size = sum(p.numel() for p in params.values())
 
     def rows(gen: torch.Generator | None) -> Tensor:
-        block = torch.empty(num_tangents, size, dtype=first.dtype, device=first.device)
+        block = torch.empty(num_tangents, size, dtype=dtype, device=first.device)
         for row in block:
             fill(row, gen)
         return block

@@ -185,7 +185,9 @@ def _train_group(
     model = models[0]  # for its structure; with several, their parameters are stacked
     many = len(models) > 1
     params = {name: p.detach() for name, p in stack_module_state(models)[0].items()} if many else params_of(model)
-    estimate_all = _estimate_function(estimator, BatchLoss(model, data.train_inputs, data.train_targets), generators)
+    estimate_rows = partial(
+        _estimate_stack if many else _estimate_one, estimator, BatchLoss(model, data.train_inputs, data.train_targets)
+    )
     evaluate_all = partial(evaluate, model)
     if many:
         evaluate_all = vmap(evaluate_all, in_dims=(0, None, None))
@@ -193,7 +195,8 @@ def _train_group(
     clock = _Clock(data.train_inputs.device)
     runs = [Run(seed, "", 0) for seed in seeds]
     ends: list[Params] = [{} for _ in seeds]
-    running = list(range(len(seeds)))
+    rows = list(range(len(seeds)))  # which run each row of the stack is
+    running = list(rows)
     if not many:
         # for Dropout, which only knows torch's global generator; train() puts that back
         torch.manual_seed(runtime.generator(seeds[0], purpose="dropout").initial_seed())
@@ -203,18 +206,20 @@ def _train_group(
             t.reshape(-1).tolist() for t in evaluate_all(params, data.test_inputs, data.test_targets)
         )
         with clock:
-            estimate: GradientEstimate = estimate_all(params)
+            estimate: GradientEstimate = estimate_rows(params, [generators[i] for i in rows])
         train_loss = estimate.loss.reshape(-1).tolist()
-        for i in list(running):
+        for row, i in enumerate(rows):
+            if i not in running:
+                continue
             run = runs[i]
-            run.train_loss.append(train_loss[i])
-            run.test_loss.append(test_loss[i])
-            run.test_errors.append(test_errors[i])
+            run.train_loss.append(train_loss[row])
+            run.test_loss.append(test_loss[row])
+            run.test_errors.append(test_errors[row])
             run.iterations = iteration
-            run.status = _status(train_loss[i], threshold, iteration == max_iterations)
+            run.status = _status(train_loss[row], threshold, iteration == max_iterations)
             if run.status:
-                # Set aside at the moment it stops; what the stack goes on to do with this row is never read.
-                ends[i] = {name: p[i].clone() if many else p.clone() for name, p in params.items()}
+                # Set aside at the moment it stops; what the stack goes on to do with its row is never read.
+                ends[i] = {name: p[row].clone() if many else p.clone() for name, p in params.items()}
                 running.remove(i)
         if not running:
             break
@@ -226,7 +231,11 @@ def _train_group(
         if not many:
             runs[0].step_seconds.append(seconds)
         bar.update()
-        bar.set_postfix(loss=f"{train_loss[running[0]]:.3f}", running=len(running), refresh=False)
+        bar.set_postfix(loss=f"{train_loss[rows.index(running[0])]:.3f}", running=len(running), refresh=False)
+        if many and 2 * len(running) <= len(rows):  # or the few slow seeds would pay for all
+            kept = [row for row, i in enumerate(rows) if i in running]
+            params, optimizer = _keep_rows(params, optimizer, make, kept)
+            rows = list(running)
     bar.update(max_iterations - iteration)
     return runs, ends, clock.total
 
@@ -241,18 +250,44 @@ def _status(loss: float, threshold: float | None, is_last: bool) -> str:
     return ""
 
 
-def _estimate_function(
-    estimator: Estimator, objective: BatchLoss, generators: list[torch.Generator]
-) -> Callable[[Params], GradientEstimate]:
-    draws = "generator" in inspect.signature(estimator).parameters
-    if len(generators) == 1:
-        return partial(estimator, objective, **({"generator": generators[0]} if draws else {}))
+def _estimate_one(
+    estimator: Estimator, objective: BatchLoss, params: Params, generators: list[torch.Generator]
+) -> GradientEstimate:
+    return estimator(objective, params, **({"generator": generators[0]} if _draws(estimator) else {}))
+
+
+def _estimate_stack(
+    estimator: Estimator, objective: BatchLoss, params: Params, generators: list[torch.Generator]
+) -> GradientEstimate:
     replicates = Replicates(generators)
 
     def one(params: Params, index: Tensor) -> GradientEstimate:
-        return estimator(objective, params, **({"generator": replicates.at(index)} if draws else {}))
+        return estimator(objective, params, **({"generator": replicates.at(index)} if _draws(estimator) else {}))
 
-    return lambda params: vmap(one)(params, replicates.indices)
+    try:
+        return vmap(one)(params, replicates.indices)
+    except RuntimeError as error:
+        if "randomness" not in str(error):
+            raise
+        raise ValueError(
+            "the model or the estimator draws random numbers that a stack of seeds cannot tell apart (a functional "
+            "dropout, say, or an estimator without a keyword `generator`); pass stacked=False"
+        ) from error
+
+
+def _draws(estimator: Estimator) -> bool:
+    return "generator" in inspect.signature(estimator).parameters
+
+
+def _keep_rows(params: Params, optimizer: Optimizer, make: MakeOptimizer, kept: list[int]) -> tuple[Params, Optimizer]:
+    # A smaller stack, and an optimizer for it that goes on where the other was.
+    smaller = {name: p[kept] for name, p in params.items()}
+    successor = make(list(smaller.values()))
+    for before, after in zip(params.values(), smaller.values(), strict=True):
+        for key, value in optimizer.state.get(before, {}).items():
+            has_rows = isinstance(value, Tensor) and value.shape[:1] == before.shape[:1]
+            successor.state[after][key] = value[kept] if has_rows else value
+    return smaller, successor
 
 
 def _why_not_stacked(model: nn.Module, elementwise: bool) -> str | None:

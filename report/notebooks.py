@@ -29,14 +29,12 @@ from fwdlib import results, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 COLAB = "https://colab.research.google.com"
-SETUP_TEXT = (
-    "## Setup\n\nOn your own machine the installation of `fwdlib` has done all this. In Colab, {colab}run this cell."
-)
+SETUP_TEXT = "## Setup\n\nOn your own machine there is nothing to do here. In Colab, {colab}run this cell."
 SETUP_CODE = """\
 import sys
 
 if "google.colab" in sys.modules:  # nothing to do on your own machine
-    %pip install --quiet {package}"""
+    %pip install --quiet --no-deps {package} palmerpenguins  # the rest is there"""
 
 
 @dataclass

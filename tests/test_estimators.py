@@ -296,3 +296,33 @@ def test_refuses_what_has_no_gradient(name):
 def test_a_non_finite_loss_is_returned_not_hidden(name):
     estimate = ALL[name](lambda p: p["x"].log().sum(), {"x": torch.tensor([-1.0])})
     assert estimate.loss.isnan()
+
+
+def test_refuses_a_name_that_the_model_has_not(objective, params):
+    with pytest.raises(ValueError, match=r"params has 'wieght', which the model has not; it has 0\.weight, 0\.bias"):
+        forward_gradient(objective, {**params, "wieght": torch.zeros(2)})
+
+
+def test_refuses_a_sampler_that_returns_other_shapes(objective, params):
+    with pytest.raises(ValueError, match=r"must give '0\.weight' the shape \(2, 4, 3\), got \(7, 4, 3\)"):
+        forward_gradient(
+            objective,
+            params,
+            num_tangents=2,
+            tangents=lambda p, k, g: {n: torch.ones(7, *v.shape) for n, v in p.items()},
+        )
+    with pytest.raises(ValueError, match=r"the shape \(1, 4, 3\), got None"):
+        forward_gradient(objective, params, tangents=lambda p, k, g: {})
+
+
+def test_a_constant_objective_has_no_gradient():
+    params = {"x": torch.ones(3)}
+    for estimator in ALL.values():
+        assert torch.equal(estimator(lambda p: torch.tensor(2.0), params).grads["x"], torch.zeros(3))
+
+
+def test_tangents_are_drawn_in_the_widest_dtype():
+    params = {"half": torch.zeros(2, dtype=torch.bfloat16), "double": torch.zeros(10_000, dtype=torch.float64)}
+    estimate = forward_gradient(lambda p: p["double"].sum() + p["half"].sum().double(), params)
+    assert estimate.grads["double"].unique().numel() > 9_990
+    assert estimate.grads["half"].dtype == torch.bfloat16

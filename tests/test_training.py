@@ -477,3 +477,21 @@ def test_evaluate_restores_the_mode_after_an_error(data):
 def test_refuses_a_learning_rate_beside_an_optimizer_that_has_its_own(train):
     with pytest.raises(ValueError, match="learning_rate goes with an optimizer given by name"):
         train(LogisticRegression, backprop_gradient, optimizer=make_optimizer("SGD", 0.1), learning_rate=0.2)
+
+
+def test_a_stack_that_shrinks_goes_on_as_its_seeds_would_alone(train):
+    options = {"optimizer": "Adam", "learning_rate": 0.05, "threshold": 0.5, "max_iterations": 300, "seeds": range(9)}
+    stacked, alone = (train(LogisticRegression, forward_gradient, stacked=s, **options) for s in (True, False))
+    ends = sorted(run.iterations for run in alone.runs)
+    assert ends[0] < ends[4] < ends[-1]  # it has shrunk more than once
+    assert_same_runs(stacked, alone)
+
+
+def test_a_stack_says_why_it_cannot_draw(train):
+    class Functional(LogisticRegression):
+        def forward(self, inputs):
+            return torch.nn.functional.dropout(super().forward(inputs), 0.5, self.training)
+
+    with pytest.raises(ValueError, match="pass stacked=False"):
+        train(Functional, seeds=(0, 1))
+    assert len(train(Functional, seeds=(0, 1), stacked=False).runs) == 2
