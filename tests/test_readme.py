@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fwdlib.estimators import backprop_gradient
+from fwdlib.training import train
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -18,7 +21,7 @@ def blocks(language):
 
 
 def test_the_training_loop_runs_and_learns():
-    (code,) = blocks("python")
+    code = blocks("python")[0]
     names = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -27,6 +30,16 @@ def test_the_training_loop_runs_and_learns():
     before = torch.log(torch.tensor(3.0))  # the loss of guessing
     assert names["estimate"].loss < before + 0.1
     assert all(p.grad is not None for p in names["model"].parameters())
+
+
+def test_the_data_set_of_the_readme_trains():
+    names = {"torch": torch}
+    exec(compile(blocks("python")[1], "README.md", "exec"), names)
+    history = train(
+        lambda: torch.nn.Linear(4, 2), names["data"], backprop_gradient, learning_rate=0.1, max_iterations=3
+    )
+    assert history.runs[0].status == "completed"
+    assert history.num_test == 20
 
 
 def test_every_make_target_exists():
