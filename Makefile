@@ -28,7 +28,7 @@ page: $(STAMP)  ## draw the figures and the page again from the saved results
 
 test: $(STAMP)  ## run the tests, and every notebook in quick mode
 	@$(RUN) -m pytest -n 2 --dist loadgroup
-	@FWDLIB_QUICK=1 $(RUN) -m pytest -n 2 --nbval-lax -p no:doctest notebooks
+	@FWDLIB_QUICK=1 $(RUN) -m pytest -n 2 --dist loadfile -o addopts=--nbval-cell-timeout=120 --nbval-lax notebooks
 
 test-browser: $(STAMP)  ## open a notebook in a real JupyterLab in headless Chromium (installs Chromium by apt)
 	@tests/browser.sh $(RUN)
