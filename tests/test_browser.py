@@ -236,4 +236,4 @@ def test_run_all_cells_as_a_student_does(folder, request):
 
     outputs = "\n".join(cell["output"] for cell in code)
     assert f"{EXERCISE}: right." in outputs
-    assert outputs.count(": not solved yet.") == sum("raise NotImplementedError" in cell["source"] for cell in code) > 0
+    assert outputs.count(": not solved yet;") == sum("raise NotImplementedError" in cell["source"] for cell in code) > 0
