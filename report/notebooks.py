@@ -34,7 +34,7 @@ SETUP_CODE = """\
 import sys
 
 if "google.colab" in sys.modules:  # nothing to do on your own machine
-    %pip install --quiet --no-deps {package} palmerpenguins  # the rest is there"""
+    %pip install --quiet --no-deps {package} palmerpenguins"""
 
 
 @dataclass
