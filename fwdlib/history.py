@@ -25,6 +25,17 @@ class Run:
     step_seconds: list[float] = field(default_factory=list)
     """Time of estimate + optimizer step, evaluation excluded; empty for a seed of a stack, whose steps are shared."""
 
+    def end(self, num_test: int) -> tuple[float, int]:
+        """Return the test loss and errors that the run ended with.
+
+        One that has diverged gets an infinite loss and everything wrong: the argmax of nan is class 0, and what happens
+        to be of class 0 is not a success.
+
+        Args:
+            num_test: size of the test set.
+        """
+        return (float("inf"), num_test) if self.status == "diverged" else (self.test_loss[-1], self.test_errors[-1])
+
 
 @dataclass
 class History:

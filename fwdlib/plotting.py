@@ -245,8 +245,7 @@ def _draw_quantity(axes: Axes, records: Sequence[Record], quantity: str) -> None
 
 def _until_end(run: Run, quantity: str, num_test: int) -> np.ndarray:
     values = np.asarray(run.test_loss if quantity == "test loss" else run.test_errors, dtype=float)
-    if run.status == "diverged":
-        values[-1] = np.inf if quantity == "test loss" else num_test
+    values[-1] = run.end(num_test)[0 if quantity == "test loss" else 1]
     return (
         100 * (1 - values / num_test) if quantity == "test accuracy" else np.where(np.isfinite(values), values, np.inf)
     )

@@ -8,7 +8,6 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +135,9 @@ def table(records: list[Record]) -> pd.DataFrame:
             "status": run.status,
             "iterations": run.iterations,
             "train_loss": run.train_loss[-1],
-            "test_loss": _end(record)(run)[0],
-            "test_errors": _end(record)(run)[1],
-            "test_accuracy": 1 - _end(record)(run)[1] / record.num_test,
+            "test_loss": run.end(record.num_test)[0],
+            "test_errors": run.end(record.num_test)[1],
+            "test_accuracy": 1 - run.end(record.num_test)[1] / record.num_test,
         }
         for record in records
         for run in record.runs
@@ -163,7 +162,10 @@ def summary(records: list[Record]) -> pd.DataFrame:
 
 def _summary_column(record: Record) -> dict[str, str]:
     ended = Counter(run.status for run in record.runs)
-    loss, wrong = (median_interval(values).estimate for values in zip(*map(_end(record), record.runs), strict=True))
+    loss, wrong = (
+        median_interval(values).estimate
+        for values in zip(*(run.end(record.num_test) for run in record.runs), strict=True)
+    )
     steps = np.array(record.alone.step_seconds)
     return {
         "seeds": ", ".join(f"{count} {status}" for status, count in ended.most_common()),
@@ -174,13 +176,6 @@ def _summary_column(record: Record) -> dict[str, str]:
         "mean time of an iteration": f"{1e3 * steps.mean():.2f} ms" if steps.size else "no step was needed",
         "total time": f"{steps.sum():.2f} s for {record.alone.iterations} iterations",
     }
-
-
-def _end(record: Record) -> Callable[[Run], tuple[float, int]]:
-    # argmax of nan is class 0: a model that has diverged gets everything wrong, not what happens to be class 0
-    return lambda run: (
-        (float("inf"), record.num_test) if run.status == "diverged" else (run.test_loss[-1], run.test_errors[-1])
-    )
 
 
 def iterations(record: Record) -> list[float]:

@@ -185,9 +185,9 @@ def _train_group(
     model = models[0]  # for its structure; with several, their parameters are stacked
     many = len(models) > 1
     params = {name: p.detach() for name, p in stack_module_state(models)[0].items()} if many else params_of(model)
-    estimate_rows = partial(
-        _estimate_stack if many else _estimate_one, estimator, BatchLoss(model, data.train_inputs, data.train_targets)
-    )
+    objective = BatchLoss(model, data.train_inputs, data.train_targets)
+    make_estimate = _stacked_estimate if many else _single_estimate
+    estimate_rows = make_estimate(estimator, objective, generators)
     evaluate_all = partial(evaluate, model)
     if many:
         evaluate_all = vmap(evaluate_all, in_dims=(0, None, None))
@@ -206,7 +206,7 @@ def _train_group(
             t.reshape(-1).tolist() for t in evaluate_all(params, data.test_inputs, data.test_targets)
         )
         with clock:
-            estimate: GradientEstimate = estimate_rows(params, [generators[i] for i in rows])
+            estimate: GradientEstimate = estimate_rows(params)
         train_loss = estimate.loss.reshape(-1).tolist()
         for row, i in enumerate(rows):
             if i not in running:
@@ -236,6 +236,7 @@ def _train_group(
             kept = [row for row, i in enumerate(rows) if i in running]
             params, optimizer = _keep_rows(params, optimizer, make, kept)
             rows = list(running)
+            estimate_rows = make_estimate(estimator, objective, [generators[i] for i in rows])
     bar.update(max_iterations - iteration)
     return runs, ends, clock.total
 
@@ -250,29 +251,32 @@ def _status(loss: float, threshold: float | None, is_last: bool) -> str:
     return ""
 
 
-def _estimate_one(
-    estimator: Estimator, objective: BatchLoss, params: Params, generators: list[torch.Generator]
-) -> GradientEstimate:
-    return estimator(objective, params, **({"generator": generators[0]} if _draws(estimator) else {}))
+def _single_estimate(
+    estimator: Estimator, objective: BatchLoss, generators: list[torch.Generator]
+) -> Callable[[Params], GradientEstimate]:
+    return partial(estimator, objective, **({"generator": generators[0]} if _draws(estimator) else {}))
 
 
-def _estimate_stack(
-    estimator: Estimator, objective: BatchLoss, params: Params, generators: list[torch.Generator]
-) -> GradientEstimate:
-    replicates = Replicates(generators)
+def _stacked_estimate(
+    estimator: Estimator, objective: BatchLoss, generators: list[torch.Generator]
+) -> Callable[[Params], GradientEstimate]:
+    replicates, draws = Replicates(generators), _draws(estimator)
 
     def one(params: Params, index: Tensor) -> GradientEstimate:
-        return estimator(objective, params, **({"generator": replicates.at(index)} if _draws(estimator) else {}))
+        return estimator(objective, params, **({"generator": replicates.at(index)} if draws else {}))
 
-    try:
-        return vmap(one)(params, replicates.indices)
-    except RuntimeError as error:
-        if "randomness" not in str(error):
-            raise
-        raise ValueError(
-            "the model or the estimator draws random numbers that a stack of seeds cannot tell apart (a functional "
-            "dropout, say, or an estimator without a keyword `generator`); pass stacked=False"
-        ) from error
+    def every(params: Params) -> GradientEstimate:
+        try:
+            return vmap(one)(params, replicates.indices)
+        except RuntimeError as error:
+            if "randomness" not in str(error):
+                raise
+            raise ValueError(
+                "the model or the estimator draws random numbers that a stack of seeds cannot tell apart (a functional "
+                "dropout, say, or an estimator without a keyword `generator`); pass stacked=False"
+            ) from error
+
+    return every
 
 
 def _draws(estimator: Estimator) -> bool:

@@ -251,14 +251,9 @@ def _method(record: Record) -> dict[str, Any]:
         "test_loss_start": over_seeds(lambda run: run.test_loss[0]),
         "test_loss": over_seeds(lambda run: run.test_loss[-1]),
         "accuracy_start": over_seeds(lambda run: 100 * (1 - run.test_errors[0] / num_test)),
-        "accuracy": over_seeds(lambda run: 100 * (1 - _errors(run, num_test) / num_test)),
-        "errors": over_seeds(lambda run: _errors(run, num_test)),
+        "accuracy": over_seeds(lambda run: 100 * (1 - run.end(num_test)[1] / num_test)),
+        "errors": over_seeds(lambda run: run.end(num_test)[1]),
     }
-
-
-def _errors(run: Any, num_test: int) -> int:
-    # of a model that is all nan, argmax would make class 0 of everything and some of it right
-    return num_test if run.status == "diverged" else run.test_errors[-1]
 
 
 def _settings(pair: dict[str, Record]) -> dict[str, Any]:
