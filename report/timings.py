@@ -39,6 +39,7 @@ def measure(tasks: dict[str, dict[str, Any]], *, num_seeds: int, num_published: 
         ``published_seconds`` (one published iteration) and for each method ``step_seconds`` (median of a run),
         ``total_seconds`` and ``iterations``.
     """
+    runtime.keep_freed_memory()
     models: dict[str, tuple[Callable[[], nn.Module], Dataset]] = {}
     penguins = load_penguins()
     models["logistic"], models["mlp"] = (LogisticRegression, penguins), (MLP, penguins)

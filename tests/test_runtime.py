@@ -1,7 +1,10 @@
 """Paths from every folder a notebook may run in, streams of random numbers that never meet, flags read back."""
 
 import json
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import platformdirs
@@ -198,6 +201,47 @@ def test_the_flags_of_use_determinism_are_read_back():
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         cudnn.deterministic, cudnn.benchmark = flags
+
+
+FAULTS = """
+import resource, sys, torch
+from fwdlib import runtime
+if sys.argv[1] == "keep":
+    assert runtime.keep_freed_memory()
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step(): return [torch.ones(2**24) for _ in range(3)]
+for _ in range(4):
+    step()
+before = faults()
+for _ in range(4):
+    step()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is one of glibc")
+def test_kept_memory_is_used_again_without_a_page_fault():
+    def page_faults(how):
+        ran = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+        return int(ran.stdout)
+
+    pages = 4 * 3 * 2**24 * 4 // 4096
+    assert page_faults("return") > pages / 1024  # the largest pages that a system gives out by itself have 2 MiB
+    assert page_faults("keep") < pages / 1024
+
+
+@pytest.mark.parametrize("error", [OSError, TypeError])
+def test_another_system_is_left_alone(monkeypatch, error):
+    def no_library(name):
+        raise error
+
+    monkeypatch.setattr(runtime.ctypes, "CDLL", no_library)
+    assert runtime.keep_freed_memory() is False
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: object())
+    assert runtime.keep_freed_memory() is False
 
 
 # what is printed and recorded
