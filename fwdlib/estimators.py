@@ -59,7 +59,7 @@ def backprop_gradient(objective: Objective, params: Params) -> GradientEstimate:
     """
     check_params(params)
     evaluate = _with_buffers(objective)
-    if _is_transformed():
+    if is_transformed():
         grads, (loss, buffers) = grad_and_value(evaluate, has_aux=True)(params)
     else:
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
@@ -188,7 +188,7 @@ def _directional_derivatives(
 def _jvp(evaluate: Callable, params: Params, tangent: Params) -> tuple[Tensor, Tensor, Params]:
     # torch.func.jvp with the overhead of the functional wrappers left out where nothing needs them: half the time of a
     # step on the smallest models, as torch.autograd.grad is against torch.func.grad in backprop_gradient.
-    if _is_transformed():
+    if is_transformed():
         return jvp(evaluate, (params,), (tangent,), has_aux=True)
     with forward_ad.dual_level():
         dual = {name: forward_ad.make_dual(p, tangent[name]) for name, p in params.items()}
@@ -198,8 +198,9 @@ def _jvp(evaluate: Callable, params: Params, tangent: Params) -> tuple[Tensor, T
     return loss, torch.zeros_like(loss) if derivative is None else derivative, buffers
 
 
-def _is_transformed() -> bool:
-    # Inside vmap, where torch.autograd and dual levels do not work. There is no public test for it.
+def is_transformed() -> bool:
+    """Tell whether this runs inside ``torch.func.vmap``, where torch.autograd and dual levels do not work."""
+    # There is no public test for it.
     return torch._C._functorch.maybe_current_level() is not None
 
 
@@ -208,14 +209,21 @@ def _with_buffers(objective: Objective) -> Callable[[Params], tuple[Tensor, Para
 
     def checked(params: Params) -> tuple[Tensor, Params]:
         loss, buffers = evaluate(params)
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"the objective must return a scalar tensor, got {shape}; reduce it with .mean() or .sum()"
-            )
-        return loss, buffers
+        return check_scalar(loss), buffers
 
     return checked
+
+
+def check_scalar(loss: Any) -> Tensor:
+    """Return what an objective returned, if it is a scalar tensor.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"the objective must return a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
+    return loss
 
 
 def _keep_buffers(objective: Objective, buffers: dict[str, Any]) -> None:

@@ -93,11 +93,19 @@ class BatchLoss:
         Raises:
             ValueError: if a name in ``params`` is no parameter of the model.
         """
-        if unknown := params.keys() - self._names:
-            raise ValueError(f"params has {min(unknown)!r}, which the model has not; it has {', '.join(self._names)}")
+        self.check_names(params)
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         logits = functional_call(self.model, (params, buffers), (self.inputs,))
         return self.loss(logits, self.targets), buffers
+
+    def check_names(self, params: Params) -> None:
+        """Refuse parameters that the model has not.
+
+        Raises:
+            ValueError: if a name in ``params`` is no parameter of the model.
+        """
+        if unknown := params.keys() - self._names:
+            raise ValueError(f"params has {min(unknown)!r}, which the model has not; it has {', '.join(self._names)}")
 
     def set_buffers(self, buffers: Params) -> None:
         """Write ``buffers`` into the model."""

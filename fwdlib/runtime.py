@@ -6,6 +6,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
 import textwrap
 import tomllib
@@ -102,6 +103,11 @@ def keep_freed_memory() -> bool:
         return False
     m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
     return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
+
+
+def has_compiler() -> bool:
+    """Tell whether there is a C++ compiler, which ``torch.compile`` needs on a CPU: ``CXX``, g++, clang++ or cl."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "cl") if name)
 
 
 def project_root(start: Path | None = None) -> Path | None:
