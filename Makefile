@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help report page test test-browser lint format notebooks wheel lab clean
+.PHONY: help report page bench test test-browser lint format notebooks wheel lab clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ report: $(STAMP)  ## run the six notebooks headless and make report/report.html 
 
 page: $(STAMP)  ## draw the figures and the page again from the saved results
 	@$(RUN) -m report --only-render
+
+bench: $(STAMP)  ## measure time and memory of a training step, alone on the machine (ARGS="--quick", "--device cuda")
+	@$(RUN) -m fwdlib bench $(ARGS)
 
 test: $(STAMP)  ## run the tests, and every notebook in quick mode
 	@$(RUN) -m pytest -n 2 --dist loadgroup

@@ -1,4 +1,4 @@
-"""The command line, ``python -m fwdlib {doctor,data}``.
+"""The command line, ``python -m fwdlib {doctor,data,bench}``.
 
 A subcommand is a dataclass: its fields are the arguments, its docstring the help, and ``run()`` returns the exit code.
 To add one, write it and name it in ``COMMANDS``. Its imports go inside ``run()``: help must not wait for torch.
@@ -133,6 +133,56 @@ class Data:
     def run(self) -> int:
         """Do what was asked; to list is the default."""
         return self.action.run()
+
+
+# --- bench -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """Measure what a training step costs, by backprop and by forward gradients: time, peak memory, and both over depth.
+
+    Give it the machine for itself. Ends with a table; all numbers go into a JSON file.
+    """
+
+    quick: bool = False
+    """Less of all, in a few minutes: to see that everything runs, and roughly what comes out."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    models: tuple[str, ...] = ()
+    """Only these, for example mnist-mlp paper-cnn. A wrong name lists all."""
+    memory: bool = True
+    """Measure the peak memory of a step, each in a process of its own."""
+    depth: bool = True
+    """Measure MLPs of 1 to 100 layers."""
+    batch: int | None = None
+    """Examples in a batch, instead of each model's own."""
+    out: Path | None = None
+    """The JSON file. Default: report/results/bench-<device>.json; -quick or -partial is added where that is so."""
+
+    def run(self) -> int:
+        """Measure, save, print.
+
+        Raises:
+            ValueError: if an option is not one of those allowed.
+        """
+        from fwdlib import benchmark
+        from fwdlib.results import write_json
+
+        found = benchmark.run(
+            device=self.device,
+            models=self.models or None,
+            batch=self.batch,
+            memory=self.memory,
+            depth=self.depth,
+            quick=self.quick,
+        )
+        partial = bool(self.models) or not (self.memory and self.depth)
+        path = self.out or benchmark.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
+        write_json(path, found)
+        print(benchmark.text(found))
+        print(f"All numbers: {path}")
+        return 0
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------
@@ -328,4 +378,4 @@ CHECKS = {
     "Jupyter": _check_jupyter,
     "Mode": _check_mode,
 }
-COMMANDS = Doctor | Data
+COMMANDS = Doctor | Data | Bench

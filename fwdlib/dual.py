@@ -20,10 +20,19 @@ from torch.func import functional_call
 from fwdlib import dual_rules, runtime
 from fwdlib.checks import check_choice, check_count, check_positive
 from fwdlib.dual_tensor import Call, Dual, Pass, register_rule
-from fwdlib.estimators import GradientEstimate, check_scalar, is_transformed
+from fwdlib.estimators import GradientEstimate, check_scalar
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.perturbations import PERTURBATIONS, DensePerturbation, DrawSigns, Perturbation
-from fwdlib.tangents import TANGENTS, AnyGenerator, Params, Sampler, check_params, random_signs, sample_tangents
+from fwdlib.tangents import (
+    TANGENTS,
+    AnyGenerator,
+    Params,
+    Sampler,
+    check_params,
+    is_transformed,
+    random_signs,
+    sample_tangents,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,10 +128,12 @@ def stacked_jvp(objective: BatchLoss, params: Params, tangents: Params) -> tuple
         ValueError: as there, or if a tangent is missing or has another shape.
     """
     _check(objective, params)
+    tangents = {name: tangents.get(name) for name in params}
+    num_tangents = next((len(v) for v in tangents.values() if v is not None and v.dim()), 1)
     for name, p in params.items():
-        if name not in tangents or tangents[name].shape[1:] != p.shape:
-            given = tuple(tangents[name].shape) if name in tangents else None
-            raise ValueError(f"tangents[{name!r}] must have shape (K, {str(tuple(p.shape))[1:]}, got {given}")
+        expected, given = (num_tangents, *p.shape), None if tangents[name] is None else tuple(tangents[name].shape)
+        if given != expected:
+            raise ValueError(f"tangents[{name!r}] must have shape {expected}, got {given}")
     loss, jvps, _ = _evaluate(objective, params, DensePerturbation(params, len(objective.inputs), tangents))
     return loss, jvps
 
@@ -275,8 +286,9 @@ def explain(model: nn.Module, inputs: Tensor) -> pd.DataFrame:
 
     Example:
         >>> explain(nn.Sequential(nn.Linear(3, 2), nn.Softsign()), torch.zeros(5, 3))
-                            function   shape              by
-        0  torch.nn.functional.linear  (5, 2)            rule
+                               function   shape              by
+        0    torch.nn.functional.linear  (5, 2)            rule
+        1  torch.nn.functional.softsign  (5, 2)  torch.func.jvp
     """
     import pandas as pd
 

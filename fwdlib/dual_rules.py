@@ -23,6 +23,10 @@ from fwdlib.perturbations import Convolution
 @register_rule(F.linear)
 def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Dual:
     """One product for all rows; what the weight's own tangent adds is the perturbation's."""
+    with torch._C.DisableTorchFunctionSubclass():
+        is_matrix = weight.dim() == 2
+    if not is_matrix:
+        return NotImplemented
     if isinstance(weight, Dual) or isinstance(bias, Dual):  # a weight that is itself computed
         with run:
             product = torch.matmul(x, weight.transpose(-1, -2))
@@ -113,7 +117,7 @@ def embedding(
 # --- normalisation ---------------------------------------------------------------------------------------------------
 
 
-@register_rule(F.batch_norm, torch.batch_norm)
+@register_rule(F.batch_norm)
 def batch_norm(
     run: Pass,
     x: Any,
@@ -124,10 +128,9 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    *_: Any,
 ) -> Any:
     """Normalise by the batch, which mixes the examples, or by the running statistics, which are constants."""
-    stack = run.stack(x)
+    stack = _all_rows(run, x)
     primal, tangents = stack[0], stack[1:]
     channels = [1, -1, *[1] * (primal.dim() - 2)]
     if training:
@@ -143,15 +146,35 @@ def batch_norm(
     return _affine(run, normed, tangents, weight, bias, channels)
 
 
+@register_rule(torch.batch_norm)
+def torch_batch_norm(
+    run: Pass,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Any:
+    """The same with its arguments in another order."""
+    return batch_norm(run, x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
 @register_rule(F.layer_norm, torch.layer_norm)
 def layer_norm(
     run: Pass, x: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> Dual:
     """Normalise each example by itself."""
-    stack = run.stack(x)
+    stack = _all_rows(run, x)
+    num_others = stack.dim() - 1 - len(normalized_shape)
+    if num_others == 0:
+        run.mix_examples()
     axes = [i - len(normalized_shape) for i in range(len(normalized_shape))]
     normed, tangents = _normalise(stack[0], stack[1:], axes, eps)
-    return _affine(run, normed, tangents, weight, bias, normalized_shape)
+    return _affine(run, normed, tangents, weight, bias, [1] * num_others + list(normalized_shape))
 
 
 @register_rule(F.group_norm, torch.group_norm)
@@ -159,7 +182,7 @@ def group_norm(
     run: Pass, x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> Dual:
     """Normalise each group of channels of each example."""
-    stack = run.stack(x)
+    stack = _all_rows(run, x)
     grouped = stack.reshape(*stack.shape[:2], num_groups, -1)
     normed, tangents = _normalise(grouped[0], grouped[1:], [-1], eps)
     shape = [1, -1, *[1] * (stack.dim() - 3)]
@@ -176,7 +199,7 @@ def _normalise(x: Tensor, tangents: Tensor, axes: list[int], eps: float) -> tupl
 
 
 def _affine(run: Pass, normed: Tensor, tangents: Tensor, weight: Any, bias: Any, shape: Sequence[int]) -> Dual:
-    # weight * normed + bias, both possibly with tangents; `shape` lays them out along normed.
+    # weight * normed + bias, both possibly with tangents; `shape` lays them out along normed, axis by axis.
     if weight is not None:
         rows = run.stack(weight)
         rows = rows.reshape(len(rows), *shape)
@@ -224,7 +247,7 @@ def _gelu_derivative(x: Tensor, y: Tensor, approximate: str = "none") -> Tensor:
 
 
 def _leaky_relu_derivative(x: Tensor, y: Tensor, negative_slope: float = 0.01) -> Tensor:
-    return torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
+    return torch.where(x > 0, 1, torch.full_like(x, negative_slope))
 
 
 def _elu_derivative(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
@@ -240,10 +263,6 @@ def _softplus_derivative(x: Tensor, y: Tensor, beta: float = 1.0, threshold: flo
     return torch.where(x * beta > threshold, 1, torch.sigmoid(beta * x))
 
 
-def _power_derivative(x: Tensor, y: Tensor, exponent: float) -> Tensor:
-    return exponent * x ** (exponent - 1)
-
-
 _elementwise(torch.tanh, F.tanh, Tensor.tanh, derivative=lambda x, y: 1 - y * y)
 _elementwise(torch.sigmoid, F.sigmoid, Tensor.sigmoid, torch.special.expit, derivative=lambda x, y: y * (1 - y))
 _elementwise(F.gelu, derivative=_gelu_derivative)
@@ -257,9 +276,15 @@ _elementwise(torch.log, Tensor.log, derivative=lambda x, y: 1 / x)
 _elementwise(torch.sqrt, Tensor.sqrt, derivative=lambda x, y: 0.5 / y)
 _elementwise(torch.rsqrt, Tensor.rsqrt, derivative=lambda x, y: -0.5 * y / x)
 _elementwise(torch.square, Tensor.square, derivative=lambda x, y: 2 * x)
-_elementwise(torch.abs, Tensor.abs, Tensor.__abs__, derivative=lambda x, y: torch.sgn(x))
 _elementwise(torch.sin, Tensor.sin, derivative=lambda x, y: torch.cos(x))
 _elementwise(torch.cos, Tensor.cos, derivative=lambda x, y: -torch.sin(x))
+
+
+@register_rule(torch.abs, Tensor.abs, Tensor.__abs__)
+def absolute(run: Pass, x: Any) -> Any:
+    """The sign; of a complex number it is no derivative."""
+    stack = run.stack(x)
+    return NotImplemented if stack.is_complex() else _dual(stack[0].abs(), stack[1:] * stack[0].sgn())
 
 
 @register_rule(torch.pow, Tensor.pow, Tensor.__pow__)
@@ -268,7 +293,8 @@ def power(run: Pass, x: Any, exponent: Any) -> Any:
     if isinstance(exponent, Tensor) or not isinstance(x, Tensor):
         return NotImplemented
     stack = run.stack(x)
-    return _dual(stack[0] ** exponent, stack[1:] * _power_derivative(stack[0], stack[0], exponent))
+    slope = exponent * stack[0] ** (exponent - 1) if exponent else torch.zeros_like(stack[0])  # 0 ** -1 is infinite
+    return _dual(stack[0] ** exponent, stack[1:] * slope)
 
 
 @register_rule(F.softmax, torch.softmax, Tensor.softmax)
@@ -366,8 +392,9 @@ def matmul(run: Pass, x: Any, other: Any) -> Any:
     a, b = run.stack(x), run.stack(other)
     if a.dim() < 3 or b.dim() < 3:  # vectors
         return NotImplemented
-    if run.has_tangents(other) and not run.name_of(other) and (b.dim() == 3 or a.dim() == 3):
-        run.mix_examples()  # a batch that is contracted
+    moves = isinstance(x, Dual) and a.dim() < b.dim()
+    if moves or (isinstance(other, Dual) and (b.dim() == 3 or b.dim() < a.dim())):
+        run.mix_examples()  # examples that are contracted, or whose axis moves
     num_axes = max(a.dim(), b.dim()) - 1
     a, b = _with_axes(a, num_axes), _with_axes(b, num_axes)
     if len(a) == 1 or len(b) == 1:
@@ -452,8 +479,9 @@ def transposed(run: Pass, x: Any) -> Any:
 
 
 @register_rule(torch.permute, Tensor.permute)
-def permute(run: Pass, x: Any, *dims: Any) -> Dual:
+def permute(run: Pass, x: Any, *dims: Any, **kwargs: Any) -> Dual:
     """Likewise."""
+    dims = kwargs.get("dims", dims)
     dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
     stack = run.stack(x)
     axes = [dim % (stack.dim() - 1) for dim in dims]
@@ -487,6 +515,8 @@ def expand(run: Pass, x: Any, *sizes: Any) -> Dual:
     """Likewise."""
     sizes = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
     stack = run.stack(x)
+    if len(sizes) > stack.dim() - 1:
+        run.mix_examples()
     return Dual(_with_axes(stack, len(sizes)).expand(len(stack), *sizes))
 
 
@@ -497,10 +527,27 @@ def getitem(run: Pass, x: Any, index: Any) -> Any:
     lists = [isinstance(i, (Tensor, list)) for i in index]
     if any(isinstance(i, Dual) for i in index) or (any(lists) and sum(lists) + sum(type(i) is int for i in index) > 1):
         return NotImplemented  # several index arrays: where their axis goes depends on what is between them
-    whole = isinstance(index[0], slice) and index[0] == slice(None)
-    if index and not whole and index[0] is not Ellipsis:
+    stack = run.stack(x)
+    whole = not index or (isinstance(index[0], slice) and index[0] == slice(None))
+    if not whole and (index[0] is not Ellipsis or len(index) > stack.dim() - 1):
         run.mix_examples()
-    return Dual(run.stack(x)[(slice(None), *index)])
+    return Dual(stack[(slice(None), *index)])
+
+
+@register_rule(Tensor.__setitem__)
+def setitem(run: Pass, x: Any, index: Any, value: Any) -> Any:
+    """Set the entries of every row; those of a constant are zero."""
+    index = index if isinstance(index, tuple) else (index,)
+    if not isinstance(x, Dual):
+        raise NotImplementedError(
+            "an entry of a tensor without tangents is set to a value with them. Make it with torch.cat or torch.stack."
+        )
+    values = run.stack(value) if isinstance(value, Tensor) else [value]
+    if isinstance(value, Dual):
+        run.mix_examples()  # what goes where is not looked into
+    for i, row in enumerate(x.stack):
+        row[index] = values[i] if i < len(values) else 0
+    return None
 
 
 @register_rule(torch.cat, torch.concat, torch.concatenate)
@@ -535,16 +582,34 @@ def split(run: Pass, x: Any, split_size: Any, dim: int = 0) -> tuple[Dual, ...]:
     return tuple(Dual(piece) for piece in stack.split(split_size, axis))
 
 
-@register_rule(Tensor.contiguous, Tensor.clone, torch.clone)
-def copy(run: Pass, x: Any, *_: Any, **__: Any) -> Dual:
-    """Rows are never changed in place, so the same ones will do."""
+@register_rule(Tensor.clone, torch.clone)
+def clone(run: Pass, x: Any, **_: Any) -> Dual:
+    """Copy all rows."""
+    return Dual(run.stack(x).clone())
+
+
+@register_rule(Tensor.contiguous)
+def contiguous(run: Pass, x: Any, **_: Any) -> Dual:
+    """Do nothing: no rule minds how the rows lie in memory."""
     return Dual(run.stack(x))
 
 
-@register_rule(Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16)
-def convert(run: Pass, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refused here, so that torch.func.jvp does it: the type decides what has a derivative."""
-    return NotImplemented
+def _conversion(*functions: Callable) -> None:
+    """Register conversions of the type, which are linear; integers have no tangents."""
+    for function in functions:
+
+        def rule(run: Pass, x: Any, *args: Any, _function: Callable = function, **kwargs: Any) -> Any:
+            kwargs.pop("memory_format", None)  # how the rows lie in memory is nobody's concern
+            stack = run.stack(x)
+            if not args and not kwargs and _function in (Tensor.to, Tensor.type):
+                return Dual(stack) if _function is Tensor.to else stack.type()
+            rows = _function(stack, *primals_of(args), **primals_of(kwargs))
+            return Dual(rows) if rows.is_floating_point() or rows.is_complex() else rows[0]
+
+        register_rule(function)(rule)
+
+
+_conversion(Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16)
 
 
 # --- sums and pooling ------------------------------------------------------------------------------------------------
@@ -727,6 +792,11 @@ def _dual(primal: Tensor, tangents: Tensor) -> Dual:
     return Dual(torch.cat([primal.unsqueeze(0), tangents.expand(-1, *primal.shape)]))
 
 
+def _all_rows(run: Pass, x: Any) -> Tensor:
+    # With the zero tangents that the rows of a constant leave out, for rules that add others to them.
+    return pad_rows(run.stack(x), 1 + run.perturbation.num_tangents)
+
+
 def _operands(run: Pass, x: Any, other: Any) -> tuple[Tensor, Tensor]:
     # Both as stacks with as many axes, so that they broadcast against each other.
     like = x if isinstance(x, Tensor) else other
@@ -735,7 +805,13 @@ def _operands(run: Pass, x: Any, other: Any) -> tuple[Tensor, Tensor]:
         if not isinstance(value, Tensor):
             value = torch.as_tensor(value, dtype=None if isinstance(value, complex) else like.dtype, device=like.device)
         stacks.append(run.stack(value))
+    if stacks[0].dtype != stacks[1].dtype:  # a scalar tensor does not widen the type, as its row would
+        dtype = torch.result_type(stacks[0][0], stacks[1][0])
+        stacks = [stack.to(dtype) for stack in stacks]
     num_axes = max(stack.dim() for stack in stacks) - 1
+    for value, stack in zip((x, other), stacks, strict=True):
+        if isinstance(value, Dual) and 1 < stack.dim() <= num_axes and run.is_batch(value):
+            run.mix_examples()  # broadcasting moves the axis of the examples
     return tuple(_with_axes(stack, num_axes) for stack in stacks)
 
 

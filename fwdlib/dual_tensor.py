@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -95,7 +97,7 @@ class Dual(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise RuntimeError(
-            f"{resolve_name(func)} was called on a dual tensor outside its pass. Does the model keep an activation from "
+            f"{_name_of(func)} was called on a dual tensor outside its pass. Does the model keep an activation from "
             f"one call to the next? Keep x.detach() instead."
         )
 
@@ -106,11 +108,15 @@ class Dual(Tensor):
 
 # What a dual answers from its wrapper, without a look at any row.
 METADATA = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
-    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "is_sparse", "is_quantized", "is_mkldnn")),
-    *(getattr(Tensor, name).__get__ for name in ("is_nested", "is_meta", "is_mps", "itemsize", "nbytes")),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn")),
+    *(
+        value.__get__
+        for name, value in vars(torch._C.TensorBase).items()
+        if name.startswith("is_") and not callable(value)
+    ),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.get_device),
-    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.type, Tensor.element_size, Tensor.is_contiguous),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.is_contiguous),
     *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor),
 }
 
@@ -146,6 +152,7 @@ class Pass(TorchFunctionMode):
         super().__init__()
         self.perturbation = perturbation
         self.num_examples = num_examples
+        self._has_forward_ad = torch._C._is_fwd_grad_enabled()
         self._names = {id(p): name for name, p in params.items()}
         self._calls = calls
 
@@ -157,23 +164,26 @@ class Pass(TorchFunctionMode):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if (counterpart := _out_of_place(func)) is not None and isinstance(args[0], Dual):
-            with self:
-                found = counterpart(*args, **kwargs)
-            args[0].stack = found.stack
-            return args[0]
+        if self._has_forward_ad and not torch._C._is_fwd_grad_enabled():
+            raise NotImplementedError(
+                f"{_name_of(func)} was called in the forward of a torch.autograd.Function (or in inference_mode): its "
+                f"own derivative the stacked pass cannot see. Write the function as a plain one, with a rule by "
+                f"fwdlib.dual.register_rule if it needs one, or use fwdlib.estimators.forward_gradient."
+            )
+        if "input" in kwargs:  # torch's name of what rules get first
+            args, kwargs = (kwargs["input"], *args), {key: value for key, value in kwargs.items() if key != "input"}
+        if _is_in_place(func) or kwargs.get("inplace"):
+            return self._in_place(func, args, {key: value for key, value in kwargs.items() if key != "inplace"})
         rule = RULES.get(func)
         found = rule(self, *args, **kwargs) if rule is not None else NotImplemented
         has_rule = found is not NotImplemented
-        if has_rule and kwargs.get("inplace"):
-            args[0].stack, found = found.stack, args[0]
         if not has_rule:
             found = self._without_rule(func, args, kwargs)
         if self._calls is not None:
             shape = tuple(found.stack.shape[1:]) if isinstance(found, Dual) else None
-            self._calls.append(Call(resolve_name(func) or str(func), shape, has_rule))
-        if self.perturbation.per_example and isinstance(found, Dual) and self._is_mixed(found):
-            self.mix_examples()
+            self._calls.append(Call(_name_of(func), shape, has_rule))
+        if self.perturbation.per_example and isinstance(found, Dual):
+            self._follow_examples(found)
         return found
 
     def stack(self, x: Any) -> Tensor:
@@ -224,14 +234,42 @@ class Pass(TorchFunctionMode):
                 return True
         return False
 
-    def _is_mixed(self, found: Dual) -> bool:
-        # A scalar that comes with the pieces of the examples is the loss; any other result without the axis of the
-        # examples has mixed them.
-        rows = len(found.stack) - 1
-        return rows <= self.perturbation.num_tangents and not self.is_batch(found)
+    def _follow_examples(self, found: Dual) -> None:
+        # A scalar that comes with the pieces of the examples is the loss, or a part of it; any other result without the
+        # axis of the examples has mixed them, and so has a tensor that is made from such a scalar.
+        num_rows = 1 + self.perturbation.num_tangents
+        has_pieces = len(found.stack) > num_rows
+        if has_pieces and found.stack.dim() > 1:
+            found.stack = found.stack[:num_rows]
+            self.mix_examples()
+        elif not has_pieces and not self.is_batch(found):
+            self.mix_examples()
+
+    def _in_place(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        # What the function's counterpart gives goes into the memory of the first argument: views of a dual are views of
+        # its stack, and see it.
+        target = args[0]
+        counterpart = _out_of_place(func) if _is_in_place(func) else func
+        if counterpart is not None:
+            with self:
+                found = counterpart(*args, **kwargs)
+        else:
+            on_copy = functools.wraps(func)(lambda x, *rest, **options: func(x.clone(), *rest, **options))
+            found = self._without_rule(on_copy, args, kwargs)
+        if not isinstance(target, Dual):
+            raise NotImplementedError(
+                f"{_name_of(func)} would write tangents into a tensor without them. Write x = x + y instead of x += y, "
+                f"and make what is filled piece by piece with torch.cat or torch.stack."
+            )
+        stack = found.stack if isinstance(found, Dual) else found.unsqueeze(0)
+        if len(stack) > len(target.stack):  # a loss to which another is added that comes with its pieces
+            target.stack = stack
+        else:
+            target.stack.copy_(pad_rows(stack, len(target.stack)))
+        return target
 
     def _without_rule(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        name = resolve_name(func) or getattr(func, "__name__", str(func))
+        name = _name_of(func)
         self.mix_examples()  # for all that is known
         leaves, structure = tree_flatten((args, kwargs))
         where = [i for i, leaf in enumerate(leaves) if self.has_tangents(leaf)]
@@ -252,13 +290,14 @@ class Pass(TorchFunctionMode):
             return tuple(o for o in outputs if _is_differentiable(o))
 
         try:
-            if num_rows == 2:
-                values, derivatives = jvp(call, primals, tuple(stack[1] for stack in stacks))
-                rows = [torch.stack(pair) for pair in zip(values, derivatives, strict=True)]
-            else:
-                along = vmap(lambda *tangents: jvp(call, primals, tangents), randomness="same")
-                values, derivatives = along(*(stack[1:] for stack in stacks))
-                rows = [torch.cat([v[:1], d]) for v, d in zip(values, derivatives, strict=True)]
+            with sdpa_kernel(SDPBackend.MATH):  # torch's fused kernels of attention have no forward derivative
+                if num_rows == 2:
+                    values, derivatives = jvp(call, primals, tuple(stack[1] for stack in stacks))
+                    rows = [torch.stack(pair) for pair in zip(values, derivatives, strict=True)]
+                else:
+                    along = vmap(lambda *tangents: jvp(call, primals, tangents), randomness="same")
+                    values, derivatives = along(*(stack[1:] for stack in stacks))
+                    rows = [torch.cat([v[:1], d]) for v, d in zip(values, derivatives, strict=True)]
         except (NotImplementedError, RuntimeError) as error:
             if not isinstance(error, NotImplementedError) and "jvp" not in str(error):
                 raise
@@ -293,18 +332,26 @@ def primals_of(tree: Any) -> Any:
     return tree_map(primal_of, tree)
 
 
+def _name_of(func: Callable) -> str:
+    return resolve_name(func) or getattr(func, "__name__", str(func))
+
+
 def _is_differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 @functools.cache
-def _out_of_place(func: Callable) -> Callable | None:
-    # relu_ -> relu, __iadd__ -> add: in-place functions are their counterparts, written back into their first argument.
+def _is_in_place(func: Callable) -> bool:
     name = getattr(func, "__name__", "")
-    if name.startswith("__i") and name.endswith("__") and hasattr(Tensor, f"__{name[3:]}"):
+    if name.startswith("__"):
+        return name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
+    return name.endswith("_")
+
+
+@functools.cache
+def _out_of_place(func: Callable) -> Callable | None:
+    # relu_ -> relu, __iadd__ -> __add__
+    name = func.__name__
+    if name.startswith("__"):
         return getattr(Tensor, f"__{name[3:]}")
-    if name.endswith("_") and not name.startswith("__"):
-        for home in (Tensor, torch, torch.nn.functional):
-            if hasattr(home, name[:-1]):
-                return getattr(home, name[:-1])
-    return None
+    return next((getattr(home, name[:-1]) for home in (Tensor, torch, F) if hasattr(home, name[:-1])), None)

@@ -17,7 +17,7 @@ from torch.func import grad_and_value, jvp, vmap
 
 from fwdlib.checks import check_choice, check_count
 from fwdlib.objectives import BatchLoss, Objective
-from fwdlib.tangents import AnyGenerator, Params, Sampler, check_params, sample_tangents
+from fwdlib.tangents import AnyGenerator, Params, Sampler, check_params, is_transformed, sample_tangents
 
 BLOCKS = ("joint", "parameter")
 
@@ -196,12 +196,6 @@ def _jvp(evaluate: Callable, params: Params, tangent: Params) -> tuple[Tensor, T
         loss, derivative = forward_ad.unpack_dual(loss)
         buffers = {name: forward_ad.unpack_dual(buffer).primal for name, buffer in buffers.items()}
     return loss, torch.zeros_like(loss) if derivative is None else derivative, buffers
-
-
-def is_transformed() -> bool:
-    """Tell whether this runs inside ``torch.func.vmap``, where torch.autograd and dual levels do not work."""
-    # There is no public test for it.
-    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _with_buffers(objective: Objective) -> Callable[[Params], tuple[Tensor, Params]]:

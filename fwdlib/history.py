@@ -18,12 +18,15 @@ class Run:
     iterations: int
     """Optimizer steps taken."""
     train_loss: list[float] = field(default_factory=list)
-    """Before the first step and after each: ``iterations + 1`` values. The test series alike."""
+    """Before the first step and after each (or each ``every``): then the mean since the value before. The test series
+    alike, at that step."""
     test_loss: list[float] = field(default_factory=list)
     test_errors: list[int] = field(default_factory=list)
     """Misclassified test examples."""
     step_seconds: list[float] = field(default_factory=list)
     """Time of estimate + optimizer step, evaluation excluded; empty for a seed of a stack, whose steps are shared."""
+    every: int = 1
+    """Steps between two values of a series: value i is that after ``i * every`` steps, the last that after all."""
 
     def end(self, num_test: int) -> tuple[float, int]:
         """Return the test loss and errors that the run ended with.

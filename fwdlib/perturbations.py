@@ -5,7 +5,7 @@ the loss is known, what the gradient of each parameter is estimated to be. All o
 examples and one tangent (with K tangents, what exceeds the squared norm of the gradient is divided by K):
 
 =========== =============================== ================================= ==========================================
-name        tangent                         second moment E|g|^2              cost of a layer (q, p), beside W x and W dx
+name        tangent                         second moment E|g|^2              cost for (q, p), beside W x and W dx
 =========== =============================== ================================= ==========================================
 dense       any sampler's: normal, ...      normal: (P + 2) |grad f|^2        one product; P numbers to draw and to keep
 rank-one    a b^T, signs                    P |grad f|^2                      one vector product; p + q signs
@@ -13,8 +13,8 @@ per-example a_n b_n^T, signs of example n   |grad f|^2 + (P - 1) S            on
 activity    u_n, signs of unit and example  of order q instead of p q: below  one product; q B signs; keeps activations
 =========== =============================== ================================= ==========================================
 
-S is the sum of the squared norms of what each example adds to the gradient: |grad f|^2 / B where all examples agree, and
-far more than |grad f|^2 where they cancel each other.
+S is the sum of the squared norms of what each example adds to the gradient: |grad f|^2 / B where all examples agree,
+and far more than |grad f|^2 where they cancel each other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from fwdlib.tangents import Params, RankOne, rank_one_factors
+from fwdlib.tangents import Params, RankOne, is_transformed, rank_one_factors
 
 DrawSigns = Callable[[Sequence[int], Tensor], Tensor]
 """From a shape and a tensor with the wanted dtype and device to independent signs."""
@@ -46,7 +46,8 @@ class Gradients(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the gradient of one parameter as a new tensor of its shape."""
-        gradient = torch.zeros_like(self._params[name])
+        p = self._params[name]
+        gradient = self._total.new_zeros(p.shape, dtype=p.dtype)  # of the derivatives: inside vmap they have its axis
         for use in self._uses:
             if use.name == name:
                 use.add_to(gradient, self._weights(use))
@@ -133,9 +134,7 @@ class Perturbation:
 
     def factors(self, name: str) -> RankOne:
         """Return the tangents of a parameter by their factors: the same wherever it is used, drawn at the first use."""
-        if (
-            name not in self._drawn
-        ):  # all together where all are needed: on small models a draw takes as long as a layer
+        if name not in self._drawn:  # all together where all are needed: a draw takes as long as a small layer
             params = {name: self.params[name]} if self.per_example else self.params
             self._drawn |= rank_one_factors(params, self.num_tangents, self.draw_signs)
         left, right = self._drawn[name]
@@ -367,16 +366,17 @@ class PerExamplePerturbation(Perturbation):
 
 
 class ActivityPerturbation(Perturbation):
-    """Signs of each unit and example, added to the tangents of a layer's outputs (Ren et al. 2022, FG-A, there normal).
+    """Signs of each unit and example, added to the tangents of a layer's outputs (Ren et al. 2022, there normal).
 
-    The gradient of a weight is estimated as d_n u_n x_n^T, summed over the examples, with d_n the derivative of the loss
-    of example n. It needs the activations x_n kept, as backprop does, but no backward pass.
+    The gradient of a weight is estimated as d_n u_n x_n^T, summed over the examples, with d_n the derivative of the
+    loss of example n. It needs the activations x_n kept, as backprop does, but no backward pass.
 
-    Bias: none. For a linear layer (q, p) that is called once, E|g|^2 = |grad|^2 + sum_n (q |D_n|^2 - |D_ln|^2)/K |x_n|^2,
-    where D_n are the derivatives of the loss by all perturbed units of example n, and D_ln by those of this layer: of
-    order q, not p q. For a convolution x_n^T becomes the linear map M_n from the layer's outputs to its kernel, and the
-    term of example n |M_n|_F^2 |D_n|^2 + |M_n D_ln|^2 - 2 sum_i |M_n e_i|^2 D_ni^2, over K. Parameters of other
-    functions have rank-one tangents.
+    Bias: none. For a linear layer (q, p) that is called once, E|g|^2 = |grad|^2 + sum_n (q |D_n|^2 - |D_ln|^2)/K
+    |x_n|^2, where D_n are the derivatives of the loss by all perturbed units of example n, and D_ln by those of this
+    layer: of order q, not p q. For a convolution x_n^T becomes the linear map M_n from the layer's outputs to its
+    kernel, and the term of example n |M_n|_F^2 |D_n|^2 + |M_n D_ln|^2 - 2 sum_i |M_n e_i|^2 D_lni^2, over K; so it does
+    for a linear layer at several positions of an example, and for biases. Parameters of other functions have rank-one
+    tangents.
     """
 
     per_example = True
@@ -388,7 +388,7 @@ class ActivityPerturbation(Perturbation):
         """Add signs: no product at all, before the estimate."""
 
         def outer(target: Tensor, rows: Tensor) -> None:
-            target.addmm_(rows.flatten(0, -2).t(), inputs.flatten(0, -2))
+            _add_product(target, rows.reshape(-1, rows.shape[-1]).t(), inputs.reshape(-1, inputs.shape[-1]))
 
         return self._perturb(weight, bias, inputs, outputs, outer, -1)
 
@@ -443,12 +443,19 @@ def _add_outer(target: Tensor, left: Tensor, right: Tensor | None, weights: Tens
     # target (q, p...) += sum_r weights_r left_r right_r^T; without right, target (q,) += sum_r weights_r left_r
     if right is None:
         target.add_((weights.reshape(-1, *[1] * target.dim()) * left).sum(0))
-    elif len(weights) == 1:  # without a temporary of the size of the target
+    elif len(weights) == 1 and not is_transformed():  # without a temporary of the size of the target
         target.addcmul_((left[0] * weights).reshape(-1, *[1] * (target.dim() - 1)), right[0])
     elif target.dim() == 2:
-        target.addmm_((left * weights.unsqueeze(1)).t(), right)
+        _add_product(target, (left * weights.unsqueeze(1)).t(), right)
     else:
         target.add_(((left * weights.unsqueeze(1)).t() @ right.flatten(1)).reshape(target.shape))
+
+
+def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+    if is_transformed():  # vmap goes through addmm_ seed by seed
+        target.add_(left @ right)
+    else:
+        target.addmm_(left, right)
 
 
 def _between(rows: Tensor, num_axes: int, axis: int) -> Tensor:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.style
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from fwdlib.checks import check_choice
 from fwdlib.data import PENGUIN_FEATURES, Dataset
 from fwdlib.history import Run
 from fwdlib.results import Record
+from fwdlib.statistics import Interval, paired_ratio
 
-CURVES = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # of the same palette as METHODS, none of the methods' own
+CURVES = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # for what is no method; never in one figure with METHODS
 QUANTITIES = ("test loss", "test accuracy", "misclassifications")
 STYLE = Path(__file__).with_name("fwdlib.mplstyle")
 
@@ -26,7 +29,11 @@ STYLE = Path(__file__).with_name("fwdlib.mplstyle")
 METHODS = {
     "backprop": {"color": "#0072B2", "linestyle": "-"},
     "forward gradient": {"color": "#D55E00", "linestyle": "--"},
+    "rank-one": {"color": "#009E73", "linestyle": "-."},
+    "per-example": {"color": "#CC79A7", "linestyle": ":"},
+    "activity": {"color": "#E69F00", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
 }
+COST_MARKS = {"": ("o", 0.0), "channels_last": ("s", -0.22), "one graph": ("D", 0.22)}  # and where in its row
 
 
 def plot_training(records: Record | Sequence[Record]) -> Figure:
@@ -169,13 +176,16 @@ def plot_images(inputs: Tensor, titles: Sequence[str]) -> Figure:
 
 
 def plot_average(
-    counts: Sequence[int], measured: Sequence[float], predicted: Callable[[float], float], unit: str
+    counts: Sequence[int],
+    measured: Sequence[float] | dict[str, Sequence[float]],
+    predicted: Callable[[float], float],
+    unit: str,
 ) -> Figure:
     """Draw how the mean of many estimates approaches the gradient, beside what the theory says.
 
     Args:
         counts: how many estimates were averaged.
-        measured: |mean - gradient| / |gradient| for each count, root mean square.
+        measured: |mean - gradient| / |gradient| for each count, root mean square; or that by method.
         predicted: the same as a function of the count.
         unit: what was averaged, for the axis.
 
@@ -186,8 +196,58 @@ def plot_average(
         figure = Figure(figsize=(5, 3))
         axes = figure.subplots()
         axes.loglog(counts, [predicted(k) for k in counts], color="0.4", linestyle=":", label="theory")
-        axes.loglog(counts, measured, "o", color="#009E73", label="measured")
+        for name, errors in measured.items() if isinstance(measured, dict) else [("measured", measured)]:
+            color = METHODS.get(name, {"color": CURVES[0] if name == "measured" else "0.2"})["color"]
+            axes.loglog(counts, errors, "o", color=color, label=name)
         axes.set(title="The mean closes in on the gradient", xlabel=unit, ylabel="relative error of the mean")
+        axes.legend()
+    return figure
+
+
+def plot_durations(seconds: dict[str, Sequence[float]]) -> Figure:
+    """Draw how long several things take: the median, with a line that holds the middle half.
+
+    Args:
+        seconds: name -> durations, as :func:`fwdlib.benchmark.interleave` returns them.
+
+    Returns:
+        A figure with one panel, a row for each name in their order, on a logarithmic axis.
+    """
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(7, 0.6 + 0.34 * len(seconds)))
+        axes = figure.subplots()
+        for row, (name, values) in enumerate(seconds.items()):
+            low, middle, high = 1e3 * np.quantile(values, (0.25, 0.5, 0.75))
+            color = METHODS.get(name.partition(", ")[0], {"color": "0.2"})["color"]
+            axes.plot([low, high], [row, row], color=color, linewidth=4, alpha=0.4)
+            axes.plot(middle, row, "o", color=color)
+            axes.annotate(f"{middle:.3g} ms", (middle, row), (8, 4), textcoords="offset points", fontsize=8)
+        axes.set(xlabel="time [ms]: median, and the middle half", xscale="log", ylim=(len(seconds) - 0.4, -0.6))
+        axes.set_yticks(range(len(seconds)), list(seconds))
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    return figure
+
+
+def plot_over_time(curves: dict[str, tuple[float, Run]]) -> Figure:
+    """Draw training losses over the seconds that the steps took.
+
+    Args:
+        curves: method -> the seconds that a step takes, and the run.
+
+    Returns:
+        A figure with one panel, both axes logarithmic; the value before the first step is not drawn.
+    """
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(7, 3))
+        axes = figure.subplots()
+        for name, (seconds, run) in curves.items():
+            steps = np.minimum(run.every * np.arange(1, len(run.train_loss)), run.iterations)
+            axes.plot(seconds * steps, run.train_loss[1:], label=name, **METHODS.get(name, {"color": "0.2"}))
+        axes.set(xlabel="time spent in steps [s]", ylabel="training loss [nats]", xscale="log", yscale="log")
+        _plain_ticks(axes)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.legend()
     return figure
 
@@ -214,6 +274,146 @@ def plot_features(data: Dataset) -> Figure:
             axes.set(xlabel=_scaled(PENGUIN_FEATURES[x]), ylabel=_scaled(PENGUIN_FEATURES[y]))
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
+
+
+def plot_cost(bench: dict[str, Any]) -> Figure:
+    """Draw what a training step costs by each method, in units of the fastest backprop, one panel for each model.
+
+    Hollow marks are eager, filled ones compiled; a line through a mark is the 95 % interval of the median ratio, taken
+    round by round. Left of the line at 1 is faster than backprop.
+
+    Args:
+        bench: as :func:`fwdlib.benchmark.run` returns it, or read from its JSON file.
+
+    Returns:
+        A figure with a panel for each model, three in a row, all with the same logarithmic axis.
+    """
+    entries = list(bench["models"].values())
+    names = [name for entry in entries for name in entry["seconds"] if name != "forward"]
+    labels = list(dict.fromkeys(_parts(name)[0] for name in names))
+    labels.sort(key=lambda label: list(METHODS).index(label.split(" K=")[0]))
+    columns = min(3, len(entries))
+    rows = -(-len(entries) // columns)
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(1.5 + 2.6 * columns, 0.85 + rows * (0.75 + 0.24 * len(labels))))
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes in panels.flat[len(entries) :]:
+            axes.set_visible(False)
+        for axes, entry in zip(panels.flat, entries, strict=False):
+            axes.axvline(1, color="0.2", linewidth=1)
+            for name, seconds in entry["seconds"].items():
+                if name != "forward":
+                    ratio = paired_ratio(seconds, entry["seconds"][entry["reference"]])
+                    _draw_ratio(axes, labels, name, ratio)
+            axes.set_title(f"{entry['title']}\nbatch {entry['batch']}", fontsize=9)
+            axes.set(xscale="log", ylim=(len(labels) - 0.5, -0.5))
+            axes.set_yticks(range(len(labels)), labels)
+            axes.tick_params(axis="y", length=0)
+            axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        _plain_ratios(panels[0, 0])
+        for axes in panels.flat[max(len(entries) - columns, 0) : len(entries)]:
+            axes.tick_params(axis="x", labelbottom=True)
+            axes.set_xlabel("ratio to the fastest backprop")
+        grey = {"color": "0.3", "linestyle": "", "markersize": 5.5}
+        handles = [Line2D([], [], marker="o", markerfacecolor="white", label="eager", **grey)]
+        handles += [Line2D([], [], marker="o", label="compiled", **grey)]
+        forms = dict.fromkeys(_parts(name)[1] for name in names)
+        handles += [
+            Line2D([], [], marker=COST_MARKS[form][0], label=f"backprop, {form}", **grey) for form in forms if form
+        ]
+        title = f"time of a training step on {bench['environment']['device']}"
+        figure.legend(handles=handles, title=title, title_fontsize=9, loc="outside lower center", ncols=len(handles))
+        _stamp_quick(figure, bench)
+    return figure
+
+
+def plot_depth(bench: dict[str, Any], published: dict[str, Sequence[float]] | None = None) -> Figure:
+    """Draw time and peak memory of a training step over the number of layers: figure 6 of Baydin et al. 2022.
+
+    Args:
+        bench: as :func:`fwdlib.benchmark.run` returns it, or read from its JSON file.
+        published: ``layers``, ``R_f`` and ``R_b`` of the paper, drawn as thin grey lines.
+
+    Returns:
+        A figure with two panels: the time of a step in plain evaluations of the loss, median with its 95 % interval,
+        and the memory above model and batch.
+
+    Raises:
+        ValueError: if the depth was not measured.
+    """
+    if not bench["depth"]:
+        raise ValueError("bench has no depth sweep: measure again without --no-depth")
+    layers = [int(n) for n in bench["depth"]]
+    entries = list(bench["depth"].values())
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(9, 3.4))
+        time, memory = figure.subplots(1, 2)
+        tops = [0.0]
+        for name, linestyle, shift in (("R_f", "--", -9), ("R_b", "-", 5)) if published else ():
+            x, y = published["layers"], published[name]
+            time.plot(x, y, color="0.55", linewidth=0.9, linestyle=linestyle)
+            place = {"xytext": (0, shift), "textcoords": "offset points", "ha": "right", "va": "center"}
+            time.annotate(f"paper's ${name}$", (x[-1], y[-1]), fontsize=8, color="0.4", **place)
+            tops.append(max(y))
+        for method, style in METHODS.items():
+            timed = [
+                (n, paired_ratio(entry["seconds"][f"{method}, eager"], entry["seconds"]["forward"]))
+                for n, entry in zip(layers, entries, strict=True)
+                if f"{method}, eager" in entry["seconds"]
+            ]
+            if timed:
+                where, ratios = zip(*timed, strict=True)
+                low, middle, high = np.array(ratios).T
+                time.fill_between(where, low, high, color=style["color"], alpha=0.18, linewidth=0)
+                label = f"{method}, ${'R_b' if method == 'backprop' else 'R_f'}$"
+                tops.append(max(middle))
+                time.plot(where, middle, marker="o", markersize=4, label=label, **style)
+            held = {
+                n: entry["memory"][method] / 1e6
+                for n, entry in zip(layers, entries, strict=True)
+                if method in entry.get("memory", {})
+            }
+            if held:
+                # below 0.1 MB is what the system rounds to, and a logarithm has no zero
+                memory.plot(
+                    list(held), np.maximum(list(held.values()), 0.1), marker="o", markersize=4, label=method, **style
+                )
+        what = f"layers of width {bench['settings']['width']}, batch {entries[0]['batch']}"
+        time.set(title="Time of a training step", xlabel=what, ylabel="plain evaluations of the loss")
+        time.set_ylim(0, 1.2 * max(tops))  # the band of a disturbed measurement may leave the panel
+        memory.set(title="Peak memory of a step above the model's", xlabel=what, ylabel="memory [MB]", yscale="log")
+        memory.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        for axes in (time, memory):
+            axes.margins(x=0.03)
+        handles, labels = time.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
+        _stamp_quick(figure, bench)
+    return figure
+
+
+def _parts(name: str) -> tuple[str, str, bool]:
+    # "rank-one K=4, compiled" -> row, form of backprop, whether compiled
+    label, _, mode = name.rpartition(", ")
+    form = label.removeprefix("backprop").strip() if label.startswith("backprop") else ""
+    return label.removesuffix(form).strip(), form, mode == "compiled"
+
+
+def _draw_ratio(axes: Axes, labels: Sequence[str], name: str, ratio: Interval) -> None:
+    label, form, compiled = _parts(name)
+    color = METHODS[label.split(" K=")[0]]["color"]
+    marker, shift = COST_MARKS[form]
+    place = labels.index(label) + shift
+    if ratio.low == ratio.low:
+        axes.plot([ratio.low, ratio.high], [place, place], color=color, linewidth=1.4, solid_capstyle="butt")
+    face = color if compiled else "white"
+    axes.plot(ratio.estimate, place, marker, color=color, markersize=5.5, markerfacecolor=face, zorder=3)
+
+
+def _plain_ratios(axes: Axes) -> None:
+    low, high = axes.get_xlim()
+    subs = (1, 2, 5) if high / low < 300 else (1,)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=subs))
 
 
 def _draw_quantity(axes: Axes, records: Sequence[Record], quantity: str) -> None:
@@ -271,5 +471,13 @@ def _stamp(figure: Figure, records: Sequence[Record]) -> None:
             words.append(f"substitute data: {record.source['name']} in place of {record.source['substitute_for']}")
         if record.quick:
             words.append("quick mode: not a result")
+    _write_stamp(figure, words)
+
+
+def _stamp_quick(figure: Figure, bench: dict[str, Any]) -> None:
+    _write_stamp(figure, ["quick mode: not a result"] if bench["quick"] else [])
+
+
+def _write_stamp(figure: Figure, words: Sequence[str]) -> None:
     if words:
         figure.suptitle(" · ".join(dict.fromkeys(words)), color="#B00020", fontsize=9, fontweight="bold")

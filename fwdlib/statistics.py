@@ -1,4 +1,4 @@
-"""Intervals over seeds: medians, means and paired differences."""
+"""Intervals over seeds or rounds: medians, means, paired differences and ratios."""
 
 from __future__ import annotations
 
@@ -82,6 +82,26 @@ def paired_difference(first: Sequence[float], second: Sequence[float], confidenc
     if len(first) != len(second):
         raise ValueError(f"paired samples need the same seeds, got {len(first)} and {len(second)} values")
     return mean_interval(_finite(first) - _finite(second), confidence)
+
+
+def paired_ratio(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Return the median of ``first / second``, round by round, with its interval as :func:`median_interval` gives it.
+
+    Args:
+        first: one positive number per round.
+        second: the same rounds in the same order.
+        confidence: of the interval, at least.
+
+    Raises:
+        ValueError: if the lengths differ, there are no values or one is not finite.
+
+    Example:
+        >>> paired_ratio([2.0, 4.0, 9.0], [4.0, 4.0, 3.0]).estimate
+        1.0
+    """
+    if len(first) != len(second):
+        raise ValueError(f"paired samples need the same rounds, got {len(first)} and {len(second)} values")
+    return median_interval(_finite(first) / _finite(second), confidence)
 
 
 def _checked(values: Sequence[float]) -> np.ndarray:

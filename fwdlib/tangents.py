@@ -66,7 +66,7 @@ class RankOne(NamedTuple):
     left: Tensor
     """Signs, shape (K, q)."""
     right: Tensor | None
-    """Signs, shape (K, p...); None for a parameter of less than two axes, whose tangents are ``left``, (K, q) or (K,)."""
+    """Signs, shape (K, p...); None for a parameter of less than two axes: its tangents are ``left``, (K, q) or (K,)."""
 
     def dense(self) -> Tensor:
         """Return the tangents written out, shape (K, q, p...)."""
@@ -135,11 +135,13 @@ def sample_tangents(
     Args:
         params: the parameters, real and floating.
         num_tangents: K, at least 1.
-        tangents: ``"normal"``, ``"rademacher"``, ``"rank-one"``, or a sampler of your own with the signature of :func:`normal`.
+        tangents: ``"normal"``, ``"rademacher"``, ``"rank-one"``, or a sampler of your own with the signature of
+            :func:`normal`.
         generator: where the randomness comes from; None for torch's global generator.
 
     Returns:
-        For each parameter of shape (...) a tensor of shape (K, ...). The k-th tangent does not depend on K (but a rank-one one does).
+        For each parameter of shape (...) a tensor of shape (K, ...). The k-th tangent does not depend on K, but a
+        rank-one one does.
 
     Raises:
         ValueError: if ``num_tangents`` is below 1, ``tangents`` is unknown, there are no parameters, or a sampler of
@@ -187,6 +189,12 @@ def draw(generator: AnyGenerator, sample: Callable[[torch.Generator | None], Ten
         sample: makes a tensor from a ``torch.Generator`` or None.
     """
     return generator.draw(sample) if isinstance(generator, Replicate) else sample(generator)
+
+
+def is_transformed() -> bool:
+    """Tell whether this runs inside ``torch.func.vmap``, where torch.autograd and dual levels do not work."""
+    # There is no public test for it.
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _draw_rows(params: Params, num_tangents: int, generator: AnyGenerator, fill: Callable) -> Params:

@@ -1,11 +1,11 @@
-"""The only training loop of the project: any estimator, any torch optimizer, one seed or a stack of them."""
+"""The only training loop of the project: any estimator, any torch optimizer, one seed or a stack of them, any batch."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from fwdlib.estimators import Estimator, GradientEstimate
 from fwdlib.history import History, Run
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
+from fwdlib.perturbations import Gradients
 from fwdlib.tangents import Params, Replicates
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
@@ -86,26 +87,34 @@ def train(
     learning_rate: float | None = None,
     threshold: float | None = None,
     max_iterations: int,
+    batch_size: int | None = None,
+    evaluate_every: int = 1,
     seeds: Sequence[int] = (0,),
     stacked: bool | None = None,
     device: str | torch.device = "cpu",
     progress: str | None = "training",
 ) -> History:
-    """Train a model from each of several seeds, full batch, until its training loss reaches the threshold.
+    """Train a model from each of several seeds until its training loss reaches the threshold.
 
-    A seed fixes the initial parameters and the tangents. The test set is evaluated after each step, outside the timer.
+    A seed fixes the initial parameters, the tangents and the batches. The test set is evaluated outside the timer.
+    Plain SGD on an estimate of :func:`fwdlib.dual.stacked_forward_gradient` updates the parameters from its factors.
+
     With ``stacked``, all seeds train at once: the parameters get a leading axis and the estimator is vmapped over it.
     Each seed sees the same random numbers as alone, so the numbers are the same up to the order of floating-point sums.
 
     Args:
         build: makes the model, for example a class of :mod:`fwdlib.models`.
-        data: the data set, of which the whole training part is the batch.
+        data: the data set.
         estimator: ``(objective, params) -> GradientEstimate``. If it takes a keyword ``generator``, each seed gets its
             own.
         optimizer: the name of a ``torch.optim`` optimizer, or a function from a list of tensors to an optimizer.
         learning_rate: for an optimizer given by name.
         threshold: stop a seed once its training loss is at most this; None to run all iterations.
         max_iterations: stop every seed after this many steps.
+        batch_size: B, examples drawn without replacement in each pass through the training part, whose rest is left
+            out; None for the whole training part at once.
+        evaluate_every: steps between two evaluations of the test set and of the threshold. The training loss is then
+            the mean over the batches since the last.
         seeds: one run for each.
         stacked: train all seeds at once or one after the other; None to stack where that gives the same and pays, that
             is for models without convolutions, buffers and Dropout and for elementwise optimizers.
@@ -130,11 +139,15 @@ def train(
     if threshold is not None:
         check_positive("threshold", threshold)
     check_count("max_iterations", max_iterations)
+    check_count("evaluate_every", evaluate_every)
+    if batch_size is not None and check_count("batch_size", batch_size) > len(data.train_targets):
+        num_train = len(data.train_targets)
+        raise ValueError(f"batch_size must be at most the {num_train} training examples, got {batch_size}")
     check_count("the number of seeds", len(seeds))
     device = runtime.resolve_device(device)
     data = Dataset(*(part.to(device) if isinstance(part, Tensor) else part for part in data))
     models = [initialise(build, seed).to(device) for seed in seeds]
-    obstacle = _why_not_stacked(models[0], elementwise)
+    obstacle = _why_not_stacked(models[0], elementwise, batch_size)
     if stacked and obstacle:
         raise ValueError(f"stacked=True is not possible here: {obstacle}")
     if stacked is None:
@@ -159,6 +172,8 @@ def train(
                     optimizer,
                     threshold,
                     max_iterations,
+                    batch_size,
+                    evaluate_every,
                     bar,
                 )
             )
@@ -180,6 +195,8 @@ def _train_group(
     make: MakeOptimizer,
     threshold: float | None,
     max_iterations: int,
+    batch_size: int | None,
+    evaluate_every: int,
     bar: tqdm,
 ) -> tuple[list[Run], list[Params], float]:
     model = models[0]  # for its structure; with several, their parameters are stacked
@@ -193,7 +210,7 @@ def _train_group(
         evaluate_all = vmap(evaluate_all, in_dims=(0, None, None))
     optimizer = make(list(params.values()))
     clock = _Clock(data.train_inputs.device)
-    runs = [Run(seed, "", 0) for seed in seeds]
+    runs = [Run(seed, "", 0, every=evaluate_every) for seed in seeds]
     ends: list[Params] = [{} for _ in seeds]
     rows = list(range(len(seeds)))  # which run each row of the stack is
     running = list(rows)
@@ -201,44 +218,82 @@ def _train_group(
         # for Dropout, which only knows torch's global generator; train() puts that back
         torch.manual_seed(runtime.generator(seeds[0], purpose="dropout").initial_seed())
 
+    batches = _batches(data, batch_size, runtime.generator(seeds[0], purpose="batches"))
+    recent: list[list[float]] = []  # training losses since the last evaluation
+
     for iteration in range(max_iterations + 1):
-        test_loss, test_errors = (
-            t.reshape(-1).tolist() for t in evaluate_all(params, data.test_inputs, data.test_targets)
-        )
+        objective.inputs, objective.targets = next(batches)
+        is_last = iteration == max_iterations
+        is_due = iteration % evaluate_every == 0 or is_last
+        if is_due:
+            evaluated = evaluate_all(params, data.test_inputs, data.test_targets)
         with clock:
             estimate: GradientEstimate = estimate_rows(params)
-        train_loss = estimate.loss.reshape(-1).tolist()
-        for row, i in enumerate(rows):
-            if i not in running:
-                continue
-            run = runs[i]
-            run.train_loss.append(train_loss[row])
-            run.test_loss.append(test_loss[row])
-            run.test_errors.append(test_errors[row])
-            run.iterations = iteration
-            run.status = _status(train_loss[row], threshold, iteration == max_iterations)
-            if run.status:
-                # Set aside at the moment it stops; what the stack goes on to do with its row is never read.
-                ends[i] = {name: p[row].clone() if many else p.clone() for name, p in params.items()}
-                running.remove(i)
+        recent.append(estimate.loss.reshape(-1).tolist())
+        has_diverged = not all(math.isfinite(recent[-1][row]) for row, i in enumerate(rows) if i in running)
+        if has_diverged and not is_due:
+            evaluated = evaluate_all(params, data.test_inputs, data.test_targets)
+        if is_due or has_diverged:
+            test_loss, test_errors = (t.reshape(-1).tolist() for t in evaluated)
+            for row, i in enumerate(rows):
+                if i not in running:
+                    continue
+                run = runs[i]
+                run.train_loss.append(sum(losses[row] for losses in recent) / len(recent))
+                run.test_loss.append(test_loss[row])
+                run.test_errors.append(test_errors[row])
+                run.iterations = iteration
+                run.status = _status(run.train_loss[-1], threshold, is_last)
+                if run.status:
+                    # Set aside at the moment it stops; what the stack goes on to do with its row is never read.
+                    ends[i] = {name: p[row].clone() if many else p.clone() for name, p in params.items()}
+                    running.remove(i)
+            recent.clear()
         if not running:
             break
         with clock:
-            for name, p in params.items():
-                p.grad = estimate.grads[name]
-            optimizer.step()
+            _step(optimizer, params, estimate.grads)
         seconds = clock.lap()
         if not many:
             runs[0].step_seconds.append(seconds)
         bar.update()
-        bar.set_postfix(loss=f"{train_loss[rows.index(running[0])]:.3f}", running=len(running), refresh=False)
+        bar.set_postfix(loss=f"{runs[running[0]].train_loss[-1]:.3f}", running=len(running), refresh=False)
         if many and 2 * len(running) <= len(rows):  # or the few slow seeds would pay for all
             kept = [row for row, i in enumerate(rows) if i in running]
             params, optimizer = _keep_rows(params, optimizer, make, kept)
+            recent = [[losses[row] for row in kept] for losses in recent]
             rows = list(running)
             estimate_rows = make_estimate(estimator, objective, [generators[i] for i in rows])
     bar.update(max_iterations - iteration)
     return runs, ends, clock.total
+
+
+def _batches(data: Dataset, batch_size: int | None, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    inputs, targets = data.train_inputs, data.train_targets
+    while batch_size is None:
+        yield inputs, targets
+    while True:
+        order = torch.randperm(len(targets), generator=generator).to(targets.device)
+        for rows in order.split(batch_size):
+            if len(rows) == batch_size:
+                yield inputs[rows], targets[rows]
+
+
+def _step(optimizer: Optimizer, params: Params, grads: Params | Gradients) -> None:
+    if isinstance(grads, Gradients) and (learning_rate := _plain_sgd(optimizer)) is not None:
+        grads.add_to_(params, -learning_rate)
+        return
+    for name, p in params.items():
+        p.grad = grads[name]
+    optimizer.step()
+
+
+def _plain_sgd(optimizer: Optimizer) -> float | None:
+    # Its learning rate, if its step is nothing but p -= learning_rate * grad.
+    group, *others = optimizer.param_groups
+    if type(optimizer) is not torch.optim.SGD or others:
+        return None
+    return None if group["momentum"] or group["weight_decay"] or group["maximize"] else group["lr"]
 
 
 def _status(loss: float, threshold: float | None, is_last: bool) -> str:
@@ -294,7 +349,9 @@ def _keep_rows(params: Params, optimizer: Optimizer, make: MakeOptimizer, kept: 
     return smaller, successor
 
 
-def _why_not_stacked(model: nn.Module, elementwise: bool) -> str | None:
+def _why_not_stacked(model: nn.Module, elementwise: bool, batch_size: int | None) -> str | None:
+    if batch_size is not None:
+        return "each seed draws its own batches"
     if not elementwise:
         return f"the optimizer is not one of the elementwise ones ({', '.join(ELEMENTWISE)})"
     if next(model.buffers(), None) is not None:

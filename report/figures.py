@@ -16,6 +16,7 @@ from fwdlib import plotting
 from fwdlib.results import iterations
 from fwdlib.statistics import Interval, median_interval
 from report.claims import METHODS, TASKS, Results, arrivals
+from report.cost import PUBLISHED_DEPTH
 
 PANEL = (3.0, 2.5)  # inches: three side by side on a page or a desktop, one on a phone
 MARKERS = {"backprop": "o", "forward": "D"}  # beside the colours of plotting.METHODS, for prints in black and white
@@ -29,16 +30,21 @@ def draw(results: Results, folder: Path) -> list[Path]:
         folder: must be there.
 
     Returns:
-        The SVG files: three for the summary, three for each model.
+        The SVG files: three for the summary, three for each model, and those of the cost where it was measured.
     """
     figures = {f"summary-{name}": figure for name, figure in plot_summary(results).items()}
     for task, pair in results.records.items():
         for quantity in plotting.QUANTITIES:
             figure = plotting.plot_quantity(list(pair.values()), quantity)
             figures[f"{task}-{quantity.replace(' ', '-')}"] = figure
+    for figure in figures.values():
+        figure.set_size_inches(PANEL)
+    if bench := results.cost["bench"]:
+        figures["cost"] = plotting.plot_cost(bench)
+        if bench["depth"]:
+            figures["depth"] = plotting.plot_depth(bench, PUBLISHED_DEPTH)
     paths = []
     for name, figure in figures.items():
-        figure.set_size_inches(PANEL)
         paths.append(folder / f"{name}.svg")
         with matplotlib.style.context(plotting.STYLE):  # its hash salt and its fonts count when the file is written
             figure.savefig(paths[-1], metadata={"Date": None, "Creator": None})

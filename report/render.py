@@ -17,7 +17,7 @@ import typst
 
 from fwdlib.history import Run
 from report import claims, figures
-from report.wording import count, duration, enumerated, interval, number, times
+from report.wording import count, duration, enumerated, interval, megabytes, number, times
 
 HERE = Path(__file__).parent
 PAGES = ("report.html", "report.pdf")
@@ -75,6 +75,7 @@ def markdown(context: dict[str, Any]) -> str:
     comments = {"comment_start_string": "<#", "comment_end_string": "#>"}  # {# begins the name of a heading
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, **comments)
     words = {"number": number, "count": count, "loss": loss, "interval": interval, "duration": duration, "times": times}
+    words |= {"megabytes": megabytes}
     sentences = {"signed": signed, "statuses": statuses, "strays": strays, "machine": machine, "capfirst": capfirst}
     environment.filters |= words | sentences | {"enumerated": enumerated}
     environment.globals |= words | {"names": NAMES, "infinity": math.inf, "summary_of": partial(summary_of, context)}

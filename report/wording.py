@@ -65,6 +65,16 @@ def duration(value: Interval | float) -> str:
     return interval(Interval(*(end * scale for end in value))) + unit
 
 
+def megabytes(value: float) -> str:
+    """Return a number of bytes in millions.
+
+    Example:
+        >>> megabytes(2_340_000)
+        '2.34 MB'
+    """
+    return f"{number(value / 1e6)} MB"
+
+
 def times(ratio: Interval) -> str:
     """Return what a ratio of durations says, as the end of a sentence about the numerator.
 

@@ -49,17 +49,26 @@ def problems(check) -> list[cli.Finding]:
     return [finding for finding in findings(check) if finding.status == "problem"]
 
 
+SHOWN = {
+    "--help": ("doctor", "data", "bench"),
+    "data": ("list", "fetch"),
+    "bench": ("--quick", "--device", "--models", "--no-memory", "--no-depth", "--batch", "--out"),
+}
+
+
 # --- forms -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["--help"], ["doctor", "--help"], ["data", "--help"], ["data", "fetch", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["doctor", "--help"], ["data", "--help"], ["data", "fetch", "--help"], ["bench", "--help"]]
+)
 def test_help(words, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith("usage: python -m fwdlib")
-    assert all(name in shown for name in {"--help": ("doctor", "data"), "data": ("list", "fetch")}.get(words[0], ()))
+    assert all(name in shown for name in SHOWN.get(words[0], ()))
 
 
 def test_help_does_not_wait_for_torch():
@@ -166,6 +175,62 @@ def test_a_missing_package_points_to_the_doctor(monkeypatch, capsys):
     assert cli.main(["data"]) == 1
     assert "no_such_package" in (message := capsys.readouterr().err)
     assert "doctor" in message
+
+
+# --- bench -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path) -> list[dict]:
+    """A benchmark that measures nothing, in a checkout of its own; what it was asked for."""
+    from fwdlib import benchmark
+
+    asked = []
+    monkeypatch.setattr(
+        benchmark, "run", lambda **options: asked.append(options) or {"load": 0, "models": {}, "depth": {}}
+    )
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "fwdlib"\n')
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "bench-cpu.json"),
+        (["--quick"], "bench-cpu-quick.json"),
+        (["--no-depth"], "bench-cpu-partial.json"),
+        (["--models", "mnist-mlp", "--quick"], "bench-cpu-partial-quick.json"),
+        (["--batch", "4096"], "bench-cpu-batch4096.json"),
+    ],
+)
+def test_bench_writes_less_than_all_to_another_file(words, name, bench, tmp_path):
+    assert cli.main(["bench", *words]) == 0
+    assert [path.name for path in (tmp_path / "report" / "results").iterdir()] == [name]
+
+
+def test_bench_passes_its_options_on(bench, tmp_path):
+    words = ["--models", "mnist-mlp", "paper-cnn", "--no-memory", "--device", "cuda", "--batch", "64", "--quick"]
+    assert cli.main(["bench", *words, "--out", str(tmp_path / "x.json")]) == 0
+    (options,) = bench
+    assert options == {
+        "device": "cuda",
+        "models": ("mnist-mlp", "paper-cnn"),
+        "batch": 64,
+        "memory": False,
+        "depth": True,
+        "quick": True,
+    }
+    assert (tmp_path / "x.json").is_file()
+
+
+def test_bench_of_an_unknown_model_lists_the_known(capsys):
+    from fwdlib.contenders import MODELS
+
+    assert cli.main(["bench", "--models", "mnist"]) == 1
+    message = capsys.readouterr().err
+    assert all(name in message for name in ("'mnist'", *MODELS))
+    assert "Traceback" not in message
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------

@@ -274,7 +274,7 @@ def test_jvp_is_the_slope_by_finite_differences(widths, activation, batch, seed,
 def test_refuses_bad_options(objective, params):
     with pytest.raises(ValueError, match="num_tangents must be a whole number of at least 1, got 0"):
         forward_gradient(objective, params, num_tangents=0)
-    with pytest.raises(ValueError, match="tangents must be one of 'normal', 'rademacher', got 'gaussian'"):
+    with pytest.raises(ValueError, match="tangents must be one of 'normal', 'rademacher', 'rank-one', got 'gaussian'"):
         forward_gradient(objective, params, tangents="gaussian")
     with pytest.raises(ValueError, match="blocks must be one of 'joint', 'parameter', got 'layer'"):
         forward_gradient(objective, params, blocks="layer")

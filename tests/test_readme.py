@@ -20,21 +20,36 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
+def block_with(text):
+    (block,) = [block for block in blocks("python") if text in block]
+    return compile(block, "README.md", "exec")
+
+
 def test_the_training_loop_runs_and_learns():
-    code = blocks("python")[0]
+    code = block_with("assign_gradients")
     names = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        exec(compile(code, "README.md", "exec"), names)
+        exec(code, names)
     assert names["estimate"].jvps.shape == (4,)
     before = torch.log(torch.tensor(3.0))  # the loss of guessing
     assert names["estimate"].loss < before + 0.1
     assert all(p.grad is not None for p in names["model"].parameters())
 
 
+def test_the_fast_step_goes_on_from_there(capsys):
+    names = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        exec(block_with("assign_gradients"), names)
+        exec(block_with("SGDStep"), names)
+    assert names["loss"].isfinite()
+    assert "torch.nn.functional.linear" in capsys.readouterr().out
+
+
 def test_the_data_set_of_the_readme_trains():
     names = {"torch": torch}
-    exec(compile(blocks("python")[1], "README.md", "exec"), names)
+    exec(block_with("Dataset"), names)
     history = train(
         lambda: torch.nn.Linear(4, 2), names["data"], backprop_gradient, learning_rate=0.1, max_iterations=3
     )

@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from fwdlib.tangents import TANGENTS, Replicates, normal, sample_tangents
+from fwdlib.tangents import (
+    TANGENTS,
+    Replicates,
+    normal,
+    random_signs,
+    rank_one,
+    rank_one_factors,
+    sample_tangents,
+)
 
 PARAMS = {"weight": torch.zeros(3, 4), "bias": torch.zeros(3), "scale": torch.zeros(())}
 P = 16
@@ -28,12 +36,13 @@ def test_components_have_zero_mean_unit_variance_and_are_uncorrelated(name):
     assert (v.T @ v / num - torch.eye(P)).abs().max() < 5 * math.sqrt(2 / num)
 
 
-def test_rademacher_tangents_are_signs():
-    v = flat(sample_tangents(PARAMS, 50, "rademacher", torch.Generator().manual_seed(0)))
+@pytest.mark.parametrize("name", ["rademacher", "rank-one"])
+def test_tangents_are_signs(name):
+    v = flat(sample_tangents(PARAMS, 50, name, torch.Generator().manual_seed(0)))
     assert set(v.unique().tolist()) == {-1.0, 1.0}
 
 
-@pytest.mark.parametrize("name", TANGENTS)
+@pytest.mark.parametrize("name", ["normal", "rademacher"])
 def test_tangent_k_does_not_depend_on_how_many_there_are(name):
     few = flat(sample_tangents(PARAMS, 2, name, torch.Generator().manual_seed(3)))
     many = flat(sample_tangents(PARAMS, 7, name, torch.Generator().manual_seed(3)))
@@ -70,7 +79,7 @@ def test_refuses_a_bad_number_of_tangents(num_tangents):
 
 
 def test_refuses_unknown_tangents():
-    with pytest.raises(ValueError, match=r"tangents must be one of 'normal', 'rademacher', got 'uniform'"):
+    with pytest.raises(ValueError, match=r"tangents must be one of 'normal', 'rademacher', 'rank-one', got 'uniform'"):
         sample_tangents(PARAMS, 1, "uniform")
 
 
@@ -83,3 +92,49 @@ def test_refuses_parameters_without_a_tangent(dtype):
 def test_refuses_no_parameters():
     with pytest.raises(ValueError, match="nothing to differentiate"):
         sample_tangents({})
+
+
+# signs, 64 from each word
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (64,), (7, 11), (2, 3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_random_signs_are_signs_of_the_shape_and_type(shape, dtype):
+    signs = random_signs(shape, torch.zeros(1, dtype=dtype), torch.Generator().manual_seed(0))
+    assert (signs.shape, signs.dtype) == (torch.Size(shape), dtype)
+    assert (signs.abs() == 1).all()
+
+
+def test_random_signs_have_zero_mean_and_are_uncorrelated_within_and_across_words():
+    num = 20_000
+    signs = random_signs((num, 128), torch.zeros(()), torch.Generator().manual_seed(1)).double()
+    # 5 sigma: each mean, and each mean product of two signs, has standard deviation 1/sqrt(n)
+    assert signs.mean(0).abs().max() < 5 / math.sqrt(num)
+    assert (signs.T @ signs / num - torch.eye(128)).abs().max() < 5 / math.sqrt(num)
+
+
+def test_one_generator_gives_the_same_signs_and_then_others():
+    like, draw = torch.zeros(()), torch.Generator().manual_seed(2)
+    first, second = random_signs((100,), like, draw), random_signs((100,), like, draw)
+    assert torch.equal(first, random_signs((100,), like, torch.Generator().manual_seed(2)))
+    assert not torch.equal(first, second)
+
+
+def test_rank_one_tangents_are_the_outer_products_of_their_factors():
+    params = PARAMS | {"kernel": torch.zeros(2, 3, 2)}
+    dense = rank_one(params, 3, torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    factors = rank_one_factors(params, 3, lambda shape, like: random_signs(shape, like, draw))
+    assert torch.equal(dense["weight"], torch.einsum("ki,kj->kij", *factors["weight"]))
+    assert torch.equal(dense["kernel"], torch.einsum("ki,kjl->kijl", *factors["kernel"]))
+    assert torch.equal(dense["scale"], factors["scale"].left)
+    assert factors["scale"].right is None
+
+
+def test_every_replicate_of_a_stack_draws_the_signs_that_it_draws_alone():
+    seeds = (5, 6)
+    replicates = Replicates([torch.Generator().manual_seed(seed) for seed in seeds])
+    stacked = torch.func.vmap(lambda index: rank_one(PARAMS, 3, replicates.at(index)))(replicates.indices)
+    for i, seed in enumerate(seeds):
+        expected = rank_one(PARAMS, 3, torch.Generator().manual_seed(seed))
+        assert all(torch.equal(stacked[name][i], expected[name]) for name in PARAMS)

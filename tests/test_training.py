@@ -11,9 +11,11 @@ from torch import nn
 
 from fwdlib import training
 from fwdlib.data import Dataset, Source
+from fwdlib.dual import stacked_forward_gradient
 from fwdlib.estimators import GradientEstimate, backprop_gradient, forward_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
 from fwdlib.objectives import BatchLoss, params_of
+from fwdlib.perturbations import Gradients
 from fwdlib.training import OPTIMIZERS, evaluate, make_optimizer
 
 SEEDS = (3, 0, 5)
@@ -495,3 +497,94 @@ def test_a_stack_says_why_it_cannot_draw(train):
     with pytest.raises(ValueError, match="pass stacked=False"):
         train(Functional, seeds=(0, 1))
     assert len(train(Functional, seeds=(0, 1), stacked=False).runs) == 2
+
+
+# batches
+
+
+def test_batches_are_drawn_without_replacement_and_anew_in_each_pass(train, data):
+    seen = []
+
+    def estimator(objective, params):
+        seen.append(objective.inputs)
+        return backprop_gradient(objective, params)
+
+    train(estimator=estimator, batch_size=25, max_iterations=4)
+    assert [len(batch) for batch in seen] == [25] * 5  # 60 examples: two batches a pass, and 10 left out
+    first, second = torch.cat(seen[:2]), torch.cat(seen[2:4])
+    assert len(first.unique(dim=0)) == len(second.unique(dim=0)) == 50
+    assert not torch.equal(first, second)
+    assert {tuple(row) for row in first.tolist()} <= {tuple(row) for row in data.train_inputs.tolist()}
+
+
+def test_both_methods_see_the_same_batches_and_another_seed_others(train):
+    seen = {}
+
+    def spy(name, base):
+        def estimator(objective, params):
+            seen.setdefault(name, objective.targets.tolist())
+            return base(objective, params)
+
+        return estimator
+
+    for name, seed, base in (("a", 0, backprop_gradient), ("b", 0, forward_gradient), ("c", 1, backprop_gradient)):
+        train(estimator=spy(name, base), batch_size=25, max_iterations=1, seeds=[seed])
+    assert seen["a"] == seen["b"] != seen["c"]
+
+
+def test_the_training_loss_of_batches_is_the_mean_since_the_last_evaluation(train):
+    losses = []
+
+    def estimator(objective, params):
+        estimate = backprop_gradient(objective, params)
+        losses.append(estimate.loss.item())
+        return estimate
+
+    (run,) = train(estimator=estimator, batch_size=20, evaluate_every=3, max_iterations=7).runs
+    expected = [losses[0], sum(losses[1:4]) / 3, sum(losses[4:7]) / 3, losses[7]]
+    assert run.train_loss == pytest.approx(expected)
+    assert (run.every, run.iterations, len(run.step_seconds), len(run.test_loss)) == (3, 7, 7, 4)
+
+
+def test_a_threshold_is_looked_at_when_evaluated(train):
+    (run,) = train(threshold=0.6, max_iterations=500, evaluate_every=7).runs
+    assert run.status == "reached"
+    assert run.iterations % 7 == 0
+    (every,) = train(threshold=0.6, max_iterations=500).runs
+    assert every.iterations <= run.iterations
+
+
+def test_a_run_that_diverges_between_evaluations_ends_there(train):
+    (run,) = train(learning_rate=1e38, evaluate_every=100, max_iterations=1000).runs
+    assert run.status == "diverged"
+    assert run.iterations < 100
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 61}, "batch_size must be at most the 60 training examples, got 61"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        ({"evaluate_every": 0}, "evaluate_every must be a whole number of at least 1"),
+        ({"batch_size": 5, "stacked": True, "seeds": (0, 1)}, "each seed draws its own batches"),
+    ],
+)
+def test_bad_batches_are_refused(train, options, message):
+    with pytest.raises(ValueError, match=message):
+        train(**options)
+
+
+# updates from factors
+
+
+def test_plain_sgd_updates_from_the_factors_and_any_other_from_gradients(train, monkeypatch):
+    written_out = []
+    read = Gradients.__getitem__
+    monkeypatch.setattr(Gradients, "__getitem__", lambda self, name: written_out.append(name) or read(self, name))
+    estimator = partial(stacked_forward_gradient, num_tangents=2)
+    plain = train(MLP, estimator, learning_rate=1e-3, stacked=False)
+    assert written_out == []
+    # the same steps, by an optimizer that is not plain and steps alike
+    other = train(MLP, estimator, optimizer=lambda p: torch.optim.SGD(p, 1e-3, weight_decay=1e-30), stacked=False)
+    assert len(written_out) == 10 * 6
+    assert_same_runs(plain, other)
