@@ -145,7 +145,7 @@ class SGDStep:
     batch traces and compiles the step, which takes seconds to a minute; only the signs are drawn outside of the graph.
 
     Args:
-        model: whose trainable parameters are updated, in place.
+        model: whose parameters are updated, in place: those that it has, and that are trainable, when this is made.
         loss: ``(logits, targets) -> scalar``.
         learning_rate: of SGD; change it by the attribute of that name.
         num_tangents: K.
@@ -188,6 +188,8 @@ class SGDStep:
                 "compiled=True needs a C++ compiler, and none was found. Install g++ or clang++, name one in the "
                 "environment variable CXX, or pass compiled=False."
             )
+        self._params, self._buffers = params_of(model), dict(model.named_buffers())
+        self._modules = list(model.modules())
         self._graphs: dict[tuple, tuple[Callable, int]] = {}
 
     @torch.no_grad()
@@ -197,15 +199,15 @@ class SGDStep:
         Raises:
             ValueError: as :func:`stacked_forward_gradient`.
         """
-        params = params_of(self.model)
-        buffers = dict(self.model.named_buffers())
-        _check(BatchLoss(self.model, inputs, targets, self.loss), params)
+        params, buffers = self._params, self._buffers
         draw_signs = partial(random_signs, generator=self.generator)
         if not self.compiled:
+            _check(BatchLoss(self.model, inputs, targets, self.loss), params)
             return self._step(params, {}, inputs, targets, self.learning_rate, draw_signs)
-        modes = tuple(module.training for module in self.model.modules())
+        modes = tuple([module.training for module in self._modules])
         key = (inputs.shape, inputs.dtype, inputs.device, targets.shape, targets.dtype, modes)
         if key not in self._graphs:
+            _check(BatchLoss(self.model, inputs, targets, self.loss), params)
             self._graphs[key] = self._compile(params, buffers, inputs, targets)
         graph, num_signs = self._graphs[key]
         like = next(iter(params.values()))
