@@ -63,7 +63,7 @@ class Settings(NamedTuple):
     depths: tuple[int, ...]
 
 
-FULL = Settings(12.0, 7, 60, 0.01, 1024, (1, 2, 5, 10, 20, 50, 100))
+FULL = Settings(12.0, 11, 60, 0.01, 1024, (1, 2, 5, 10, 20, 50, 100))
 QUICK = Settings(1.0, 7, 15, 0.005, 256, (1, 10, 30))
 
 

@@ -121,7 +121,8 @@ class Variant(NamedTuple):
     num_tangents: int = 1
     compiled: bool = False
     form: str = ""
-    """Of backprop: ``"channels_last"``, or ``"one graph"``: forward, backward and update traced into one, by hand."""
+    """``"channels_last"``, of convolutional models; or, of backprop, ``"one graph"``: forward, backward and update traced
+    into one, by hand."""
 
     def __str__(self) -> str:
         """Return label and mode."""
@@ -137,6 +138,7 @@ def variants(model: nn.Module, *, quick: bool = False) -> list[Variant]:
         forms = ["", *(["channels_last"] if has_convolution else []), *(["one graph"] if compiled else [])]
         found += [Variant("backprop", compiled=compiled, form=form) for form in forms]
         found += [Variant(method, 1, compiled) for method in METHODS[2:]]
+        found += [Variant("rank-one", 1, compiled, "channels_last")] if has_convolution else []
         found += [] if quick else [Variant("rank-one", k, compiled) for k in (4, 16)]
     if quick:
         worth = (
@@ -150,12 +152,12 @@ def variants(model: nn.Module, *, quick: bool = False) -> list[Variant]:
 
 def make_step(variant: Variant, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
     """Return a training step: the estimate and an update of SGD. What is compiled is so at the first call."""
+    if variant.form == "channels_last":
+        model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        inputs = inputs.to(memory_format=torch.channels_last)
     if variant.method == "backprop":
         if variant.form == "one graph":
             return _one_graph(model, inputs, targets)
-        if variant.form == "channels_last":
-            model = copy.deepcopy(model).to(memory_format=torch.channels_last)
-            inputs = inputs.to(memory_format=torch.channels_last)
         return _backprop(model, inputs, targets, compiled=variant.compiled)
     if variant.method == "forward gradient":
         objective, optimizer = BatchLoss(model, inputs, targets), torch.optim.SGD(model.parameters(), LEARNING_RATE)

@@ -652,13 +652,13 @@ def _reduce(run: Pass, x: Any, dim: Any, keepdim: bool, dtype: torch.dtype | Non
     return _dual(value, tangents / stack[0].numel() if is_mean else tangents)
 
 
-@register_rule(torch.max_pool1d, F.max_pool1d_with_indices)
+@register_rule(F.max_pool1d, torch.max_pool1d, F.max_pool1d_with_indices)
 def max_pool1d(run: Pass, x: Any, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
     """Take the tangents from where the maximum is."""
     return NotImplemented if return_indices else _max_pool(run, x, F.max_pool1d_with_indices, 1, args, kwargs)
 
 
-@register_rule(torch.max_pool2d, F.max_pool2d_with_indices)
+@register_rule(F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices)
 def max_pool2d(run: Pass, x: Any, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
     """Take the tangents from where the maximum is."""
     return NotImplemented if return_indices else _max_pool(run, x, F.max_pool2d_with_indices, 2, args, kwargs)
@@ -667,6 +667,10 @@ def max_pool2d(run: Pass, x: Any, *args: Any, return_indices: bool = False, **kw
 def _max_pool(run: Pass, x: Any, pool: Callable, num_axes: int, args: tuple, kwargs: dict) -> Dual:
     stack = run.stack(x)
     y, where = pool(stack[0], *args, **kwargs)
+    if num_axes == 2 and where.dim() == 4 and where.is_contiguous(memory_format=torch.channels_last):
+        tangents = stack[1:].movedim(2, -1).flatten(2, 3)  # (R, B, positions, channels), in the order of the memory
+        where = where.movedim(1, -1).flatten(1, 2).expand(len(tangents), -1, -1, -1)
+        return _dual(y, tangents.gather(2, where).unflatten(2, y.shape[2:]).movedim(-1, 2))
     tangents = stack[1:].flatten(-num_axes)
     where = where.flatten(-num_axes).expand(*tangents.shape[:-1], -1)
     return _dual(y, tangents.gather(-1, where).reshape(-1, *y.shape))
@@ -789,7 +793,11 @@ _constant(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, 
 
 def _dual(primal: Tensor, tangents: Tensor) -> Dual:
     # tangents: broadcastable to (R, *primal.shape)
-    return Dual(torch.cat([primal.unsqueeze(0), tangents.expand(-1, *primal.shape)]))
+    tangents = tangents.expand(-1, *primal.shape)
+    if primal.dim() != 4 or not len(primal):
+        return Dual(torch.cat([primal.unsqueeze(0), tangents]))
+    # joined along the examples, where torch.cat knows channels_last and keeps it
+    return Dual(torch.cat([primal, *tangents.unbind()]).unflatten(0, (1 + len(tangents), len(primal))))
 
 
 def _all_rows(run: Pass, x: Any) -> Tensor:

@@ -208,7 +208,11 @@ class Perturbation:
             added = torch.stack([layer(inputs, tangent) for tangent in self.dense(weight)])
         elif weight is not None:
             left = self.factors(weight).left
-            added = along.transpose(0, 1).unsqueeze(2) * _between(left, outputs.dim(), axis)
+            along = along.transpose(0, 1)  # (K, B, ...)
+            if outputs.dim() == 4 and outputs.stride(1) == 1:  # channels_last: the product in that order
+                added = (along.unsqueeze(-1) * left.reshape(len(left), 1, 1, 1, -1)).movedim(-1, 2)
+            else:
+                added = along.unsqueeze(2) * _between(left, outputs.dim(), axis)
         return self._with_bias(added, bias, outputs, axis)
 
     def rows(self, name: str, indices: Tensor) -> Tensor:

@@ -320,7 +320,7 @@ def plot_cost(bench: dict[str, Any]) -> Figure:
         handles += [Line2D([], [], marker="o", label="compiled", **grey)]
         forms = dict.fromkeys(_parts(name)[1] for name in names)
         handles += [
-            Line2D([], [], marker=COST_MARKS[form][0], label=f"backprop, {form}", **grey) for form in forms if form
+            Line2D([], [], marker=COST_MARKS[form][0], label=form, **grey) for form in forms if form
         ]
         title = f"time of a training step on {bench['environment']['device']}"
         figure.legend(handles=handles, title=title, title_fontsize=9, loc="outside lower center", ncols=len(handles))
@@ -393,9 +393,9 @@ def plot_depth(bench: dict[str, Any], published: dict[str, Sequence[float]] | No
 
 
 def _parts(name: str) -> tuple[str, str, bool]:
-    # "rank-one K=4, compiled" -> row, form of backprop, whether compiled
+    # "rank-one channels_last, compiled" -> row, form, whether compiled
     label, _, mode = name.rpartition(", ")
-    form = label.removeprefix("backprop").strip() if label.startswith("backprop") else ""
+    form = next((form for form in COST_MARKS if form and label.endswith(form)), "")
     return label.removesuffix(form).strip(), form, mode == "compiled"
 
 

@@ -62,12 +62,13 @@ def _model(entry: dict[str, Any]) -> dict[str, Any]:
     for method in STRUCTURED:
         name = _fastest(seconds, method)
         structured[method] = {
-            "mode": name.partition(", ")[2],
+            "mode": name.removeprefix(method).strip(", ").replace(", ", " "),
             "seconds": float(np.median(seconds[name])),
             "ratio": paired_ratio(seconds[name], reference),
             "over_plain": paired_ratio(seconds[name], forward).estimate,
         }
     best = seconds[_fastest(seconds, "rank-one")]
+    memory = entry.get("memory", {})
     return {
         "title": entry["title"],
         "batch": entry["batch"],
@@ -77,12 +78,14 @@ def _model(entry: dict[str, Any]) -> dict[str, Any]:
         "over_plain": paired_ratio(reference, forward).estimate,
         "textbook": paired_ratio(seconds[TEXTBOOK], reference),
         "structured": structured,
+        "memory": memory,
+        "heavier": memory.get("rank-one", 0) > memory.get("backprop", 0),
         "over_one_graph": paired_ratio(best, seconds[ONE_GRAPH]) if ONE_GRAPH in seconds else None,
     }
 
 
 def _fastest(seconds: dict[str, list[float]], method: str) -> str:
-    forms = [name for name in seconds if name.partition(", ")[0] == method]
+    forms = [name for name in seconds if name.partition(", ")[0] in (method, f"{method} channels_last")]
     return min(forms, key=lambda name: np.median(seconds[name]))
 
 

@@ -393,3 +393,47 @@ def test_explain_tells_what_has_no_rule_and_leaves_the_model_alone():
     assert list(table["shape"]) == [(5, 4)] * 5 + [(5, 2)]
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+LAYERS_WITH_RULES = [
+    (nn.Conv1d(3, 4, 3), (5, 3, 8)),
+    (nn.Conv2d(3, 4, 3), (5, 3, 8, 8)),
+    *((layer, (5, 4, 8)) for layer in (nn.MaxPool1d(2), nn.AvgPool1d(2), nn.AdaptiveAvgPool1d(2), nn.BatchNorm1d(4))),
+    *((layer, (5, 4, 8, 8)) for layer in (nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2))),
+    *((layer, (5, 4, 8, 8)) for layer in (nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(8), nn.Flatten())),
+    *((layer, (5, 4)) for layer in (nn.ReLU(), nn.ReLU(inplace=True), nn.Tanh(), nn.Sigmoid(), nn.GELU(), nn.SiLU())),
+    *((layer, (5, 4)) for layer in (nn.ELU(), nn.LeakyReLU(), nn.Softplus(), nn.Dropout(), nn.Softmax(1))),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS_WITH_RULES, ids=lambda value: str(value))
+def test_a_layer_of_torch_calls_functions_that_have_rules(layer, shape):
+    class Moved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift, self.layer = nn.Parameter(torch.zeros(())), layer
+
+        def forward(self, inputs):
+            return self.layer(inputs + self.shift)
+
+    assert set(explain(Moved(), torch.randn(shape)).by) == {"rule"}
+
+
+@pytest.mark.parametrize("num_tangents", [1, 3])
+@pytest.mark.parametrize("tangents", ["normal", "rank-one"])
+def test_channels_last_changes_no_number(num_tangents, tangents):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.MaxPool2d(2))
+    model = nn.Sequential(model, nn.Flatten(), nn.Linear(5 * 9, 3)).double()
+    inputs, targets = torch.randn(6, 3, 10, 10, dtype=torch.float64), torch.arange(6) % 3
+
+    def estimate():
+        draw = torch.Generator().manual_seed(1)
+        options = {"num_tangents": num_tangents, "tangents": tangents, "generator": draw}
+        return stacked_forward_gradient(BatchLoss(model, inputs, targets), params_of(model), **options)
+
+    first = estimate()
+    model, inputs = model.to(memory_format=torch.channels_last), inputs.to(memory_format=torch.channels_last)
+    second = estimate()
+    torch.testing.assert_close(second.jvps, first.jvps)
+    torch.testing.assert_close(dict(second.grads), dict(first.grads))

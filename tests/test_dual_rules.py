@@ -140,8 +140,8 @@ for options in ({}, {"dim": -1}, {"dim": (0, 2), "keepdim": True}, {"dim": (0, 1
     reductions = [torch.mean, Tensor.mean, torch.sum, Tensor.sum]
     case(reductions, [(4, 3, 2)], lambda f, x, o=options: f(x, **o))
 case(reductions, [()])
-case([torch.max_pool1d, F.max_pool1d_with_indices], [(2, 4, 7)], lambda f, x: f(x, 3, stride=2, padding=1))
-case([torch.max_pool2d, F.max_pool2d_with_indices], [image], lambda f, x: f(x, 2))
+case([F.max_pool1d, torch.max_pool1d, F.max_pool1d_with_indices], [(2, 4, 7)], lambda f, x: f(x, 3, stride=2, padding=1))
+case([F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices], [image], lambda f, x: f(x, 2))
 case([F.avg_pool1d], [(2, 4, 7)], lambda f, x: f(x, 3, padding=1))
 case([F.avg_pool2d], [image], lambda f, x: f(x, 2))
 case([F.avg_pool3d], [(2, 2, 4, 4, 4)], lambda f, x: f(x, 2))
