@@ -79,7 +79,7 @@ def _model(entry: dict[str, Any]) -> dict[str, Any]:
         "textbook": paired_ratio(seconds[TEXTBOOK], reference),
         "structured": structured,
         "memory": memory,
-        "heavier": memory.get("rank-one", 0) > memory.get("backprop", 0),
+        "heavier": memory.get("rank-one", 0) > max(memory.get("backprop", 0), 10e6),  # less than that is noise
         "over_one_graph": paired_ratio(best, seconds[ONE_GRAPH]) if ONE_GRAPH in seconds else None,
     }
 
