@@ -121,8 +121,8 @@ class Variant(NamedTuple):
     num_tangents: int = 1
     compiled: bool = False
     form: str = ""
-    """``"channels_last"``, of convolutional models; or, of backprop, ``"one graph"``: forward, backward and update traced
-    into one, by hand."""
+    """``"channels_last"``, of convolutional models; or, of backprop, ``"one graph"``: forward, backward and update
+    traced into one, by hand."""
 
     def __str__(self) -> str:
         """Return label and mode."""

@@ -319,9 +319,7 @@ def plot_cost(bench: dict[str, Any]) -> Figure:
         handles = [Line2D([], [], marker="o", markerfacecolor="white", label="eager", **grey)]
         handles += [Line2D([], [], marker="o", label="compiled", **grey)]
         forms = dict.fromkeys(_parts(name)[1] for name in names)
-        handles += [
-            Line2D([], [], marker=COST_MARKS[form][0], label=form, **grey) for form in forms if form
-        ]
+        handles += [Line2D([], [], marker=COST_MARKS[form][0], label=form, **grey) for form in forms if form]
         title = f"time of a training step on {bench['environment']['device']}"
         figure.legend(handles=handles, title=title, title_fontsize=9, loc="outside lower center", ncols=len(handles))
         _stamp_quick(figure, bench)

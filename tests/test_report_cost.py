@@ -6,8 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from fwdlib.contenders import MODELS
+from fwdlib.data import Dataset, Source
 from fwdlib.results import write_json
 from report import claims, cost, render
 from report.descent import tune
@@ -183,3 +186,28 @@ def test_the_committed_measurements_are_whole():
     assert not measured["bench"]["quick"]
     assert "100" in measured["bench"]["depth"]
     assert measured["descent"]["settings"]["data"]["name"] == "MNIST"
+
+
+def test_descents_are_kept_one_by_one_and_not_run_twice(tmp_path, monkeypatch):
+    from report import descent
+
+    draw = torch.Generator().manual_seed(0)
+    targets = torch.arange(80) % 2
+    inputs = targets.unsqueeze(1) + 0.1 * torch.randn(80, 3, generator=draw)
+    data = Dataset(inputs, targets, inputs, targets, ("a", "b"), Source("blobs", "a test", None, "", "", "", 0))
+    monkeypatch.setattr(descent, "load_images", lambda *_, **__: data)
+    monkeypatch.setattr(descent, "build", lambda: nn.Linear(3, 2))
+    monkeypatch.setattr(descent, "BATCH_SIZE", 20)
+    monkeypatch.setattr(descent, "MAX_ITERATIONS", 200)
+    monkeypatch.setattr(descent, "TUNING_ITERATIONS", 40)
+    first = descent.measure(["backprop"], tmp_path / "descent.json")
+    measured = [run for run in first["runs"] if run["purpose"] == "measured"]
+    assert [run["seed"] for run in measured] == descent.SEEDS
+    assert len({run["learning_rate"] for run in measured}) == 1
+
+    monkeypatch.setattr(descent, "train", lambda *_, **__: pytest.fail("trained again"))
+    again = descent.measure(["backprop"], tmp_path / "descent.json")
+    assert len(again["runs"]) == len(first["runs"])
+    monkeypatch.setattr(descent, "THRESHOLD", 0.1)
+    with pytest.raises(ValueError, match="made with other settings; delete it"):
+        descent.measure(["backprop"], tmp_path / "descent.json")
