@@ -126,6 +126,7 @@ def test_all_forms_are_there_once():
         "backprop",
         "backprop channels_last",
         "rank-one",
+        "rank-one channels_last",
         "per-example",
         "activity",
         "rank-one K=4",
