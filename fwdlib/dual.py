@@ -299,7 +299,7 @@ def explain(model: nn.Module, inputs: Tensor) -> pd.DataFrame:
     calls: list[Call] = []
     perturbation = Perturbation(params, 1, len(inputs), random_signs)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng(), Pass(perturbation, params, len(inputs), calls):
+    with torch.random.fork_rng(), Pass(perturbation, params, calls):
         functional_call(model, (params, buffers), (inputs,))
     rows = [(call.name, call.shape, "rule" if call.has_rule else "torch.func.jvp") for call in calls]
     return pd.DataFrame(rows, columns=["function", "shape", "by"])
@@ -312,10 +312,10 @@ def _evaluate(
     model, inputs = objective.model, objective.inputs
     own = {} if buffers or is_transformed() else dict(model.named_parameters())
     if all(name in own and _is_same(p, own[name]) for name, p in params.items()):
-        with Pass(perturbation, {name: own[name] for name in params}, len(inputs)):
+        with Pass(perturbation, {name: own[name] for name in params}):
             loss = objective.loss(model(inputs), objective.targets)
     else:
-        with Pass(perturbation, params, len(inputs)):
+        with Pass(perturbation, params):
             loss = objective.loss(functional_call(model, (params, buffers or {}), (inputs,)), objective.targets)
     check_scalar(loss)
     if not isinstance(loss, Dual):

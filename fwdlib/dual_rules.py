@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fwdlib.dual_tensor import Dual, Pass, pad_rows, primals_of, register_rule
+from fwdlib.dual_tensor import Dual, Pass, pad_rows, primals_of, register_rule, same_rows
 from fwdlib.perturbations import Convolution
 
 # --- layers with weights ---------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def _affine(run: Pass, normed: Tensor, tangents: Tensor, weight: Any, bias: Any,
 
 
 @register_rule(F.relu, torch.relu, Tensor.relu)
-def relu(run: Pass, x: Any, inplace: bool = False) -> Dual:
+def relu(run: Pass, x: Any) -> Dual:
     """Let every row pass where the primal is positive; nan passes, so that it shows."""
     stack = run.stack(x)
     return Dual(torch.ops.aten.threshold_backward(stack, stack[0], 0))
@@ -229,7 +229,7 @@ def relu(run: Pass, x: Any, inplace: bool = False) -> Dual:
 def _elementwise(*functions: Callable, derivative: Callable[..., Tensor]) -> None:
     """Register a function of one tensor, element by element, with ``derivative(x, y, *args, **kwargs)``."""
 
-    def rule(run: Pass, x: Any, *args: Any, inplace: bool = False, **kwargs: Any) -> Dual:
+    def rule(run: Pass, x: Any, *args: Any, **kwargs: Any) -> Dual:
         stack = run.stack(x)
         y = functions[0](stack[0], *args, **kwargs)
         return _dual(y, stack[1:] * derivative(stack[0], y, *args, **kwargs))
@@ -299,7 +299,7 @@ def power(run: Pass, x: Any, exponent: Any) -> Any:
 
 @register_rule(F.softmax, torch.softmax, Tensor.softmax)
 def softmax(run: Pass, x: Any, dim: int, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Any:
-    """Y (dx - <y, dx>)."""
+    """Give the tangents y (dx - <y, dx>)."""
     if dtype is not None or dim is None:
         return NotImplemented
     stack, axis = _along(run, x, dim)
@@ -309,7 +309,7 @@ def softmax(run: Pass, x: Any, dim: int, *_: Any, dtype: torch.dtype | None = No
 
 @register_rule(F.log_softmax, torch.log_softmax, Tensor.log_softmax)
 def log_softmax(run: Pass, x: Any, dim: int, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Any:
-    """Dx - <softmax, dx>."""
+    """Give the tangents dx - <softmax, dx>."""
     if dtype is not None or dim is None:
         return NotImplemented
     stack, axis = _along(run, x, dim)
@@ -318,7 +318,7 @@ def log_softmax(run: Pass, x: Any, dim: int, *_: Any, dtype: torch.dtype | None 
 
 
 @register_rule(F.dropout, torch.dropout)
-def dropout(run: Pass, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Dual:
+def dropout(run: Pass, x: Any, p: float = 0.5, training: bool = True) -> Dual:
     """One mask for all rows, drawn as torch draws it."""
     stack = run.stack(x)
     if not training or p == 0:
@@ -361,8 +361,7 @@ def mul(run: Pass, x: Any, other: Any) -> Dual:
     x, other = _operands(run, x, other)
     if len(x) == 1 or len(other) == 1:
         return Dual(x * other)
-    num_rows = max(len(x), len(other))
-    x, other = pad_rows(x, num_rows), pad_rows(other, num_rows)
+    x, other = same_rows([x, other])
     return _dual(x[0] * other[0], x[1:] * other[0] + x[0] * other[1:])
 
 
@@ -374,8 +373,7 @@ def div(run: Pass, x: Any, other: Any, *, rounding_mode: str | None = None) -> A
     x, other = _operands(run, x, other)
     if len(other) == 1:
         return Dual(x / other)
-    num_rows = max(len(x), len(other))
-    x, other = pad_rows(x, num_rows), pad_rows(other, num_rows)
+    x, other = same_rows([x, other])
     y = x[0] / other[0]
     return _dual(y, (x[1:] - y * other[1:]) / other[0])
 
@@ -399,8 +397,7 @@ def matmul(run: Pass, x: Any, other: Any) -> Any:
     a, b = _with_axes(a, num_axes), _with_axes(b, num_axes)
     if len(a) == 1 or len(b) == 1:
         return Dual(torch.matmul(a, b))
-    num_rows = max(len(a), len(b))
-    a, b = pad_rows(a, num_rows), pad_rows(b, num_rows)
+    a, b = same_rows([a, b])
     return _dual(torch.matmul(a[0], b[0]), torch.matmul(a[1:], b[0]) + torch.matmul(a[0], b[1:]))
 
 
@@ -553,7 +550,7 @@ def setitem(run: Pass, x: Any, index: Any, value: Any) -> Any:
 @register_rule(torch.cat, torch.concat, torch.concatenate)
 def cat(run: Pass, tensors: Any, dim: int = 0) -> Dual:
     """Join row by row."""
-    stacks = _same_rows(run, tensors)
+    stacks = same_rows([run.stack(x) for x in tensors])
     if dim in (0, 1 - stacks[0].dim()):
         run.mix_examples()
     return Dual(torch.cat(stacks, _shift(dim)))
@@ -562,7 +559,7 @@ def cat(run: Pass, tensors: Any, dim: int = 0) -> Dual:
 @register_rule(torch.stack)
 def stack(run: Pass, tensors: Any, dim: int = 0) -> Dual:
     """Join row by row."""
-    stacks = _same_rows(run, tensors)
+    stacks = same_rows([run.stack(x) for x in tensors])
     if dim in (0, -stacks[0].dim()):
         run.mix_examples()
     return Dual(torch.stack(stacks, _shift(dim)))
@@ -652,28 +649,28 @@ def _reduce(run: Pass, x: Any, dim: Any, keepdim: bool, dtype: torch.dtype | Non
     return _dual(value, tangents / stack[0].numel() if is_mean else tangents)
 
 
-@register_rule(F.max_pool1d, torch.max_pool1d, F.max_pool1d_with_indices)
-def max_pool1d(run: Pass, x: Any, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
-    """Take the tangents from where the maximum is."""
-    return NotImplemented if return_indices else _max_pool(run, x, F.max_pool1d_with_indices, 1, args, kwargs)
+def _max_pool(*functions: Callable, pool: Callable) -> None:
+    """Register maximum pooling: the tangents are taken from where the maximum is, as ``pool`` tells."""
+
+    def rule(run: Pass, x: Any, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
+        if return_indices:
+            return NotImplemented
+        stack = run.stack(x)
+        y, where = pool(stack[0], *args, **kwargs)
+        if where.dim() == 4 and where.is_contiguous(memory_format=torch.channels_last):
+            tangents = stack[1:].movedim(2, -1).flatten(2, 3)  # (R, B, positions, channels), in the order of the memory
+            where = where.movedim(1, -1).flatten(1, 2).expand(len(tangents), -1, -1, -1)
+            return _dual(y, tangents.gather(2, where).unflatten(2, y.shape[2:]).movedim(-1, 2))
+        num_axes = 1 if pool is F.max_pool1d_with_indices else 2
+        tangents = stack[1:].flatten(-num_axes)
+        where = where.flatten(-num_axes).expand(*tangents.shape[:-1], -1)
+        return _dual(y, tangents.gather(-1, where).reshape(-1, *y.shape))
+
+    register_rule(pool, *functions)(rule)
 
 
-@register_rule(F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices)
-def max_pool2d(run: Pass, x: Any, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
-    """Take the tangents from where the maximum is."""
-    return NotImplemented if return_indices else _max_pool(run, x, F.max_pool2d_with_indices, 2, args, kwargs)
-
-
-def _max_pool(run: Pass, x: Any, pool: Callable, num_axes: int, args: tuple, kwargs: dict) -> Dual:
-    stack = run.stack(x)
-    y, where = pool(stack[0], *args, **kwargs)
-    if num_axes == 2 and where.dim() == 4 and where.is_contiguous(memory_format=torch.channels_last):
-        tangents = stack[1:].movedim(2, -1).flatten(2, 3)  # (R, B, positions, channels), in the order of the memory
-        where = where.movedim(1, -1).flatten(1, 2).expand(len(tangents), -1, -1, -1)
-        return _dual(y, tangents.gather(2, where).unflatten(2, y.shape[2:]).movedim(-1, 2))
-    tangents = stack[1:].flatten(-num_axes)
-    where = where.flatten(-num_axes).expand(*tangents.shape[:-1], -1)
-    return _dual(y, tangents.gather(-1, where).reshape(-1, *y.shape))
+_max_pool(F.max_pool1d, torch.max_pool1d, pool=F.max_pool1d_with_indices)
+_max_pool(F.max_pool2d, torch.max_pool2d, pool=F.max_pool2d_with_indices)
 
 
 def _linear_pool(*functions: Callable) -> None:
@@ -835,12 +832,6 @@ def _add_rows(x: Tensor, other: Tensor) -> Dual:
     rows = len(few)
     shape = torch.broadcast_shapes(few.shape[1:], many.shape[1:])
     return Dual(torch.cat([few + many[:rows], many[rows:].expand(-1, *shape)]))
-
-
-def _same_rows(run: Pass, tensors: Sequence[Any]) -> list[Tensor]:
-    stacks = [run.stack(x) for x in tensors]
-    num_rows = max(map(len, stacks))
-    return [pad_rows(stack, num_rows) for stack in stacks]
 
 
 def _shift(dim: int) -> int:

@@ -9,7 +9,7 @@ rows in one go: a linear layer is one matrix product. A function without a rule 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -138,7 +138,6 @@ class Pass(TorchFunctionMode):
     Args:
         perturbation: what the tangents of the parameters are, and where they enter.
         params: parameter by name; the tensors themselves, as the model uses them.
-        num_examples: B. Rows of example n are those at index n of axis 0, as long as nothing mixes the examples.
         calls: a list to record the calls in, for :func:`fwdlib.dual.explain`.
     """
 
@@ -146,12 +145,10 @@ class Pass(TorchFunctionMode):
         self,
         perturbation: Perturbation,
         params: dict[str, Tensor],
-        num_examples: int,
         calls: list[Call] | None = None,
     ) -> None:
         super().__init__()
         self.perturbation = perturbation
-        self.num_examples = num_examples
         self._has_forward_ad = torch._C._is_fwd_grad_enabled()
         self._names = {id(p): name for name, p in params.items()}
         self._calls = calls
@@ -172,8 +169,12 @@ class Pass(TorchFunctionMode):
             )
         if "input" in kwargs:  # torch's name of what rules get first
             args, kwargs = (kwargs["input"], *args), {key: value for key, value in kwargs.items() if key != "input"}
-        if _is_in_place(func) or kwargs.get("inplace"):
-            return self._in_place(func, args, {key: value for key, value in kwargs.items() if key != "inplace"})
+        if "inplace" in kwargs:  # done here, for functions with a rule and without
+            kwargs = dict(kwargs)
+            if kwargs.pop("inplace"):
+                return self._in_place(func, args, kwargs)
+        if _is_in_place(func):
+            return self._in_place(func, args, kwargs)
         rule = RULES.get(func)
         found = rule(self, *args, **kwargs) if rule is not None else NotImplemented
         has_rule = found is not NotImplemented
@@ -203,9 +204,9 @@ class Pass(TorchFunctionMode):
         return isinstance(x, Dual) or id(x) in self._names
 
     def is_batch(self, x: Any) -> bool:
-        """Tell whether axis 0 of ``x`` can be that of the examples."""
+        """Tell whether axis 0 of ``x`` can be that of the examples: it is, as long as nothing mixes them."""
         with torch._C.DisableTorchFunctionSubclass():
-            return x.dim() > 0 and x.shape[0] == self.num_examples
+            return x.dim() > 0 and x.shape[0] == self.perturbation.num_examples
 
     def mix_examples(self) -> None:
         """Say that from here on the loss of one example depends on others, as BatchNorm's does in training.
@@ -273,9 +274,7 @@ class Pass(TorchFunctionMode):
         self.mix_examples()  # for all that is known
         leaves, structure = tree_flatten((args, kwargs))
         where = [i for i, leaf in enumerate(leaves) if self.has_tangents(leaf)]
-        stacks = [self.stack(leaves[i]) for i in where]
-        num_rows = max(len(stack) for stack in stacks)
-        stacks = [pad_rows(stack, num_rows) for stack in stacks]
+        stacks = same_rows([self.stack(leaves[i]) for i in where])
         primals = tuple(stack[0] for stack in stacks)
         shape: Any = None
         is_real: list[bool] = []
@@ -291,7 +290,7 @@ class Pass(TorchFunctionMode):
 
         try:
             with sdpa_kernel(SDPBackend.MATH):  # torch's fused kernels of attention have no forward derivative
-                if num_rows == 2:
+                if len(stacks[0]) == 2:
                     values, derivatives = jvp(call, primals, tuple(stack[1] for stack in stacks))
                     rows = [torch.stack(pair) for pair in zip(values, derivatives, strict=True)]
                 else:
@@ -320,6 +319,12 @@ def pad_rows(stack: Tensor, num_rows: int) -> Tensor:
     if len(stack) == num_rows:
         return stack
     return torch.cat([stack, stack.new_zeros(num_rows - len(stack), *stack.shape[1:])])
+
+
+def same_rows(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Return all ``stacks`` with as many rows as the longest."""
+    num_rows = max(map(len, stacks))
+    return [pad_rows(stack, num_rows) for stack in stacks]
 
 
 def primal_of(x: Any) -> Any:

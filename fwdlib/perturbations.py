@@ -190,7 +190,8 @@ class Perturbation:
     ) -> Tensor:
         """Return what a convolutional layer adds to the tangents of its outputs, beside the convolution of dx.
 
-        A rank-one tangent is one convolution with a single output channel, times the signs of the channels.
+        A rank-one tangent is one convolution with a single output channel, times the signs of the channels. Without
+        :meth:`kernels` each tangent is convolved whole.
 
         Args:
             weight: the name of its kernel (q, p, ...); None if that has no tangent.
@@ -233,6 +234,9 @@ class Perturbation:
         """
         mean = None if of_examples is None else of_examples / self.num_tangents
         return Gradients(self.params, self.uses, total / self.num_tangents, mean)
+
+    def _is_batch(self, rows: Tensor) -> bool:
+        return rows.dim() > 1 and len(rows) == self.num_examples
 
     def _with_bias(self, added: Tensor | None, bias: str | None, outputs: Tensor, axis: int) -> Tensor:
         if bias is None:
@@ -279,21 +283,6 @@ class DensePerturbation(Perturbation):
             rows = inputs.reshape(-1, inputs.shape[-1])
             added = torch.matmul(rows, self.dense(weight).transpose(1, 2)).reshape(-1, *outputs.shape)
         return self._with_bias(added, bias, outputs, -1)
-
-    def convolution(
-        self,
-        weight: str | None,
-        bias: str | None,
-        inputs: Tensor,
-        outputs: Tensor,
-        layer: Convolution,
-        along: Tensor | None = None,
-    ) -> Tensor:
-        """Add the convolution with each tangent."""
-        added = None
-        if weight is not None:
-            added = torch.stack([layer(inputs, tangent) for tangent in self.dense(weight)])
-        return self._with_bias(added, bias, outputs, 1 - outputs.dim())
 
 
 class PerExamplePerturbation(Perturbation):
@@ -365,9 +354,6 @@ class PerExamplePerturbation(Perturbation):
         self.uses.append(Use(name, add_to, is_per_example=True))
         return RankOne(left, right)
 
-    def _is_batch(self, inputs: Tensor) -> bool:
-        return inputs.dim() > 1 and len(inputs) == self.num_examples
-
 
 class ActivityPerturbation(Perturbation):
     """Signs of each unit and example, added to the tangents of a layer's outputs (Ren et al. 2022, there normal).
@@ -422,7 +408,7 @@ class ActivityPerturbation(Perturbation):
         axis: int,
     ) -> Tensor:
         signs = self.draw_signs((self.num_tangents, *outputs.shape), outputs)
-        is_batch = outputs.dim() > 1 and len(outputs) == self.num_examples
+        is_batch = self._is_batch(outputs)
         others = [i for i in range(outputs.dim()) if i != axis % outputs.dim()]
 
         def weigh(weights: Tensor) -> Tensor:

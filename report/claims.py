@@ -88,13 +88,18 @@ def load(folder: Path) -> Results:
     return Results(records, timings, cost.load(folder))
 
 
+def load_quoted() -> dict[str, Any]:
+    """Return the published numbers and words that the report quotes."""
+    return tomllib.loads(QUOTED.read_text(encoding="utf-8"))
+
+
 def context(results: Results) -> dict[str, Any]:
     """Return what the template prints: numbers, intervals and verdicts, by name.
 
     Args:
         results: as :func:`load` reads them.
     """
-    quoted = tomllib.loads(QUOTED.read_text(encoding="utf-8"))
+    quoted = load_quoted()
     for key in TASKS:
         for run in (quoted["predecessors"][key][method] for method in METHODS):  # where only the times are printed
             run["iterations"] = round(run["total_seconds"] / run["step_seconds"])

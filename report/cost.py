@@ -17,13 +17,6 @@ ONE_GRAPH = "backprop one graph, compiled"
 STRUCTURED = ("rank-one", "per-example", "activity")
 MODEL_OF_DESCENT = "mnist-mlp"
 
-# Published for an MLP of n layers of width 1024 (Baydin et al. 2022, figure 6; read off the figure).
-PUBLISHED_DEPTH = {
-    "layers": [1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100],
-    "R_b": [4.58, 4.65, 4.83, 4.76, 4.72, 4.72, 4.59, 4.50, 4.87, 4.89, 5.02, 4.94],
-    "R_f": [2.55, 2.69, 2.93, 3.14, 3.36, 3.36, 3.47, 3.50, 3.87, 3.95, 4.21, 4.17],
-}
-
 
 def load(folder: Path) -> dict[str, Any]:
     """Return the measurements that are there, ``bench`` and ``descent``; None for one that is not.

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from fwdlib import plotting
 from fwdlib.results import iterations
 from fwdlib.statistics import Interval, median_interval
-from report.claims import METHODS, TASKS, Results, arrivals
-from report.cost import PUBLISHED_DEPTH
+from report.claims import METHODS, TASKS, Results, arrivals, load_quoted
 
 PANEL = (3.0, 2.5)  # inches: three side by side on a page or a desktop, one on a phone
 MARKERS = {"backprop": "o", "forward": "D"}  # beside the colours of plotting.METHODS, for prints in black and white
@@ -42,7 +41,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     if bench := results.cost["bench"]:
         figures["cost"] = plotting.plot_cost(bench)
         if bench["depth"]:
-            figures["depth"] = plotting.plot_depth(bench, PUBLISHED_DEPTH)
+            figures["depth"] = plotting.plot_depth(bench, load_quoted()["paper"]["depth"])
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.svg")

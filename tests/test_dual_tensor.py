@@ -20,7 +20,7 @@ def x():
 
 
 def run_of(kind=Perturbation, params=PARAMS, num_examples=4, calls=None, num_tangents=1):
-    return Pass(kind(params, num_tangents, num_examples, random_signs), params, num_examples, calls)
+    return Pass(kind(params, num_tangents, num_examples, random_signs), params, calls)
 
 
 def test_dual_looks_like_its_primal(x):
