@@ -6,6 +6,7 @@ at once; another one to the primal, and its derivative there to the tangents.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,10 @@ from torch import Tensor
 
 from fwdlib.dual_tensor import Dual, Pass, pad_rows, primals_of, register_rule, same_rows
 from fwdlib.perturbations import Convolution
+from fwdlib.tangents import is_traced
+
+NARROW = 16
+"""Channels of all rows of a stack up to which one convolution of them all takes no longer than one of each row."""
 
 # --- layers with weights ---------------------------------------------------------------------------------------------
 
@@ -69,6 +74,8 @@ def _convolution(function: Callable, num_axes: int) -> Callable:
         weight_name, bias_name = run.name_of(weight), run.name_of(bias)
         constant = not run.has_tangents(x)
         stack = run.stack(x)
+        if _is_narrow(run, stack, weight, groups) and not run.perturbation.per_example:
+            return _as_one_convolution(run, layer, stack, weight, bias)
         kernels = None if weight_name is None else run.perturbation.kernels(weight_name, stack[0], layer)
         if kernels is None:
             rows = layer(stack.flatten(0, 1), weight)
@@ -87,6 +94,26 @@ def _convolution(function: Callable, num_axes: int) -> Callable:
         return _dual(outputs, tangents)
 
     return rule
+
+
+def _is_narrow(run: Pass, stack: Tensor, weight: Tensor, groups: int) -> bool:
+    # Whether the channels of all rows together are so few that a convolution takes no longer for having them all. Not
+    # in channels_last: there an axis of rows between positions and channels makes slow work of what comes after.
+    channels = (1 + run.perturbation.num_tangents) * max(weight.shape[:2])
+    return groups == 1 and channels <= NARROW and stack.stride(2) != 1
+
+
+def _as_one_convolution(run: Pass, layer: Convolution, stack: Tensor, weight: Tensor, bias: Any) -> Dual:
+    """Convolve images of (1 + R) p channels: dual numbers x + e dx as the matrices [[x, 0], [dx, x]] that they are."""
+    kernels = run.stack(weight)  # (1, q, p, ...), or with its tangents (1 + K, q, p, ...)
+    num_rows = 1 + run.perturbation.num_tangents
+    columns = [pad_rows(kernels, num_rows).flatten(0, 1)]
+    for row in range(1, len(stack)):
+        zeros = [kernels.new_zeros(n * len(weight), *weight.shape[1:]) for n in (row, num_rows - 1 - row)]
+        columns.append(torch.cat([zeros[0], weight, zeros[1]]))
+    biases = None if bias is None else pad_rows(run.stack(bias), num_rows).flatten()
+    outputs = layer(stack.transpose(0, 1).flatten(1, 2), torch.cat(columns, 1), biases)
+    return Dual(outputs.unflatten(1, (num_rows, -1)).transpose(0, 1))
 
 
 register_rule(F.conv1d)(_convolution(F.conv1d, 1))
@@ -263,6 +290,10 @@ def _softplus_derivative(x: Tensor, y: Tensor, beta: float = 1.0, threshold: flo
     return torch.where(x * beta > threshold, 1, torch.sigmoid(beta * x))
 
 
+def _hardtanh_derivative(x: Tensor, y: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+    return ((x > min_val) & (x < max_val)).to(x.dtype)
+
+
 _elementwise(torch.tanh, F.tanh, Tensor.tanh, derivative=lambda x, y: 1 - y * y)
 _elementwise(torch.sigmoid, F.sigmoid, Tensor.sigmoid, torch.special.expit, derivative=lambda x, y: y * (1 - y))
 _elementwise(F.gelu, derivative=_gelu_derivative)
@@ -271,6 +302,7 @@ _elementwise(F.leaky_relu, derivative=_leaky_relu_derivative)
 _elementwise(F.elu, derivative=_elu_derivative)
 _elementwise(F.softplus, derivative=_softplus_derivative)
 _elementwise(F.relu6, derivative=lambda x, y: ((x > 0) & (x < 6)).to(x.dtype))
+_elementwise(F.hardtanh, derivative=_hardtanh_derivative)
 _elementwise(torch.exp, Tensor.exp, derivative=lambda x, y: y)
 _elementwise(torch.log, Tensor.log, derivative=lambda x, y: 1 / x)
 _elementwise(torch.sqrt, Tensor.sqrt, derivative=lambda x, y: 0.5 / y)
@@ -649,19 +681,31 @@ def _reduce(run: Pass, x: Any, dim: Any, keepdim: bool, dtype: torch.dtype | Non
     return _dual(value, tangents / stack[0].numel() if is_mean else tangents)
 
 
-def _max_pool(*functions: Callable, pool: Callable) -> None:
-    """Register maximum pooling: the tangents are taken from where the maximum is, as ``pool`` tells."""
+def _max_pool(*functions: Callable, pool: Callable, num_axes: int) -> None:
+    """Register maximum pooling: the tangents are taken from where the maximum is."""
 
-    def rule(run: Pass, x: Any, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
+    def rule(
+        run: Pass,
+        x: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Any:
         if return_indices:
             return NotImplemented
         stack = run.stack(x)
-        y, where = pool(stack[0], *args, **kwargs)
+        kernel, padding, dilation = (_each(value, num_axes) for value in (kernel_size, padding, dilation))
+        stride = kernel if stride in (None, (), []) else _each(stride, num_axes)
+        if is_traced() and not (any(padding) or ceil_mode) and math.prod(kernel) <= 9:
+            return _maximum_of_slices(stack, kernel, stride, dilation)
+        y, where = pool(stack[0], kernel, stride, padding, dilation, ceil_mode)
         if where.dim() == 4 and where.is_contiguous(memory_format=torch.channels_last):
             tangents = stack[1:].movedim(2, -1).flatten(2, 3)  # (R, B, positions, channels), in the order of the memory
             where = where.movedim(1, -1).flatten(1, 2).expand(len(tangents), -1, -1, -1)
             return _dual(y, tangents.gather(2, where).unflatten(2, y.shape[2:]).movedim(-1, 2))
-        num_axes = 1 if pool is F.max_pool1d_with_indices else 2
         tangents = stack[1:].flatten(-num_axes)
         where = where.flatten(-num_axes).expand(*tangents.shape[:-1], -1)
         return _dual(y, tangents.gather(-1, where).reshape(-1, *y.shape))
@@ -669,8 +713,27 @@ def _max_pool(*functions: Callable, pool: Callable) -> None:
     register_rule(pool, *functions)(rule)
 
 
-_max_pool(F.max_pool1d, torch.max_pool1d, pool=F.max_pool1d_with_indices)
-_max_pool(F.max_pool2d, torch.max_pool2d, pool=F.max_pool2d_with_indices)
+def _maximum_of_slices(stack: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Dual:
+    # With a slice of the stack for each place in the window, element by element, which a compiler makes one loop of.
+    counts = [
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, s, d in zip(stack.shape[-len(kernel) :], kernel, stride, dilation, strict=True)
+    ]
+    y: Any = None
+    for places in itertools.product(*map(range, kernel)):
+        starts = [place * d for place, d in zip(places, dilation, strict=True)]
+        slices = [slice(a, a + s * (n - 1) + 1, s) for a, s, n in zip(starts, stride, counts, strict=True)]
+        other, others = stack[(0, ..., *slices)], stack[(slice(1, None), ..., *slices)]
+        if y is None:
+            y, tangents = other, others
+        else:
+            tangents = torch.where(other > y, others, tangents)
+            y = torch.maximum(y, other)  # nan stays, so that it shows
+    return _dual(y, tangents)
+
+
+_max_pool(F.max_pool1d, torch.max_pool1d, pool=F.max_pool1d_with_indices, num_axes=1)
+_max_pool(F.max_pool2d, torch.max_pool2d, pool=F.max_pool2d_with_indices, num_axes=2)
 
 
 def _linear_pool(*functions: Callable) -> None:

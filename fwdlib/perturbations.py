@@ -92,10 +92,10 @@ class Convolution(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
 
-    def __call__(self, inputs: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
-        """Convolve without a bias."""
+    def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int | None = None) -> Tensor:
+        """Convolve."""
         return self.function(
-            inputs, weight, None, self.stride, self.padding, self.dilation, self.groups if groups is None else groups
+            inputs, weight, bias, self.stride, self.padding, self.dilation, self.groups if groups is None else groups
         )
 
     def weight_gradient(self, inputs: Tensor, shape: torch.Size, outputs: Tensor) -> Tensor:

@@ -197,6 +197,12 @@ def is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
+def is_traced() -> bool:
+    """Tell whether make_fx records what runs, for a compiler: there many small operations become one."""
+    # As make_fx itself asks; its own function for it is slow to import.
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 def _draw_rows(params: Params, num_tangents: int, generator: AnyGenerator, fill: Callable) -> Params:
     # One row of P numbers per tangent, cut into views: one call of the generator however many parameters there are, and
     # tangent k the same whatever K is.

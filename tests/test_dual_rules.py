@@ -1,5 +1,6 @@
 """Each rule against torch.func.jvp in float64, with tangents in each of its arguments."""
 
+import math
 from functools import partial
 
 import hypothesis.strategies as st
@@ -8,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import resolve_name
 
+from fwdlib import dual_rules
 from fwdlib.dual import explain, stacked_jvp
 from fwdlib.dual_tensor import RULES, Dual, Pass
 from fwdlib.objectives import BatchLoss, params_of
@@ -57,6 +60,7 @@ case([F.leaky_relu], [matrix], lambda f, x: f(x, 0.2))
 case([F.elu], [matrix], lambda f, x: f(x, alpha=0.5))
 case([F.softplus], [matrix], lambda f, x: f(20 * x, beta=2.0, threshold=3.0))
 case([F.relu6], [matrix], lambda f, x: f(6 * x))
+case([F.hardtanh], [matrix], lambda f, x: f(x, -0.5, 0.8))
 for exponent in (0, 1, 2, 3.0, -1):
     case([torch.pow, Tensor.pow, Tensor.__pow__], [matrix], lambda f, x, e=exponent: f(x, e))
 case([torch.pow], [matrix], lambda f, x: f(0 * x, 0))
@@ -212,6 +216,55 @@ def test_rule_agrees_with_forward_mode(key):
     for kinds in (*several, ("activation",), ("parameter",)):
         for num_tangents in (1, 3) if kinds in several else (1,):
             assert_agrees_with_jvp(Calls(key[0], *CASES[key], kinds), torch.zeros(1), num_tangents=num_tangents)
+
+
+@pytest.mark.parametrize("limit", [0, 10**9], ids=["one of each row", "one of all rows"])
+@pytest.mark.parametrize("key", [key for key in CASES if "conv" in key[0].__name__], ids=name_of)
+@torch.no_grad()
+def test_convolution_agrees_with_forward_mode_either_way(key, limit, monkeypatch):
+    monkeypatch.setattr(dual_rules, "NARROW", limit)
+    for kinds in (("activation", "parameter"), ("plain", "parameter"), ("activation",), ("parameter", "plain")):
+        for num_tangents in (1, 3):
+            assert_agrees_with_jvp(Calls(key[0], *CASES[key], kinds), torch.zeros(1), num_tangents=num_tangents)
+
+
+POOLS = {
+    "pairs": lambda x: F.max_pool1d(x.flatten(2), 2),
+    "squares": lambda x: F.max_pool2d(x, 2),
+    "overlapping": lambda x: F.max_pool2d(x, 3, stride=(1, 2)),
+    "dilated": lambda x: F.max_pool2d(x, (2, 1), dilation=(3, 2)),
+    "large": lambda x: F.max_pool2d(x, 4, stride=1),
+    "padded": lambda x: F.max_pool2d(x, 2, padding=1),
+    "ceil_mode": lambda x: F.max_pool2d(x, 4, ceil_mode=True),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@torch.no_grad()
+def test_maximum_pooling_is_the_same_where_it_is_traced(pool, memory_format):
+    def rows(stack):
+        param = torch.zeros(())
+        with Pass(Perturbation({"p": param}, 2, 4, random_signs), {"p": param}):
+            return POOLS[pool](Dual(stack)).stack
+
+    # few values, so that maxima tie
+    stack = torch.randint(4, (3, 2, 3, 6, 7), generator=torch.Generator().manual_seed(0)).double()
+    stack[1:] += torch.rand_like(stack[1:])
+    stack = stack.flatten(0, 1).contiguous(memory_format=memory_format).unflatten(0, (3, 2))
+    expected = rows(stack)
+    torch.testing.assert_close(make_fx(rows)(stack)(stack), expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_nan_passes_a_traced_maximum():
+    def pooled(stack):
+        param = torch.zeros(())
+        with Pass(Perturbation({"p": param}, 1, 1, random_signs), {"p": param}):
+            return F.max_pool1d(Dual(stack), 2).stack
+
+    stack = torch.tensor([[[[1, math.nan, math.nan, 1]]], [[[1.0, 2, 3, 4]]]])
+    assert make_fx(pooled)(stack)(stack)[0].isnan().all()
 
 
 def test_every_rule_has_a_case():
