@@ -108,7 +108,7 @@ class Build:
 
         path, stamp = self.output / "results" / TIMINGS, self.output / "executed" / TIMINGS
         settings = {key: load_run(path.with_name(f"{task.forward}.json")).parameters for key, task in TASKS.items()}
-        repeats = 1 if runtime.is_quick() else 3
+        num_rounds = 1 if runtime.is_quick() else 5
         if runtime.is_quick():
             pairs = dict.fromkeys(pairs, 1)
         print_ = fingerprint({"pairs": pairs, "settings": settings, "data": data, "versions": runtime.versions()})
@@ -120,7 +120,7 @@ class Build:
 
         start, found = time.monotonic(), {}
         for key, num_seeds in pairs.items():
-            measured = measure({key: settings[key]}, num_seeds=num_seeds, num_published=repeats)
+            measured = measure({key: settings[key]}, num_seeds=num_seeds, num_rounds=num_rounds)
             measured["tasks"] = found.get("tasks", {}) | measured["tasks"]
             found = measured
         stamp.unlink(missing_ok=True)  # from here on nothing counts until the new one is there

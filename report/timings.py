@@ -6,7 +6,6 @@ machine hits both alike. Compared are ratios within a pair. The published code's
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fwdlib import runtime
+from fwdlib.benchmark import interleave
 from fwdlib.data import Dataset, load_kmnist, load_penguins
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
@@ -25,14 +25,14 @@ from fwdlib.training import train
 from report.published import published_step
 
 
-def measure(tasks: dict[str, dict[str, Any]], *, num_seeds: int, num_published: int = 3) -> dict[str, Any]:
+def measure(tasks: dict[str, dict[str, Any]], *, num_seeds: int, num_rounds: int = 5) -> dict[str, Any]:
     """Time every task and return the numbers, to be saved as JSON.
 
     Args:
         tasks: model name -> the parameters of its pair of notebooks: seed, learning_rate, blocks, and threshold and
             max_iterations or num_iterations.
         num_seeds: pairs of trainings per task.
-        num_published: iterations of the published code per task.
+        num_rounds: how often plain evaluation and published iteration take turns, per task.
 
     Returns:
         For each task the lists ``plain_seconds`` (one evaluation of the loss without derivative),
@@ -48,7 +48,7 @@ def measure(tasks: dict[str, dict[str, Any]], *, num_seeds: int, num_published: 
     with tqdm(total=len(tasks) * num_seeds, desc="timings", unit="pair") as bar:
         for name, parameters in tasks.items():
             build, data = models[name]
-            found["tasks"][name] = _measure_task(build, data, parameters, num_seeds, num_published, bar)
+            found["tasks"][name] = _measure_task(build, data, parameters, num_seeds, num_rounds, bar)
     return found
 
 
@@ -57,7 +57,7 @@ def _measure_task(
     data: Dataset,
     parameters: dict[str, Any],
     num_seeds: int,
-    num_published: int,
+    num_rounds: int,
     bar: tqdm,
 ) -> dict[str, Any]:
     methods: dict[str, Estimator] = {
@@ -81,12 +81,17 @@ def _measure_task(
 
     model = initialise(build, parameters["seed"])
     objective, params = BatchLoss(model, data.train_inputs, data.train_targets), params_of(model)
-    with torch.no_grad():
-        plain = _seconds(lambda: objective(params), 50)
     step = published_step(model, data, parameters["learning_rate"], parameters["blocks"] == "parameter")
+
+    @torch.no_grad()
+    def evaluate() -> object:
+        return objective(params)
+
+    calls = {"plain": evaluate, "published": lambda: step(params)}
+    seconds = interleave(calls, seconds=0, min_rounds=num_rounds, max_rounds=num_rounds)
     return {
-        "plain_seconds": plain,
-        "published_seconds": _seconds(lambda: step(params), num_published),
+        "plain_seconds": seconds["plain"],
+        "published_seconds": seconds["published"],
         "methods": {
             name: {
                 "seed": [run.seed for run in of_method],
@@ -98,13 +103,3 @@ def _measure_task(
             for name, of_method in runs.items()
         },
     }
-
-
-def _seconds(call: Callable[[], object], repeats: int) -> list[float]:
-    call()
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - start)
-    return found

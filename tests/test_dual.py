@@ -154,8 +154,7 @@ def test_eager_step_is_an_estimate_and_an_update(objective, params, tangents):
         torch.testing.assert_close(params_of(twin), params)
 
 
-# Two tests that compile, 10 to 20 s each: one family that draws once, with everything around it, and one that draws
-# for each layer.
+# Tests that compile, 10 to 20 s each: one with everything around the step, and one of each family of tangents.
 needs_compiler = pytest.mark.skipif(not runtime.has_compiler(), reason="no C++ compiler")
 quiet = pytest.mark.filterwarnings("ignore")  # of torch's compiler, which are not for its users
 
@@ -180,18 +179,21 @@ def test_compiled_step_does_what_the_eager_one_does():
 
 @needs_compiler
 @quiet
-def test_compiled_step_of_tangents_for_each_example():
-    twin, inputs, targets = small_net()
-    model, _, _ = small_net()
-    step = SGDStep(model, learning_rate=0.1, num_tangents=2, tangents="per-example", generator=seeded())
-    # all signs at once, where the eager step draws layer by layer: given the same ones it does the same
-    like = inputs[0]
-    signs = random_signs((2 * 5 * (3 + 4 + 4 + 4 + 2 + 2),), like, seeded())
-    eager = SGDStep(twin, learning_rate=0.1, num_tangents=2, tangents="per-example", compiled=False)
-    with torch.no_grad():
-        eager._step(params_of(twin), {}, inputs, targets, 0.1, _GivenSigns(signs))
+@pytest.mark.parametrize(
+    ("tangents", "make"), [("per-example", small_net), ("activity", small_cnn), ("rank-one", small_cnn)]
+)
+def test_compiled_step_does_what_the_eager_one_does_with_the_same_signs(tangents, make):
+    (model, inputs, targets), (twin, _, _) = (make() for _ in range(2))
+    step = SGDStep(model, learning_rate=0.1, num_tangents=2, tangents=tangents, generator=seeded())
     step(inputs, targets)
+    # all signs drawn at once, where the eager step may draw layer by layer
+    ((_, num_signs),) = step._graphs.values()
+    signs = _GivenSigns(random_signs((num_signs,), inputs, seeded()))
+    eager = SGDStep(twin, learning_rate=0.1, num_tangents=2, tangents=tangents, compiled=False)
+    with torch.no_grad():
+        eager._step(params_of(twin), {}, inputs, targets, 0.1, signs)
     torch.testing.assert_close(params_of(model), params_of(twin))
+    assert signs.used == num_signs
 
 
 def test_without_a_compiler(monkeypatch):
