@@ -311,7 +311,7 @@ def _evaluate(
     # The loss, its derivatives (K,), and what each example adds to them, (K, B), where that is known.
     model, inputs = objective.model, objective.inputs
     own = {} if buffers or is_transformed() else dict(model.named_parameters())
-    if all(name in own and _is_same(p, own[name]) for name, p in params.items()):
+    if all(name in own and is_same(p, own[name]) for name, p in params.items()):
         with Pass(perturbation, {name: own[name] for name in params}):
             loss = objective.loss(model(inputs), objective.targets)
     else:
@@ -325,7 +325,8 @@ def _evaluate(
     return stack[0], stack[1 : 1 + k], stack[1 + k :].reshape(k, -1) if len(stack) > 1 + k else None
 
 
-def _is_same(p: Tensor, own: Tensor) -> bool:
+def is_same(p: Tensor, own: Tensor) -> bool:
+    """Tell whether two tensors are one and the same memory, seen alike."""
     return p.data_ptr() == own.data_ptr() and p.shape == own.shape and p.stride() == own.stride()
 
 

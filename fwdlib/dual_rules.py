@@ -2,6 +2,9 @@
 
 A stack has shape (1 + R, ...): row 0 is the primal, the others are tangents. A linear function is applied to all rows
 at once; another one to the primal, and its derivative there to the tangents.
+
+Where autograd's tape is on, for local derivatives (:mod:`fwdlib.beyond.feedback`), it is for the primal alone: tangents
+are constants to it, and the layers with weights keep them out of the product that goes onto it.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Dual:
         outputs = F.linear(x, weight, bias)
         return _dual(outputs, run.perturbation.linear(weight_name, bias_name, x, outputs))
     stack = run.stack(x)
+    if torch.is_grad_enabled() and weight_name is bias_name is None:
+        return _dual(F.linear(stack[0], weight, bias), F.linear(stack[1:], weight.detach()))
     rows = F.linear(stack.flatten(0, -2), weight).reshape(*stack.shape[:-1], -1)
     outputs, tangents = rows[0], rows[1:]
     if bias is not None:
@@ -74,6 +79,9 @@ def _convolution(function: Callable, num_axes: int) -> Callable:
         weight_name, bias_name = run.name_of(weight), run.name_of(bias)
         constant = not run.has_tangents(x)
         stack = run.stack(x)
+        if torch.is_grad_enabled() and weight_name is bias_name is None:
+            tangents = layer(stack[1:].flatten(0, 1), weight.detach()).unflatten(0, (-1, stack.shape[1]))
+            return _dual(layer(stack[0], weight, bias), tangents)
         if _is_narrow(run, stack, weight, groups) and not run.perturbation.per_example:
             return _as_one_convolution(run, layer, stack, weight, bias)
         kernels = None if weight_name is None else run.perturbation.kernels(weight_name, stack[0], layer)
@@ -156,20 +164,32 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """Normalise by the batch, which mixes the examples, or by the running statistics, which are constants."""
+    """Normalise by the batch, which mixes the examples, or by the running statistics, which are constants.
+
+    Raises:
+        ValueError: in training mode, if there is but one value per channel.
+    """
     stack = _all_rows(run, x)
     primal, tangents = stack[0], stack[1:]
     channels = [1, -1, *[1] * (primal.dim() - 2)]
     if training:
+        if primal.numel() == primal.shape[1]:
+            raise ValueError(
+                f"BatchNorm in training mode needs more than one value per channel, got {tuple(primal.shape)}"
+            )
         run.mix_examples()
-        axes = [i for i in range(primal.dim()) if i != 1]
-        F.batch_norm(primal, running_mean, running_var, None, None, True, momentum, eps)  # for the statistics alone
-        normed, tangents = _normalise(primal, tangents, axes, eps)
-    elif running_mean is None:
+        scale, shift = (None if p is None else run.stack(p)[0] for p in (weight, bias))
+        y, *statistics = torch.native_batch_norm(primal, scale, shift, running_mean, running_var, True, momentum, eps)
+        with torch.no_grad():
+            mean, inverse = (value.to(primal.dtype).reshape(channels) for value in statistics)
+            axes = [i for i in range(primal.dim()) if i != 1]
+            normed, tangents = _normalise(primal, tangents, axes, mean, inverse)
+            tangents = _affine_tangents(run, normed, tangents, weight, bias, channels)
+        return _dual(y, tangents)
+    if running_mean is None:
         return NotImplemented
-    else:
-        scale = torch.rsqrt(running_var + eps).reshape(channels)
-        normed, tangents = (primal - running_mean.reshape(channels)) * scale, tangents * scale
+    scale = torch.rsqrt(running_var + eps).reshape(channels)
+    normed, tangents = (primal - running_mean.reshape(channels)) * scale, tangents * scale
     return _affine(run, normed, tangents, weight, bias, channels)
 
 
@@ -200,7 +220,7 @@ def layer_norm(
     if num_others == 0:
         run.mix_examples()
     axes = [i - len(normalized_shape) for i in range(len(normalized_shape))]
-    normed, tangents = _normalise(stack[0], stack[1:], axes, eps)
+    normed, tangents = _normalise(stack[0], stack[1:], axes, *_statistics(stack[0], axes, eps))
     return _affine(run, normed, tangents, weight, bias, [1] * num_others + list(normalized_shape))
 
 
@@ -211,36 +231,46 @@ def group_norm(
     """Normalise each group of channels of each example."""
     stack = _all_rows(run, x)
     grouped = stack.reshape(*stack.shape[:2], num_groups, -1)
-    normed, tangents = _normalise(grouped[0], grouped[1:], [-1], eps)
+    normed, tangents = _normalise(grouped[0], grouped[1:], [-1], *_statistics(grouped[0], [-1], eps))
     shape = [1, -1, *[1] * (stack.dim() - 3)]
     return _affine(run, normed.reshape(stack[0].shape), tangents.reshape(stack[1:].shape), weight, bias, shape)
 
 
-def _normalise(x: Tensor, tangents: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor]:
+def _statistics(x: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor]:
     var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-    scale = torch.rsqrt(var + eps)
-    normed = (x - mean) * scale
+    return mean, torch.rsqrt(var + eps)
+
+
+def _normalise(x: Tensor, tangents: Tensor, axes: list[int], mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    # (x - mean) * inverse, the inverse standard deviation, both taken over `axes` of x; and its derivatives.
+    normed = (x - mean) * inverse
     rows = [axis + 1 if axis >= 0 else axis for axis in axes]
     along = (tangents * normed).mean(rows, keepdim=True)
-    return normed, (tangents - tangents.mean(rows, keepdim=True) - normed * along) * scale
+    return normed, (tangents - tangents.mean(rows, keepdim=True) - normed * along) * inverse
 
 
 def _affine(run: Pass, normed: Tensor, tangents: Tensor, weight: Any, bias: Any, shape: Sequence[int]) -> Dual:
     # weight * normed + bias, both possibly with tangents; `shape` lays them out along normed, axis by axis.
+    tangents = _affine_tangents(run, normed, tangents, weight, bias, shape)
+    if weight is not None:
+        normed = normed * run.stack(weight)[0].reshape(shape)
+    if bias is not None:
+        normed = normed + run.stack(bias)[0].reshape(shape)
+    return _dual(normed, tangents)
+
+
+def _affine_tangents(
+    run: Pass, normed: Tensor, tangents: Tensor, weight: Any, bias: Any, shape: Sequence[int]
+) -> Tensor:
     if weight is not None:
         rows = run.stack(weight)
         rows = rows.reshape(len(rows), *shape)
         tangents = tangents * rows[0]
         if len(rows) > 1:
             tangents = tangents + rows[1:] * normed
-        normed = normed * rows[0]
-    if bias is not None:
-        rows = run.stack(bias)
-        rows = rows.reshape(len(rows), *shape)
-        normed = normed + rows[0]
-        if len(rows) > 1:
-            tangents = tangents + rows[1:]
-    return _dual(normed, tangents)
+    if bias is not None and len(rows := run.stack(bias)) > 1:
+        tangents = tangents + rows[1:].reshape(len(rows) - 1, *shape)
+    return tangents
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
@@ -853,7 +883,7 @@ _constant(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, 
 
 def _dual(primal: Tensor, tangents: Tensor) -> Dual:
     # tangents: broadcastable to (R, *primal.shape)
-    tangents = tangents.expand(-1, *primal.shape)
+    tangents = tangents.detach().expand(-1, *primal.shape)
     if primal.dim() != 4 or not len(primal):
         return Dual(torch.cat([primal.unsqueeze(0), tangents]))
     # joined along the examples, where torch.cat knows channels_last and keeps it

@@ -250,6 +250,8 @@ class Pass(TorchFunctionMode):
         # What the function's counterpart gives goes into the memory of the first argument: views of a dual are views of
         # its stack, and see it.
         target = args[0]
+        if torch.is_grad_enabled() and isinstance(target, Dual):  # the tape may need what is written over
+            args = (Dual(target.stack.clone()), *args[1:])
         counterpart = _out_of_place(func) if _is_in_place(func) else func
         if counterpart is not None:
             with self:
@@ -292,11 +294,11 @@ class Pass(TorchFunctionMode):
             with sdpa_kernel(SDPBackend.MATH):  # torch's fused kernels of attention have no forward derivative
                 if len(stacks[0]) == 2:
                     values, derivatives = jvp(call, primals, tuple(stack[1] for stack in stacks))
-                    rows = [torch.stack(pair) for pair in zip(values, derivatives, strict=True)]
+                    rows = [torch.stack([v, d.detach()]) for v, d in zip(values, derivatives, strict=True)]
                 else:
                     along = vmap(lambda *tangents: jvp(call, primals, tangents), randomness="same")
                     values, derivatives = along(*(stack[1:] for stack in stacks))
-                    rows = [torch.cat([v[:1], d]) for v, d in zip(values, derivatives, strict=True)]
+                    rows = [torch.cat([v[:1], d.detach()]) for v, d in zip(values, derivatives, strict=True)]
         except (NotImplementedError, RuntimeError) as error:
             if not isinstance(error, NotImplementedError) and "jvp" not in str(error):
                 raise

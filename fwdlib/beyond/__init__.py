@@ -1,0 +1,1 @@
+"""Methods past the core six notebooks: feedback alignment, and experiments with it."""

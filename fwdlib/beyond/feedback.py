@@ -1,0 +1,505 @@
+r"""Training by direct feedback: the error of the output is sent to each hidden layer by a matrix of its own.
+
+A model is a chain of blocks, :math:`a_l = f_l(a_{l-1})`, each ending in an activation; the last, the readout, gives the
+logits y. Backprop carries the error e, the derivative of the loss by y, back through all blocks. Here block l gets
+
+.. math:: \delta_l = B_l^T e \qquad\text{instead of}\qquad \delta_l = (\partial y / \partial a_l)^T e
+
+and turns it into gradients of its own parameters, by its own local derivative. No derivative goes from one block to
+another: the tape of each block ends at its input. The readout's gradient is exact. What differs is the feedback B_l of
+shape (outputs, units of block l):
+
+=================================== ================================================= ===================
+rule                                feedback                                          what else it needs
+=================================== ================================================= ===================
+:class:`DirectFeedbackAlignment`    random, and stays so                              nothing
+:class:`DirectKolenPollack`         moves along :math:`-e\, a_l^T`                    nothing
+:class:`ForwardDirectFeedback...`   moves towards :math:`d\, u_l^T`, whose mean is    tangents in the same
+                                    :math:`\partial y / \partial a_l`                 pass forward
+:class:`ControlVariateForward...`   likewise, and what it fails to predict of the     the same
+                                    loss is added back: no bias
+=================================== ================================================= ===================
+
+All are estimators by the protocol of :mod:`fwdlib.estimators`, objects because they own their feedback.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fwdlib import runtime
+from fwdlib.checks import check_choice, check_count
+from fwdlib.dual import Dual, is_same
+from fwdlib.dual_tensor import Pass
+from fwdlib.estimators import GradientEstimate, check_scalar
+from fwdlib.objectives import BatchLoss
+from fwdlib.perturbations import Perturbation
+from fwdlib.tangents import AnyGenerator, Params, check_params, is_transformed, random_signs
+from fwdlib.training import MakeOptimizer, make_optimizer
+
+ADAM = make_optimizer("Adam", 1e-4)  # Bacho & Chu's
+TANGENTS = ("rademacher", "normal")
+WEIGHTS = ("example", "batch")
+
+HOW_TO_SAY = (
+    "Make it an nn.Sequential in which every hidden layer ends in an activation module (nn.Sequential(nn.Linear(784, "
+    "800), nn.ReLU(), nn.Linear(800, 10))), or give it a method blocks() that returns the modules which it applies one "
+    "after the other: [nn.Sequential(conv, relu), ..., readout]."
+)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model, in order: each up to and with an activation, the last one the readout.
+
+    Args:
+        model: an ``nn.Sequential``, nested or not, or anything with a method ``blocks()`` that returns them.
+
+    Raises:
+        ValueError: if the blocks cannot be told, or there are fewer than two; the message shows how to say them.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        >>> [len(block) for block in blocks_of(model)]
+        [3, 1]
+    """
+    if callable(getattr(model, "blocks", None)):
+        blocks = list(model.blocks())
+    elif isinstance(model, nn.Sequential):
+        blocks = [nn.Sequential(*modules) for modules in _cut(model)]
+    else:
+        raise ValueError(f"the blocks of {type(model).__name__} cannot be told. {HOW_TO_SAY}")
+    if len(blocks) < 2:
+        raise ValueError(
+            f"{type(model).__name__} has {len(blocks)} block, and feedback needs a hidden one. {HOW_TO_SAY}"
+        )
+    lost = {id(p) for p in model.parameters()} - {id(p) for block in blocks for p in block.parameters()}
+    if lost:
+        names = [name for name, p in model.named_parameters() if id(p) in lost]
+        raise ValueError(f"blocks() leaves out the parameters {', '.join(names)}. {HOW_TO_SAY}")
+    return blocks
+
+
+def _cut(model: nn.Sequential) -> list[list[nn.Module]]:
+    blocks: list[list[nn.Module]] = [[]]
+    for module in _leaves(model):
+        blocks[-1].append(module)
+        if _is_activation(module):
+            blocks.append([])
+    return blocks if blocks[-1] else blocks[:-1]
+
+
+def _leaves(model: nn.Sequential) -> list[nn.Module]:
+    found = []
+    for module in model:
+        found += _leaves(module) if isinstance(module, nn.Sequential) else [module]
+    return found
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module).__module__ == "torch.nn.modules.activation" and not any(True for _ in module.children())
+
+
+class DirectFeedbackAlignment:
+    r"""Send the error of the output to each block through a fixed random matrix (Nøkland 2016, arXiv 1609.01596).
+
+    .. math:: \delta_l = B_l^T e, \qquad B_l \text{ random and fixed}
+
+    Bias: as large as the feedback is wrong; the forward weights learn to align with it. Variance: none beside the
+    batch's.
+
+    Cost: one pass forward and the products of the weights' gradients: backprop without carrying errors back, two
+    thirds of its products. Activations are kept, as by backprop.
+
+    Args:
+        model: made of blocks; see :func:`blocks_of`.
+        inputs: a batch for it, or a part of one, which tells the shapes of the blocks' outputs.
+        seed: of the feedback.
+
+    Raises:
+        ValueError: if the blocks cannot be told.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> estimator = DirectFeedbackAlignment(model, torch.zeros(2, 4))
+        >>> [tuple(feedback.shape) for feedback in estimator.feedback]
+        [(3, 8)]
+        >>> objective = BatchLoss(model, torch.randn(5, 4), torch.tensor([0, 1, 1, 0, 2]))
+        >>> estimator(objective, {name: p.detach() for name, p in model.named_parameters()}).grads["0.weight"].shape
+        torch.Size([8, 4])
+    """
+
+    num_tangents = 0
+
+    def __init__(self, model: nn.Module, inputs: Tensor, *, seed: int = 0) -> None:
+        self.feedback = _empty_feedback(model, inputs)
+        self._seen: tuple[nn.Module | None, list[_Block]] = (None, [])  # a model, and its blocks
+        self.reset(seed)
+
+    def reset(self, seed: int) -> None:
+        """Begin anew: draw the feedback, Kaiming-uniform over the units of each block."""
+        draw = runtime.generator(seed, purpose="feedback")
+        for feedback in self.feedback:
+            bound = math.sqrt(6 / feedback[0].numel())
+            feedback.data.copy_(torch.rand(feedback.shape, generator=draw) * 2 * bound - bound)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rule has learned and drawn so far."""
+        return {"feedback": [feedback.detach().clone() for feedback in self.feedback]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`.
+
+        Raises:
+            ValueError: if it belongs to another model.
+        """
+        given = [tuple(feedback.shape) for feedback in state["feedback"]]
+        own = [tuple(feedback.shape) for feedback in self.feedback]
+        if given != own:
+            raise ValueError(f"the state has feedback of shapes {given}, this rule {own}: it is of another model")
+        for feedback, value in zip(self.feedback, state["feedback"], strict=True):
+            feedback.data.copy_(value)
+
+    @torch.no_grad()
+    def __call__(self, objective: BatchLoss, params: Params, *, generator: AnyGenerator = None) -> GradientEstimate:
+        """Estimate the gradient, and let the feedback learn from the same pass.
+
+        Args:
+            objective: the loss of a model on a batch, a mean or a sum over its examples.
+            params: the point.
+            generator: where the tangents come from, if there are any; None for torch's global generator.
+
+        Returns:
+            The estimate; ``jvps`` has shape (K,), empty for rules without tangents.
+
+        Raises:
+            TypeError: if the objective is no :class:`BatchLoss`.
+            ValueError: if the model is not like the one that this rule was made for, or seeds are stacked.
+        """
+        blocks = self._blocks_for(objective)
+        check_params(params)
+        activation, tangents = objective.inputs, None
+        passes: list[_BlockPass] = []
+        drawn: list[Tensor] = []
+        for i, block in enumerate(blocks):
+            passes.append(block.run(params, activation, tangents))
+            activation, tangents = passes[-1].outputs.detach(), passes[-1].tangents
+            if self.num_tangents and i < len(self.feedback):
+                drawn.append(self._draw(activation, generator))
+                tangents = drawn[-1] if tangents is None else tangents + drawn[-1]
+        loss, error = _loss_and_error(objective, activation)
+        along = _along(error, tangents)
+        grads: Params = {}
+        deltas = [*self._deltas(error, along, drawn), error]
+        for of_block, delta in zip(passes, deltas, strict=True):
+            for name, grad in of_block.local_gradients(delta).items():
+                grads[name] = grads[name] + grad if name in grads else grad
+        grads = {name: grads[name] if name in grads else torch.zeros_like(p) for name, p in params.items()}
+        self._learn(error, [of_block.outputs.detach() for of_block in passes[:-1]], tangents, drawn)
+        return GradientEstimate(loss, grads, along.sum(1))
+
+    def _blocks_for(self, objective: BatchLoss) -> list[_Block]:
+        if not isinstance(objective, BatchLoss):
+            raise TypeError(
+                f"feedback needs the blocks of a model: pass a BatchLoss(model, inputs, targets), got "
+                f"{type(objective).__name__}"
+            )
+        if is_transformed():
+            raise ValueError("a feedback rule has a state of its own, one for each seed: pass stacked=False")
+        model, blocks = self._seen
+        if model is not objective.model:
+            blocks = [_Block(objective.model, block) for block in blocks_of(objective.model)]
+            self._seen = objective.model, blocks
+        if len(blocks) != len(self.feedback) + 1:
+            raise ValueError(
+                f"this rule was made for a model of {len(self.feedback) + 1} blocks, got one of {len(blocks)}"
+            )
+        return blocks
+
+    def _deltas(self, error: Tensor, along: Tensor, drawn: list[Tensor]) -> list[Tensor]:
+        # What each hidden block is told to be the derivative of the loss by its outputs.
+        return [torch.tensordot(error, feedback.detach(), 1) for feedback in self.feedback]
+
+    def _learn(self, error: Tensor, activations: list[Tensor], tangents: Tensor | None, drawn: list[Tensor]) -> None:
+        pass
+
+    def _draw(self, activation: Tensor, generator: AnyGenerator) -> Tensor:
+        raise NotImplementedError
+
+
+class _LearnedFeedback(DirectFeedbackAlignment):
+    def __init__(self, model: nn.Module, inputs: Tensor, *, optimizer: MakeOptimizer = ADAM) -> None:
+        self._make_optimizer = optimizer
+        super().__init__(model, inputs)
+
+    def reset(self, seed: int = 0) -> None:
+        """Begin anew: all feedback zero."""
+        for feedback in self.feedback:
+            feedback.data.zero_()
+        self.optimizer = self._make_optimizer(self.feedback)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rule has learned so far."""
+        return super().state_dict() | {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _learn(self, error: Tensor, activations: list[Tensor], tangents: Tensor | None, drawn: list[Tensor]) -> None:
+        for i, feedback in enumerate(self.feedback):
+            feedback.grad = self._feedback_gradient(i, error, activations, tangents, drawn)
+        self.optimizer.step()
+
+    def _feedback_gradient(
+        self, i: int, error: Tensor, activations: list[Tensor], tangents: Tensor | None, drawn: list[Tensor]
+    ) -> Tensor:
+        raise NotImplementedError
+
+
+class DirectKolenPollack(_LearnedFeedback):
+    r"""Let the feedback change as weights from the block to the output would (Webster, Choi & Ahn 2021).
+
+    .. math:: \delta_l = B_l^T e, \qquad \nabla B_l = e\, a_l^T
+
+    summed over the batch, and applied by an optimizer with weight decay. Where y = W a_l, W has this gradient, too:
+    under the same plain SGD with decay, B_l - W shrinks by the factor 1 - rate x decay in each step, whatever the data.
+
+    Bias: the initial mismatch, until the decay has removed it; behind a nonlinear network, always. Variance: none
+    beside the batch's.
+
+    Cost: that of :class:`DirectFeedbackAlignment`, and a product of the size of the feedback.
+
+    Args:
+        model: made of blocks; see :func:`blocks_of`.
+        inputs: a batch for it.
+        optimizer: of the feedback: from a list of tensors to an optimizer; default Adam at 1e-4. The decay is its own.
+    """
+
+    def _feedback_gradient(
+        self, i: int, error: Tensor, activations: list[Tensor], tangents: Tensor | None, drawn: list[Tensor]
+    ) -> Tensor:
+        return _products(error, activations[i])
+
+
+class ForwardDirectFeedbackAlignment(_LearnedFeedback):
+    r"""Learn the feedback from forward-mode derivatives (Bacho & Chu 2024, arXiv 2212.07282, equations 7 and 8).
+
+    Tangents :math:`u_l`, independent for each unit and example, enter behind every hidden block in one pass forward;
+    what arrives at the output is :math:`d = \sum_l (\partial y/\partial a_l)\, u_l`, so that the mean of
+    :math:`d\, u_l^T` is the Jacobian.
+
+    .. math:: \delta_l = B_l^T e, \qquad \nabla B_l = B_l - \overline{d\, u_l^T}
+
+    With plain SGD of rate :math:`\beta` that is an exponential average of what was seen, :math:`B \gets (1 - \beta) B +
+    \beta\, \overline{d\, u^T}`; the authors' program uses Adam.
+
+    Bias: the feedback is one matrix for all examples, an average Jacobian of the past; what an example's own Jacobian
+    differs from it is lost. Variance: small, for the feedback averages over batches.
+
+    Cost: one pass forward with tangents behind the first block, and the products of the weights' gradients: as many
+    products as backprop.
+
+    Args:
+        model: made of blocks; see :func:`blocks_of`.
+        inputs: a batch for it.
+        optimizer: of the feedback: from a list of tensors to an optimizer; default Adam at 1e-4, as published.
+        num_tangents: K.
+        tangents: ``"rademacher"``, which has the least variance and is drawn fastest, or ``"normal"``, as published.
+
+    Raises:
+        ValueError: if ``num_tangents`` is below 1 or ``tangents`` unknown, or the blocks cannot be told.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        *,
+        optimizer: MakeOptimizer = ADAM,
+        num_tangents: int = 1,
+        tangents: str = "rademacher",
+    ) -> None:
+        self.num_tangents = check_count("num_tangents", num_tangents)
+        self.tangents = check_choice("tangents", tangents, TANGENTS)
+        super().__init__(model, inputs, optimizer=optimizer)
+
+    def _draw(self, activation: Tensor, generator: AnyGenerator) -> Tensor:
+        shape = (self.num_tangents, *activation.shape)
+        if self.tangents == "rademacher":
+            return random_signs(shape, activation, generator)
+        return torch.randn(shape, dtype=activation.dtype, device=activation.device, generator=generator)
+
+    def _feedback_gradient(
+        self, i: int, error: Tensor, activations: list[Tensor], tangents: Tensor | None, drawn: list[Tensor]
+    ) -> Tensor:
+        d, u = tangents.flatten(2).flatten(0, 1), drawn[i].flatten(0, 1)
+        return self.feedback[i].detach() - _products(d, u) / len(d)
+
+
+class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
+    r"""Add to FDFA's estimate what its feedback fails to predict: a forward gradient of the residual.
+
+    The pass of :class:`ForwardDirectFeedbackAlignment` also gives, for each example, the derivative of its loss along
+    all tangents, :math:`s = \sum_l \delta_l \cdot u_l`. The feedback predicts :math:`p = \sum_l (B_l^T e) \cdot u_l` of
+    it, so
+
+    .. math:: \delta_l \approx B_l^T e + \alpha\, (s - p)\, u_l
+
+    averaged over the K tangents, is an activity-perturbed forward gradient with the feedback as its control variate.
+
+    Bias: none for :math:`\alpha = 1`, at any feedback; (1 - alpha) times FDFA's otherwise. Second moment of the added
+    term for rademacher tangents: :math:`\alpha^2 n_l |r|^2` for each example, K = 1, where :math:`r_l = \delta_l -
+    B_l^T e` is the residual of all hidden units together and n_l the units of block l; without feedback the residual is
+    the gradient itself, and the rule that of Ren et al. 2022, at the outputs of the activations.
+
+    Cost: that of FDFA. No extra pass.
+
+    BatchNorm in training mode mixes the examples: what an example's activations do to the losses of the others is not
+    in its own s. ``weights="example"`` leaves it out, a small bias; ``weights="batch"`` weights all examples with the
+    derivative of the whole loss, which has no bias and about B times the variance.
+
+    Args:
+        model: made of blocks; see :func:`blocks_of`.
+        inputs: a batch for it.
+        optimizer: of the feedback.
+        num_tangents: K.
+        tangents: ``"rademacher"`` or ``"normal"``.
+        alpha: weight of the residual; 0 is FDFA.
+        alpha_decay: what alpha is multiplied with after each estimate.
+        weights: ``"example"`` or ``"batch"``.
+
+    Raises:
+        ValueError: if an argument is out of its range, or the blocks cannot be told.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        *,
+        optimizer: MakeOptimizer = ADAM,
+        num_tangents: int = 1,
+        tangents: str = "rademacher",
+        alpha: float = 1.0,
+        alpha_decay: float = 1.0,
+        weights: str = "example",
+    ) -> None:
+        for name, value in (("alpha", alpha), ("alpha_decay", alpha_decay)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+        self._first_alpha, self.alpha_decay = alpha, alpha_decay
+        self.weights = check_choice("weights", weights, WEIGHTS)
+        super().__init__(model, inputs, optimizer=optimizer, num_tangents=num_tangents, tangents=tangents)
+
+    def reset(self, seed: int = 0) -> None:
+        """Begin anew: all feedback zero, alpha as it was given."""
+        super().reset(seed)
+        self.alpha = self._first_alpha
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rule has learned so far."""
+        return super().state_dict() | {"alpha": self.alpha}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self.alpha = state["alpha"]
+
+    def _deltas(self, error: Tensor, along: Tensor, drawn: list[Tensor]) -> list[Tensor]:
+        deltas = super()._deltas(error, along, drawn)
+        predicted = sum((delta * u).flatten(2).sum(2) for delta, u in zip(deltas, drawn, strict=True))
+        residual = along - predicted  # (K, B)
+        if self.weights == "batch":
+            residual = residual.sum(1, keepdim=True).expand_as(residual)
+        residual = residual * (self.alpha / self.num_tangents)
+        self.alpha *= self.alpha_decay
+        return [delta + _weighted_sum(residual, u) for delta, u in zip(deltas, drawn, strict=True)]
+
+
+class _Block:
+    """A block, and what its parameters are called in the model."""
+
+    def __init__(self, model: nn.Module, block: nn.Module) -> None:
+        names = {id(p): name for name, p in model.named_parameters()}
+        self.block = block
+        self.own = {names[id(p)]: p for p in block.parameters() if p.requires_grad}
+        self.local = {names[id(p)]: name for name, p in block.named_parameters()}
+
+    def run(self, params: Params, inputs: Tensor, tangents: Tensor | None) -> _BlockPass:
+        """Push the inputs and their tangents through, with the tape on, which begins here."""
+        own = {name: p for name, p in self.own.items() if name in params}
+        if all(is_same(params[name], p) for name, p in own.items()):
+            leaves, call = own, self.block
+        else:
+            leaves = {name: params[name].detach().requires_grad_() for name in own}
+            call = partial(_call, self.block, {self.local[name]: p for name, p in leaves.items()})
+        with torch.enable_grad():
+            if tangents is None:
+                return _BlockPass(call(inputs), None, leaves)
+            with Pass(Perturbation({}, len(tangents), len(inputs), random_signs), {}):
+                dual = call(Dual(torch.cat([inputs.unsqueeze(0), tangents])))
+            return _BlockPass(dual.primal, dual.tangents.detach(), leaves)
+
+
+def _call(block: nn.Module, params: Params, inputs: Tensor) -> Tensor:
+    return functional_call(block, params, (inputs,))
+
+
+class _BlockPass(NamedTuple):
+    """A block after its pass: its outputs with the tape, and their tangents (K, B, ...)."""
+
+    outputs: Tensor
+    tangents: Tensor | None
+    leaves: Params
+
+    def local_gradients(self, delta: Tensor) -> Params:
+        if not self.leaves:
+            return {}
+        found = torch.autograd.grad(self.outputs, list(self.leaves.values()), delta, materialize_grads=True)
+        return dict(zip(self.leaves, found, strict=True))
+
+
+def _loss_and_error(objective: BatchLoss, logits: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = check_scalar(objective.loss(logits, objective.targets))
+        (error,) = torch.autograd.grad(loss, logits, materialize_grads=True)
+    return loss.detach(), error
+
+
+def _along(error: Tensor, tangents: Tensor | None) -> Tensor:
+    # The derivative of each example's loss along each tangent, (K, B); without tangents (0, B).
+    return error.new_zeros(0, len(error)) if tangents is None else (error * tangents).flatten(2).sum(2)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    # (N, m) and (N, ...) -> (m, ...), summed over N
+    return (left.flatten(1).t() @ right.flatten(1)).reshape(-1, *right.shape[1:])
+
+
+def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    # (K, B) and (K, B, ...) -> (B, ...)
+    return (weights.reshape(*weights.shape, *[1] * (rows.dim() - 2)) * rows).sum(0)
+
+
+def _empty_feedback(model: nn.Module, inputs: Tensor) -> list[Tensor]:
+    shapes, activation = [], inputs
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # BatchNorm's statistics stay as they are
+    try:
+        with torch.no_grad():
+            for block in blocks_of(model):
+                activation = block(activation)
+                shapes.append(activation.shape[1:])
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    num_outputs = shapes.pop().numel()
+    return [nn.Parameter(activation.new_zeros(num_outputs, *shape)) for shape in shapes]
