@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fwdlib.dual_tensor import Dual, Pass, pad_rows, primals_of, register_rule, same_rows
+from fwdlib.dual_tensor import Dual, Pass, pad_rows, primal_of, primals_of, register_rule, same_rows
 from fwdlib.perturbations import Convolution
 from fwdlib.tangents import is_traced
 
@@ -45,7 +45,7 @@ def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Dual:
         return _dual(outputs, run.perturbation.linear(weight_name, bias_name, x, outputs))
     stack = run.stack(x)
     if torch.is_grad_enabled() and weight_name is bias_name is None:
-        return _dual(F.linear(stack[0], weight, bias), F.linear(stack[1:], weight.detach()))
+        return Dual(_TapedLinear.apply(stack, weight, bias))
     rows = F.linear(stack.flatten(0, -2), weight).reshape(*stack.shape[:-1], -1)
     outputs, tangents = rows[0], rows[1:]
     if bias is not None:
@@ -53,6 +53,32 @@ def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Dual:
     if weight_name is not None or bias_name is not None:
         tangents.add_(run.perturbation.linear(weight_name, bias_name, stack[0], outputs))
     return Dual(rows)
+
+
+class _TapedLinear(torch.autograd.Function):
+    """One product for all rows, of which the tape sees the primal's."""
+
+    @staticmethod
+    def forward(ctx: Any, stack: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(stack[0], weight)
+        rows = F.linear(stack.flatten(0, -2), weight).reshape(*stack.shape[:-1], -1)
+        if bias is not None:
+            rows[0].add_(bias)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_stack, of_weight, of_bias = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None, None, None]
+        if of_stack:
+            grads[0] = torch.cat([(error[0] @ weight).unsqueeze(0), error.new_zeros(len(error) - 1, *x.shape)])
+        rows = error[0].flatten(0, -2)
+        if of_weight:
+            grads[1] = rows.t() @ x.flatten(0, -2)
+        if of_bias:
+            grads[2] = rows.sum(0)
+        return tuple(grads)
 
 
 def _convolution(function: Callable, num_axes: int) -> Callable:
@@ -178,13 +204,17 @@ def batch_norm(
                 f"BatchNorm in training mode needs more than one value per channel, got {tuple(primal.shape)}"
             )
         run.mix_examples()
-        scale, shift = (None if p is None else run.stack(p)[0] for p in (weight, bias))
-        y, *statistics = torch.native_batch_norm(primal, scale, shift, running_mean, running_var, True, momentum, eps)
+        scale, shift = primal_of(weight), primal_of(bias)
+        statistics = running_mean, running_var
+        y, mean, inverse = torch.native_batch_norm(primal, scale, shift, *statistics, True, momentum, eps)
         with torch.no_grad():
-            mean, inverse = (value.to(primal.dtype).reshape(channels) for value in statistics)
-            axes = [i for i in range(primal.dim()) if i != 1]
-            normed, tangents = _normalise(primal, tangents, axes, mean, inverse)
-            tangents = _affine_tangents(run, normed, tangents, weight, bias, channels)
+            # What it does to a channel has a symmetric derivative: the kernel for errors is one for tangents.
+            options = primal, scale, *statistics, mean, inverse, True, eps, [True, False, False]
+            rows = [torch.ops.aten.native_batch_norm_backward(row, *options)[0] for row in tangents.unbind()]
+            tangents = torch.stack(rows)
+            if run.has_tangents(weight) or run.has_tangents(bias):
+                normed = (primal - mean.reshape(channels)) * inverse.reshape(channels)
+                tangents = _with_own_tangents(run, tangents, normed, weight, bias, channels)
         return _dual(y, tangents)
     if running_mean is None:
         return NotImplemented
@@ -251,23 +281,21 @@ def _normalise(x: Tensor, tangents: Tensor, axes: list[int], mean: Tensor, inver
 
 def _affine(run: Pass, normed: Tensor, tangents: Tensor, weight: Any, bias: Any, shape: Sequence[int]) -> Dual:
     # weight * normed + bias, both possibly with tangents; `shape` lays them out along normed, axis by axis.
-    tangents = _affine_tangents(run, normed, tangents, weight, bias, shape)
+    y = normed
     if weight is not None:
-        normed = normed * run.stack(weight)[0].reshape(shape)
+        scale = run.stack(weight)[0].reshape(shape)
+        y, tangents = y * scale, tangents * scale
     if bias is not None:
-        normed = normed + run.stack(bias)[0].reshape(shape)
-    return _dual(normed, tangents)
+        y = y + run.stack(bias)[0].reshape(shape)
+    return _dual(y, _with_own_tangents(run, tangents, normed, weight, bias, shape))
 
 
-def _affine_tangents(
-    run: Pass, normed: Tensor, tangents: Tensor, weight: Any, bias: Any, shape: Sequence[int]
+def _with_own_tangents(
+    run: Pass, tangents: Tensor, normed: Tensor, weight: Any, bias: Any, shape: Sequence[int]
 ) -> Tensor:
-    if weight is not None:
-        rows = run.stack(weight)
-        rows = rows.reshape(len(rows), *shape)
-        tangents = tangents * rows[0]
-        if len(rows) > 1:
-            tangents = tangents + rows[1:] * normed
+    # What the tangents of weight and bias add, where they have any.
+    if weight is not None and len(rows := run.stack(weight)) > 1:
+        tangents = tangents + rows[1:].reshape(len(rows) - 1, *shape) * normed
     if bias is not None and len(rows := run.stack(bias)) > 1:
         tangents = tangents + rows[1:].reshape(len(rows) - 1, *shape)
     return tangents

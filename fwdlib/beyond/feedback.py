@@ -26,8 +26,7 @@ All are estimators by the protocol of :mod:`fwdlib.estimators`, objects because 
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,20 +136,27 @@ class DirectFeedbackAlignment:
     num_tangents = 0
 
     def __init__(self, model: nn.Module, inputs: Tensor, *, seed: int = 0) -> None:
-        self.feedback = _empty_feedback(model, inputs)
+        num_outputs, self._shapes = _shapes_of(model, inputs)
+        self._sizes = [shape.numel() for shape in self._shapes]
+        self.matrix = nn.Parameter(next(model.parameters()).new_zeros(num_outputs, sum(self._sizes)), False)
         self._seen: tuple[nn.Module | None, list[_Block]] = (None, [])  # a model, and its blocks
         self.reset(seed)
+
+    @property
+    def feedback(self) -> list[Tensor]:
+        """The feedback of each hidden block, shape (outputs, units...): views of ``matrix`` (outputs, all units)."""
+        return self._by_block(self.matrix.detach())
 
     def reset(self, seed: int) -> None:
         """Begin anew: draw the feedback, Kaiming-uniform over the units of each block."""
         draw = runtime.generator(seed, purpose="feedback")
         for feedback in self.feedback:
             bound = math.sqrt(6 / feedback[0].numel())
-            feedback.data.copy_(torch.rand(feedback.shape, generator=draw) * 2 * bound - bound)
+            feedback.copy_(torch.rand(feedback.shape, generator=draw) * 2 * bound - bound)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the rule has learned and drawn so far."""
-        return {"feedback": [feedback.detach().clone() for feedback in self.feedback]}
+        return {"feedback": self.matrix.detach().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state_dict`.
@@ -158,12 +164,10 @@ class DirectFeedbackAlignment:
         Raises:
             ValueError: if it belongs to another model.
         """
-        given = [tuple(feedback.shape) for feedback in state["feedback"]]
-        own = [tuple(feedback.shape) for feedback in self.feedback]
+        given, own = tuple(state["feedback"].shape), tuple(self.matrix.shape)
         if given != own:
-            raise ValueError(f"the state has feedback of shapes {given}, this rule {own}: it is of another model")
-        for feedback, value in zip(self.feedback, state["feedback"], strict=True):
-            feedback.data.copy_(value)
+            raise ValueError(f"the state has feedback of shape {given}, this rule {own}: it is of another model")
+        self.matrix.copy_(state["feedback"])
 
     @torch.no_grad()
     def __call__(self, objective: BatchLoss, params: Params, *, generator: AnyGenerator = None) -> GradientEstimate:
@@ -183,24 +187,21 @@ class DirectFeedbackAlignment:
         """
         blocks = self._blocks_for(objective)
         check_params(params)
+        leaves, are_own = _leaves_for(objective.model, params)
         activation, tangents = objective.inputs, None
-        passes: list[_BlockPass] = []
-        drawn: list[Tensor] = []
-        for i, block in enumerate(blocks):
-            passes.append(block.run(params, activation, tangents))
-            activation, tangents = passes[-1].outputs.detach(), passes[-1].tangents
-            if self.num_tangents and i < len(self.feedback):
-                drawn.append(self._draw(activation, generator))
-                tangents = drawn[-1] if tangents is None else tangents + drawn[-1]
+        u = self._draw(len(activation), generator)  # (K, B, all units), K = 0 for rules without tangents
+        outputs: list[Tensor] = []  # of each block, with its tape
+        for block, behind in zip(blocks, [*self._by_block(u), None], strict=True):
+            output, tangents = block.run(None if are_own else leaves, activation, tangents)
+            outputs.append(output)
+            activation = output.detach()
+            if behind is not None and len(u):
+                tangents = behind if tangents is None else tangents + behind
         loss, error = _loss_and_error(objective, activation)
-        along = _along(error, tangents)
-        grads: Params = {}
-        deltas = [*self._deltas(error, along, drawn), error]
-        for of_block, delta in zip(passes, deltas, strict=True):
-            for name, grad in of_block.local_gradients(delta).items():
-                grads[name] = grads[name] + grad if name in grads else grad
-        grads = {name: grads[name] if name in grads else torch.zeros_like(p) for name, p in params.items()}
-        self._learn(error, [of_block.outputs.detach() for of_block in passes[:-1]], tangents, drawn)
+        along = error.new_zeros(0, len(error)) if tangents is None else (error * tangents).flatten(2).sum(2)
+        deltas = [*self._by_block(self._deltas(error.flatten(1), along, u)), error]
+        grads = _local_gradients(outputs, deltas, leaves)
+        self._learn(error.flatten(1), outputs[:-1], tangents, u)
         return GradientEstimate(loss, grads, along.sum(1))
 
     def _blocks_for(self, objective: BatchLoss) -> list[_Block]:
@@ -215,21 +216,26 @@ class DirectFeedbackAlignment:
         if model is not objective.model:
             blocks = [_Block(objective.model, block) for block in blocks_of(objective.model)]
             self._seen = objective.model, blocks
-        if len(blocks) != len(self.feedback) + 1:
+        if len(blocks) != len(self._shapes) + 1:
             raise ValueError(
-                f"this rule was made for a model of {len(self.feedback) + 1} blocks, got one of {len(blocks)}"
+                f"this rule was made for a model of {len(self._shapes) + 1} blocks, got one of {len(blocks)}"
             )
         return blocks
 
-    def _deltas(self, error: Tensor, along: Tensor, drawn: list[Tensor]) -> list[Tensor]:
-        # What each hidden block is told to be the derivative of the loss by its outputs.
-        return [torch.tensordot(error, feedback.detach(), 1) for feedback in self.feedback]
+    def _by_block(self, rows: Tensor) -> list[Tensor]:
+        # (..., all units) -> for each hidden block (..., units...), views
+        pieces = rows.split(self._sizes, -1)
+        return [piece.unflatten(-1, shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
 
-    def _learn(self, error: Tensor, activations: list[Tensor], tangents: Tensor | None, drawn: list[Tensor]) -> None:
+    def _draw(self, num_examples: int, generator: AnyGenerator) -> Tensor:
+        return self.matrix.new_zeros(0, num_examples, sum(self._sizes))
+
+    def _deltas(self, error: Tensor, along: Tensor, u: Tensor) -> Tensor:
+        # What the hidden units are told to be the derivative of the loss by them, (B, all units).
+        return error @ self.matrix
+
+    def _learn(self, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor) -> None:
         pass
-
-    def _draw(self, activation: Tensor, generator: AnyGenerator) -> Tensor:
-        raise NotImplementedError
 
 
 class _LearnedFeedback(DirectFeedbackAlignment):
@@ -239,9 +245,8 @@ class _LearnedFeedback(DirectFeedbackAlignment):
 
     def reset(self, seed: int = 0) -> None:
         """Begin anew: all feedback zero."""
-        for feedback in self.feedback:
-            feedback.data.zero_()
-        self.optimizer = self._make_optimizer(self.feedback)
+        self.matrix.zero_()
+        self.optimizer = self._make_optimizer([self.matrix])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the rule has learned so far."""
@@ -252,14 +257,11 @@ class _LearnedFeedback(DirectFeedbackAlignment):
         super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _learn(self, error: Tensor, activations: list[Tensor], tangents: Tensor | None, drawn: list[Tensor]) -> None:
-        for i, feedback in enumerate(self.feedback):
-            feedback.grad = self._feedback_gradient(i, error, activations, tangents, drawn)
+    def _learn(self, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor) -> None:
+        self.matrix.grad = self._feedback_gradient(error, outputs, tangents, u)
         self.optimizer.step()
 
-    def _feedback_gradient(
-        self, i: int, error: Tensor, activations: list[Tensor], tangents: Tensor | None, drawn: list[Tensor]
-    ) -> Tensor:
+    def _feedback_gradient(self, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -282,10 +284,8 @@ class DirectKolenPollack(_LearnedFeedback):
         optimizer: of the feedback: from a list of tensors to an optimizer; default Adam at 1e-4. The decay is its own.
     """
 
-    def _feedback_gradient(
-        self, i: int, error: Tensor, activations: list[Tensor], tangents: Tensor | None, drawn: list[Tensor]
-    ) -> Tensor:
-        return _products(error, activations[i])
+    def _feedback_gradient(self, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor) -> Tensor:
+        return error.t() @ torch.cat([output.detach().flatten(1) for output in outputs], 1)
 
 
 class ForwardDirectFeedbackAlignment(_LearnedFeedback):
@@ -330,17 +330,15 @@ class ForwardDirectFeedbackAlignment(_LearnedFeedback):
         self.tangents = check_choice("tangents", tangents, TANGENTS)
         super().__init__(model, inputs, optimizer=optimizer)
 
-    def _draw(self, activation: Tensor, generator: AnyGenerator) -> Tensor:
-        shape = (self.num_tangents, *activation.shape)
+    def _draw(self, num_examples: int, generator: AnyGenerator) -> Tensor:
+        shape, like = (self.num_tangents, num_examples, sum(self._sizes)), self.matrix.detach()
         if self.tangents == "rademacher":
-            return random_signs(shape, activation, generator)
-        return torch.randn(shape, dtype=activation.dtype, device=activation.device, generator=generator)
+            return random_signs(shape, like, generator)
+        return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
 
-    def _feedback_gradient(
-        self, i: int, error: Tensor, activations: list[Tensor], tangents: Tensor | None, drawn: list[Tensor]
-    ) -> Tensor:
-        d, u = tangents.flatten(2).flatten(0, 1), drawn[i].flatten(0, 1)
-        return self.feedback[i].detach() - _products(d, u) / len(d)
+    def _feedback_gradient(self, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor) -> Tensor:
+        d = tangents.flatten(2).flatten(0, 1)  # (K B, outputs)
+        return torch.addmm(self.matrix, d.t(), u.flatten(0, 1), alpha=-1 / len(d))
 
 
 class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
@@ -412,15 +410,14 @@ class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
         super().load_state_dict(state)
         self.alpha = state["alpha"]
 
-    def _deltas(self, error: Tensor, along: Tensor, drawn: list[Tensor]) -> list[Tensor]:
-        deltas = super()._deltas(error, along, drawn)
-        predicted = sum((delta * u).flatten(2).sum(2) for delta, u in zip(deltas, drawn, strict=True))
-        residual = along - predicted  # (K, B)
+    def _deltas(self, error: Tensor, along: Tensor, u: Tensor) -> Tensor:
+        deltas = super()._deltas(error, along, u)
+        residual = along - (deltas * u).sum(2)  # (K, B)
         if self.weights == "batch":
             residual = residual.sum(1, keepdim=True).expand_as(residual)
         residual = residual * (self.alpha / self.num_tangents)
         self.alpha *= self.alpha_decay
-        return [delta + _weighted_sum(residual, u) for delta, u in zip(deltas, drawn, strict=True)]
+        return deltas + (residual.unsqueeze(2) * u).sum(0)
 
 
 class _Block:
@@ -429,41 +426,42 @@ class _Block:
     def __init__(self, model: nn.Module, block: nn.Module) -> None:
         names = {id(p): name for name, p in model.named_parameters()}
         self.block = block
-        self.own = {names[id(p)]: p for p in block.parameters() if p.requires_grad}
-        self.local = {names[id(p)]: name for name, p in block.named_parameters()}
+        self.names = {name: names[id(p)] for name, p in block.named_parameters()}
 
-    def run(self, params: Params, inputs: Tensor, tangents: Tensor | None) -> _BlockPass:
-        """Push the inputs and their tangents through, with the tape on, which begins here."""
-        own = {name: p for name, p in self.own.items() if name in params}
-        if all(is_same(params[name], p) for name, p in own.items()):
-            leaves, call = own, self.block
-        else:
-            leaves = {name: params[name].detach().requires_grad_() for name in own}
-            call = partial(_call, self.block, {self.local[name]: p for name, p in leaves.items()})
+    def run(self, params: Params | None, inputs: Tensor, tangents: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Push the inputs and their tangents (K, B, ...) through, with the tape on, which begins here.
+
+        Args:
+            params: of the model; None for its own.
+            inputs: constants to the tape.
+            tangents: None for no tangents.
+        """
+        call: Any = self.block
+        if params is not None:
+            own = {local: params[name] for local, name in self.names.items() if name in params}
+            call = lambda inputs: functional_call(self.block, own, (inputs,))  # noqa: E731
         with torch.enable_grad():
             if tangents is None:
-                return _BlockPass(call(inputs), None, leaves)
+                return call(inputs), None
             with Pass(Perturbation({}, len(tangents), len(inputs), random_signs), {}):
                 dual = call(Dual(torch.cat([inputs.unsqueeze(0), tangents])))
-            return _BlockPass(dual.primal, dual.tangents.detach(), leaves)
+            return dual.primal, dual.tangents.detach()
 
 
-def _call(block: nn.Module, params: Params, inputs: Tensor) -> Tensor:
-    return functional_call(block, params, (inputs,))
+def _leaves_for(model: nn.Module, params: Params) -> tuple[Params, bool]:
+    # What the tape is to end at: the model's own parameters where those are meant, else tensors of their values.
+    own = dict(model.named_parameters())
+    if all(name in own and is_same(p, own[name]) for name, p in params.items()):
+        return {name: own[name] for name in params}, True
+    return {name: p.detach().requires_grad_() for name, p in params.items()}, False
 
 
-class _BlockPass(NamedTuple):
-    """A block after its pass: its outputs with the tape, and their tangents (K, B, ...)."""
-
-    outputs: Tensor
-    tangents: Tensor | None
-    leaves: Params
-
-    def local_gradients(self, delta: Tensor) -> Params:
-        if not self.leaves:
-            return {}
-        found = torch.autograd.grad(self.outputs, list(self.leaves.values()), delta, materialize_grads=True)
-        return dict(zip(self.leaves, found, strict=True))
+def _local_gradients(outputs: list[Tensor], deltas: list[Tensor], leaves: Params) -> Params:
+    # The tapes of the blocks have nothing in common but shared parameters, whose gradients add up.
+    kept = [i for i, output in enumerate(outputs) if output.requires_grad]
+    outputs, deltas = [outputs[i] for i in kept], [deltas[i] for i in kept]
+    found = torch.autograd.grad(outputs, list(leaves.values()), deltas, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
 
 
 def _loss_and_error(objective: BatchLoss, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -474,22 +472,8 @@ def _loss_and_error(objective: BatchLoss, logits: Tensor) -> tuple[Tensor, Tenso
     return loss.detach(), error
 
 
-def _along(error: Tensor, tangents: Tensor | None) -> Tensor:
-    # The derivative of each example's loss along each tangent, (K, B); without tangents (0, B).
-    return error.new_zeros(0, len(error)) if tangents is None else (error * tangents).flatten(2).sum(2)
-
-
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    # (N, m) and (N, ...) -> (m, ...), summed over N
-    return (left.flatten(1).t() @ right.flatten(1)).reshape(-1, *right.shape[1:])
-
-
-def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
-    # (K, B) and (K, B, ...) -> (B, ...)
-    return (weights.reshape(*weights.shape, *[1] * (rows.dim() - 2)) * rows).sum(0)
-
-
-def _empty_feedback(model: nn.Module, inputs: Tensor) -> list[Tensor]:
+def _shapes_of(model: nn.Module, inputs: Tensor) -> tuple[int, list[torch.Size]]:
+    # The number of outputs, and the shape of what each hidden block gives for one example.
     shapes, activation = [], inputs
     modes = [(module, module.training) for module in model.modules()]
     model.eval()  # BatchNorm's statistics stay as they are
@@ -501,5 +485,4 @@ def _empty_feedback(model: nn.Module, inputs: Tensor) -> list[Tensor]:
     finally:
         for module, mode in modes:
             module.training = mode
-    num_outputs = shapes.pop().numel()
-    return [nn.Parameter(activation.new_zeros(num_outputs, *shape)) for shape in shapes]
+    return shapes.pop().numel(), shapes

@@ -191,13 +191,12 @@ def test_forward_feedback_is_an_exponential_average_under_sgd():
 def test_several_tangents_in_one_pass_are_those_one_by_one(make):
     model, inputs = make()
     joint = ControlVariateForwardGradient(model, inputs, num_tangents=3)
-    drawn = []
-    joint._draw = lambda *args: drawn.append(type(joint)._draw(joint, *args)) or drawn[-1]
+    drawn = joint._draw(6, seeded())
     estimate = joint(BatchLoss(model, inputs, TARGETS), params_of(model), generator=seeded())
     singles = []
     for k in range(3):
-        single, rows = ControlVariateForwardGradient(model, inputs), iter([u[k : k + 1] for u in drawn])
-        single._draw = lambda *_, rows=rows: next(rows)
+        single = ControlVariateForwardGradient(model, inputs)
+        single._draw = lambda *_, k=k: drawn[k : k + 1]
         singles.append(single(BatchLoss(model, inputs, TARGETS), params_of(model)))
     torch.testing.assert_close(estimate.jvps, torch.cat([single.jvps for single in singles]))
     for name, grad in estimate.grads.items():
@@ -305,16 +304,16 @@ def test_the_variance_is_that_of_the_residual(tangents, of_own, num_tangents):
 def test_jvps_are_those_of_the_loss():
     model, inputs = mlp()
     estimator = ForwardDirectFeedbackAlignment(model, inputs, num_tangents=2)
-    drawn = []
-    estimator._draw = lambda *args: drawn.append(type(estimator)._draw(estimator, *args)) or drawn[-1]
+    drawn = estimator._draw(6, seeded())
     found = estimator(BatchLoss(model, inputs, TARGETS), params_of(model), generator=seeded()).jvps
     first, second, last = blocks_of(model)
 
     def loss(shifts):
         return F.cross_entropy(last(second(first(inputs) + shifts[0]) + shifts[1]), TARGETS)
 
-    zeros = tuple(torch.zeros_like(u[0]) for u in drawn)
-    expected = [torch.func.jvp(lambda *s: loss(s), zeros, tuple(u[k] for u in drawn))[1] for k in range(2)]
+    shifts = estimator._by_block(drawn)
+    zeros = tuple(torch.zeros_like(u[0]) for u in shifts)
+    expected = [torch.func.jvp(lambda *s: loss(s), zeros, tuple(u[k] for u in shifts))[1] for k in range(2)]
     torch.testing.assert_close(found, torch.stack(expected))
 
 
