@@ -1,4 +1,4 @@
-"""The command line, ``python -m fwdlib {doctor,data,bench}``.
+"""The command line, ``python -m fwdlib {doctor,data,train,bench}``.
 
 A subcommand is a dataclass: its fields are the arguments, its docstring the help, and ``run()`` returns the exit code.
 To add one, write it and name it in ``COMMANDS``. Its imports go inside ``run()``: help must not wait for torch.
@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import tyro
+
+from fwdlib.beyond import settings
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +42,8 @@ def main(args: list[str] | None = None) -> int:
         return command.run()
     except ImportError as error:
         message = f"{error}. `{PROG} doctor` tells what is missing."
-    except KeyboardInterrupt:
-        message = "stopped"
+    except KeyboardInterrupt as stop:
+        message = str(stop) or "stopped"
     except Exception as error:
         if not _is_expected(error):
             raise
@@ -133,6 +135,53 @@ class Data:
     def run(self) -> int:
         """Do what was asked; to list is the default."""
         return self.action.run()
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+T = TypeVar("T")
+Group = Annotated[T, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff]  # a part of the help page
+
+
+@dataclass
+class Train:
+    """Train an image classifier by backprop, forward gradients or direct feedback, one like the other.
+
+    Shows a progress bar with loss, test accuracy and images per second, and ends with the test accuracy and where the
+    files are. Ctrl-C stops it at any time; --resume goes on.
+    """
+
+    task: Group[settings.Task] = field(default_factory=settings.Task)
+    method: Group[settings.Method] = field(default_factory=settings.Method)
+    steps: Group[settings.Steps] = field(default_factory=settings.Steps)
+    running: Group[settings.Running] = field(default_factory=settings.Running)
+
+    def run(self) -> int:
+        """Train, and say what came out.
+
+        Raises:
+            KeyboardInterrupt: if it is stopped; the message says how to go on.
+        """
+        asked = settings.Settings(**vars(self.task), **vars(self.method), **vars(self.steps), **vars(self.running))
+
+        from fwdlib import runtime
+        from fwdlib.beyond import experiment
+
+        runtime.keep_freed_memory()
+        if asked.device.startswith("cuda"):
+            runtime.use_determinism()
+        try:
+            record = experiment.run(asked)
+        except KeyboardInterrupt:
+            again = "" if asked.dry_run else "; the same command with --resume goes on from the last whole epoch"
+            raise KeyboardInterrupt(f"stopped{again}") from None
+        accuracy = f"test accuracy {100 * record['epochs'][-1]['test_accuracy']:.2f} %"
+        if asked.dry_run:
+            print(f"It works: one step, {accuracy} of {record['num_test']} images. Nothing was written.")
+        else:
+            print(f"{accuracy} after epoch {record['epochs'][-1]['epoch']}; files in {experiment.folder_of(asked)}")
+        return 0
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------
@@ -378,4 +427,4 @@ CHECKS = {
     "Jupyter": _check_jupyter,
     "Mode": _check_mode,
 }
-COMMANDS = Doctor | Data | Bench
+COMMANDS = Doctor | Data | Train | Bench

@@ -32,6 +32,10 @@ METHODS = {
     "rank-one": {"color": "#009E73", "linestyle": "-."},
     "per-example": {"color": "#CC79A7", "linestyle": ":"},
     "activity": {"color": "#E69F00", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
+    "FDFA": {"color": "#56B4E9", "linestyle": (0, (8, 1))},
+    "DKP": {"color": "#882255", "linestyle": (0, (6, 2, 1, 2))},
+    "DFA": {"color": "0.5", "linestyle": (0, (1, 3))},
+    "FG-CV": {"color": "#999933", "linestyle": (0, (3, 1))},
 }
 COST_MARKS = {"": ("o", 0.0), "channels_last": ("s", -0.22), "one graph": ("D", 0.22)}  # and where in its row
 
@@ -153,6 +157,70 @@ def plot_losses(
         axes.set(xlabel="iteration (optimizer steps)", ylabel="training loss [nats]", yscale="log")
         _plain_ticks(axes)
         axes.legend()
+    return figure
+
+
+def plot_epochs(record: dict[str, Any]) -> Figure:
+    """Draw the losses and the test accuracy of one training of an image classifier over its epochs.
+
+    Args:
+        record: as ``python -m fwdlib train`` leaves it in ``record.json``, with at least one epoch.
+
+    Returns:
+        A figure with two panels.
+    """
+    settings, epochs = record["settings"], record["epochs"]
+    where = [row["epoch"] for row in epochs]
+    marker = "o" if len(epochs) == 1 else ""
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(8, 3.2))
+        loss, accuracy = figure.subplots(1, 2)
+        for name, color, linestyle in (("train_loss", CURVES[0], "--"), ("test_loss", CURVES[1], "-")):
+            values = [float(row[name]) for row in epochs]
+            label = "training, mean over the epoch" if name == "train_loss" else "test"
+            loss.plot(where, values, color=color, linestyle=linestyle, marker=marker, label=label)
+        loss.set(title="Loss", xlabel="epoch", ylabel="mean cross entropy [nats]", yscale="log")
+        _plain_ticks(loss)
+        loss.legend()
+        accuracy.plot(where, [100 * row["test_accuracy"] for row in epochs], color=CURVES[1], marker=marker)
+        accuracy.set(
+            title=f"Test accuracy, {100 * epochs[-1]['test_accuracy']:.2f} % at the end",
+            xlabel="epoch",
+            ylabel=f"correct of {record['num_test']} [%]",
+        )
+        for axes in (loss, accuracy):
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+        figure.suptitle(
+            f"{settings['train_mode']} on {settings['dataset']}, {record['network']}, {settings['optimizer']} "
+            f"{settings['lr']:g}, one seed ({settings['seed']})",
+            fontsize=9,
+        )
+    return figure
+
+
+def plot_accuracies(curves: dict[str, dict[str, Sequence[Sequence[float]]]]) -> Figure:
+    """Draw test errors over the epochs: the mean over the seeds of each method, and each seed as a thin line.
+
+    Args:
+        curves: title of a panel -> method, as ``METHODS`` calls it -> for each seed the part of the test set that is
+            misclassified, before training and after each epoch.
+
+    Returns:
+        A figure with a panel for each title, the error in percent on a logarithmic axis.
+    """
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(3.4 * len(curves), 3.6))
+        for axes, (title, methods) in zip(np.ravel(figure.subplots(1, len(curves))), curves.items(), strict=True):
+            for name, seeds in methods.items():
+                errors = 100 * np.array(seeds)[:, 1:]
+                epochs = np.arange(1, errors.shape[1] + 1)
+                style = METHODS.get(name, {"color": "0.2"})
+                axes.plot(epochs, errors.T, **style | {"linestyle": "-", "linewidth": 0.5, "alpha": 0.4})
+                axes.plot(epochs, errors.mean(0), label=name, marker=".", **style)
+            axes.set(title=title, xlabel="epoch", ylabel="test error [%]", yscale="log")
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+            _plain_ticks(axes)
+            axes.legend(fontsize=6.5, ncols=2)
     return figure
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pandas as pd
 
 from fwdlib import runtime
 from fwdlib.data import Source
+from fwdlib.files import write_bytes
 from fwdlib.history import History, Run
 from fwdlib.statistics import Interval, median_interval
 
@@ -209,36 +207,16 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to a temporary file beside ``path`` and move it into place once it is safely on the disk.
+    """Write ``text`` as UTF-8, whole or not at all.
 
     Args:
         path: of the file; its folder is made if it is not there.
         text: its new content.
 
     Raises:
-        OSError: if that fails; the message names the file and what to do. What was there before is still there.
+        OSError: as :func:`fwdlib.files.write_bytes`. What was there before is still there.
     """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False, encoding="utf-8"
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # NamedTemporaryFile makes it private
-        temporary.replace(path)
-    except OSError as error:
-        advice = "free some space" if error.errno == errno.ENOSPC else "choose a folder you can write to"
-        raise OSError(
-            error.errno,
-            f"could not write {path}: {error.strerror}. To go on, {advice} (FWDLIB_RESULTS names the folder)",
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    write_bytes(path, text.encode(), "FWDLIB_RESULTS names the folder")
 
 
 def _rounded(value: Any) -> Any:

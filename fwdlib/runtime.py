@@ -78,6 +78,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def use_determinism() -> None:
     """Ask torch for deterministic kernels, so that one seed gives one result on one machine."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS promises nothing, and torch warns
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

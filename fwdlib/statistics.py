@@ -68,6 +68,30 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     return Interval(float(result.confidence_interval.low), mean, float(result.confidence_interval.high))
 
 
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Return the mean and Student's interval, for a handful of values that a bootstrap would make too little of.
+
+    It takes them to be normally distributed, as accuracies over seeds about are.
+
+    Args:
+        values: one finite number per seed.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: if there are no values or one is not finite.
+
+    Example:
+        >>> [round(end, 2) for end in t_interval([98.1, 98.3, 98.2])]
+        [97.95, 98.2, 98.45]
+    """
+    values = _finite(values)
+    mean = float(values.mean())
+    if len(values) == 1:
+        return Interval(float("nan"), mean, float("nan"))
+    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return Interval(float(mean - half), mean, float(mean + half))
+
+
 def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Interval:
     """Return the mean of ``first - second``, seed by seed, with its bootstrap interval.
 

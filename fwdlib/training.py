@@ -5,17 +5,23 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from fwdlib import runtime
+from fwdlib.checkpoint import Checkpoint, Part, Randomness, describe
 from fwdlib.checks import check_choice, check_count, check_positive
 from fwdlib.data import Dataset
 from fwdlib.estimators import Estimator, GradientEstimate
@@ -23,9 +29,12 @@ from fwdlib.history import History, Run
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.perturbations import Gradients
-from fwdlib.tangents import Params, Replicates
+from fwdlib.stacking import keep_rows, single_estimate, stacked_estimate
+from fwdlib.tangents import Params
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+Augment = Callable[[Tensor], Tensor]
 
 # Optimizers that treat each element alone, so that a leading axis of replicates changes nothing for any of them.
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD")
@@ -55,7 +64,9 @@ def make_optimizer(name: str, learning_rate: float, **options: float) -> MakeOpt
     return partial(getattr(torch.optim, name), lr=learning_rate, **options)
 
 
-def evaluate(model: nn.Module, params: Params, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def evaluate(
+    model: nn.Module, params: Params, inputs: Tensor, targets: Tensor, batch_size: int = 1000
+) -> tuple[Tensor, Tensor]:
     """Return the mean cross entropy and the number of misclassified examples, with the model in evaluation mode.
 
     Args:
@@ -63,6 +74,7 @@ def evaluate(model: nn.Module, params: Params, inputs: Tensor, targets: Tensor) 
         params: its parameters, by name.
         inputs: shape (N, ...).
         targets: class indices, shape (N,).
+        batch_size: examples that go through the model at once. Bounds the memory, changes no number beyond rounding.
 
     Returns:
         Two scalars, loss and errors.
@@ -71,7 +83,7 @@ def evaluate(model: nn.Module, params: Params, inputs: Tensor, targets: Tensor) 
     model.eval()
     try:
         with torch.no_grad():
-            logits = functional_call(model, params, (inputs,))
+            logits = torch.cat([functional_call(model, params, (part,)) for part in inputs.split(batch_size)])
             return F.cross_entropy(logits, targets), (logits.argmax(1) != targets).sum()
     finally:
         for module, mode in modes:
@@ -85,14 +97,22 @@ def train(
     *,
     optimizer: str | MakeOptimizer = "SGD",
     learning_rate: float | None = None,
+    scheduler: MakeScheduler | None = None,
     threshold: float | None = None,
     max_iterations: int,
     batch_size: int | None = None,
+    augment: Augment | None = None,
     evaluate_every: int = 1,
+    test_batch_size: int = 1000,
     seeds: Sequence[int] = (0,),
     stacked: bool | None = None,
     device: str | torch.device = "cpu",
+    on_evaluation: Callable[[Run], object] | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    settings: Mapping[str, object] | None = None,
     progress: str | None = "training",
+    progress_every: int = 1,
 ) -> History:
     """Train a model from each of several seeds until its training loss reaches the threshold.
 
@@ -102,30 +122,47 @@ def train(
     With ``stacked``, all seeds train at once: the parameters get a leading axis and the estimator is vmapped over it.
     Each seed sees the same random numbers as alone, so the numbers are the same up to the order of floating-point sums.
 
+    With ``checkpoint``, each evaluation leaves a file from which a run goes on that was interrupted or killed. It ends
+    with the same parameters, buffers, state of the estimator and history as one that was not, bit for bit, apart from
+    the times. The file has the state that was evaluated: after a whole run, what the run ended with. With a larger
+    ``max_iterations`` a finished run goes on, too. No file is written where a loss is not finite.
+
     Args:
         build: makes the model, for example a class of :mod:`fwdlib.models`.
         data: the data set.
         estimator: ``(objective, params) -> GradientEstimate``. If it takes a keyword ``generator``, each seed gets its
-            own.
+            own. If it has a state, as the rules of :mod:`fwdlib.beyond.feedback` have, its method ``reset(seed)`` is
+            called before each run, and ``state_dict()`` and ``load_state_dict(state)`` for checkpoints.
         optimizer: the name of a ``torch.optim`` optimizer, or a function from a list of tensors to an optimizer.
         learning_rate: for an optimizer given by name.
+        scheduler: a function from the optimizer to what changes its learning rate, by a ``step()`` after each
+            evaluation but that before the first step.
         threshold: stop a seed once its training loss is at most this; None to run all iterations.
         max_iterations: stop every seed after this many steps.
         batch_size: B, examples drawn without replacement in each pass through the training part, whose rest is left
             out; None for the whole training part at once.
+        augment: applied to the inputs of each batch. It may draw from torch's global generator, which each run seeds.
         evaluate_every: steps between two evaluations of the test set and of the threshold. The training loss is then
             the mean over the batches since the last.
+        test_batch_size: examples of the test set that go through the model at once.
         seeds: one run for each.
         stacked: train all seeds at once or one after the other; None to stack where that gives the same and pays, that
             is for models without convolutions, buffers and Dropout and for elementwise optimizers.
         device: ``"cpu"``, ``"cuda"``, ...
+        on_evaluation: called after each evaluation with the run so far.
+        checkpoint: the file, for a single seed.
+        resume: go on from the file, where there is one.
+        settings: what else the run depends on, name -> value; a checkpoint with others is not gone on from.
         progress: what the progress bar is called; None for no bar.
+        progress_every: steps between two updates of the bar.
 
     Returns:
         The history of each seed. Not reaching the threshold and diverging are results, recorded in it.
 
     Raises:
-        ValueError: if an argument is out of its range, or ``stacked=True`` cannot give the numbers of single runs.
+        ValueError: if an argument is out of its range, ``stacked=True`` cannot give the numbers of single runs, or the
+            checkpoint is damaged or that of something else; the message says what differs.
+        OSError: if the checkpoint cannot be written; the one before is still there.
     """
     if isinstance(optimizer, str):
         elementwise = optimizer in ELEMENTWISE
@@ -139,15 +176,38 @@ def train(
     if threshold is not None:
         check_positive("threshold", threshold)
     check_count("max_iterations", max_iterations)
-    check_count("evaluate_every", evaluate_every)
+    for name, value in (("evaluate_every", evaluate_every), ("test_batch_size", test_batch_size)):
+        check_count(name, value)
+    check_count("progress_every", progress_every)
     if batch_size is not None and check_count("batch_size", batch_size) > len(data.train_targets):
         num_train = len(data.train_targets)
         raise ValueError(f"batch_size must be at most the {num_train} training examples, got {batch_size}")
     check_count("the number of seeds", len(seeds))
+    if checkpoint and len(seeds) > 1:
+        raise ValueError(f"a checkpoint is of a single seed, got {len(seeds)}: train them one by one, a file for each")
+    if resume and not checkpoint:
+        raise ValueError("resume=True needs the checkpoint to go on from: name its file")
     device = runtime.resolve_device(device)
     data = Dataset(*(part.to(device) if isinstance(part, Tensor) else part for part in data))
     models = [initialise(build, seed).to(device) for seed in seeds]
-    obstacle = _why_not_stacked(models[0], elementwise, batch_size)
+    task = _Task(
+        data=data,
+        estimator=estimator,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        threshold=threshold,
+        max_iterations=max_iterations,
+        batch_size=batch_size,
+        augment=augment,
+        evaluate_every=evaluate_every,
+        test_batch_size=test_batch_size,
+        on_evaluation=on_evaluation or (lambda run: None),
+        checkpoint=checkpoint,
+        resume=resume,
+        settings=settings or {},
+        progress_every=progress_every,
+    )
+    obstacle = _why_not_stacked(models[0], elementwise, task)
     if stacked and obstacle:
         raise ValueError(f"stacked=True is not possible here: {obstacle}")
     if stacked is None:
@@ -155,26 +215,18 @@ def train(
     groups = [range(len(seeds))] if stacked else [[i] for i in range(len(seeds))]
     generators = [runtime.generator(seed, device) for seed in seeds]
 
-    limit = max_iterations * len(groups)
+    # counts images where there are batches, so that its rate is in images per second
+    limit = max_iterations * len(groups) * task.examples_a_step
+    counting = {"unit": "it"} if batch_size is None else {"unit": " images", "unit_scale": True}
     histories = []
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        tqdm(total=limit, desc=progress, unit="it", leave=False, disable=progress is None) as bar,
+        tqdm(total=limit, desc=progress, leave=False, disable=progress is None, **counting) as bar,
     ):
         for group in groups:
             histories.append(
                 _train_group(
-                    [models[i] for i in group],
-                    [seeds[i] for i in group],
-                    [generators[i] for i in group],
-                    data,
-                    estimator,
-                    optimizer,
-                    threshold,
-                    max_iterations,
-                    batch_size,
-                    evaluate_every,
-                    bar,
+                    [models[i] for i in group], [seeds[i] for i in group], [generators[i] for i in group], task, bar
                 )
             )
     return History(
@@ -186,97 +238,213 @@ def train(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    # What train() was asked for, apart from the seeds: the same for all of them.
+    data: Dataset
+    estimator: Estimator
+    optimizer: MakeOptimizer
+    scheduler: MakeScheduler | None
+    threshold: float | None
+    max_iterations: int
+    batch_size: int | None
+    augment: Augment | None
+    evaluate_every: int
+    test_batch_size: int
+    on_evaluation: Callable[[Run], object]
+    checkpoint: Path | None
+    resume: bool
+    settings: Mapping[str, object]
+    progress_every: int
+
+    @property
+    def examples_a_step(self) -> int:
+        return 1 if self.batch_size is None else self.batch_size
+
+
 def _train_group(
-    models: list[nn.Module],
-    seeds: Sequence[int],
-    generators: list[torch.Generator],
-    data: Dataset,
-    estimator: Estimator,
-    make: MakeOptimizer,
-    threshold: float | None,
-    max_iterations: int,
-    batch_size: int | None,
-    evaluate_every: int,
-    bar: tqdm,
+    models: list[nn.Module], seeds: Sequence[int], generators: list[torch.Generator], task: _Task, bar: tqdm
 ) -> tuple[list[Run], list[Params], float]:
-    model = models[0]  # for its structure; with several, their parameters are stacked
+    model, data, max_iterations = models[0], task.data, task.max_iterations
     many = len(models) > 1
     params = {name: p.detach() for name, p in stack_module_state(models)[0].items()} if many else params_of(model)
     objective = BatchLoss(model, data.train_inputs, data.train_targets)
-    make_estimate = _stacked_estimate if many else _single_estimate
-    estimate_rows = make_estimate(estimator, objective, generators)
+    make_estimate = stacked_estimate if many else single_estimate
+    estimate_rows = make_estimate(task.estimator, objective, generators)
     evaluate_all = partial(evaluate, model)
     if many:
-        evaluate_all = vmap(evaluate_all, in_dims=(0, None, None))
-    optimizer = make(list(params.values()))
+        evaluate_all = vmap(evaluate_all, in_dims=(0, None, None, None))
+    optimizer = task.optimizer(list(params.values()))
+    scheduler = task.scheduler(optimizer) if task.scheduler else None
     clock = _Clock(data.train_inputs.device)
-    runs = [Run(seed, "", 0, every=evaluate_every) for seed in seeds]
+    runs = [Run(seed, "", 0, every=task.evaluate_every) for seed in seeds]
     ends: list[Params] = [{} for _ in seeds]
     rows = list(range(len(seeds)))  # which run each row of the stack is
     running = list(rows)
     if not many:
-        # for Dropout, which only knows torch's global generator; train() puts that back
+        if _has_state(task.estimator):
+            task.estimator.reset(seeds[0])
+        # for Dropout and crops, which only know torch's global generator; train() puts that back
         torch.manual_seed(runtime.generator(seeds[0], purpose="dropout").initial_seed())
 
-    batches = _batches(data, batch_size, runtime.generator(seeds[0], purpose="batches"))
+    batches = _Batches(task, runtime.generator(seeds[0], purpose="batches"))
     recent: list[list[float]] = []  # training losses since the last evaluation
+    first, checkpoint = 0, None
+    if task.checkpoint:
+        checkpoint = _checkpoint_of(task, seeds[0], model, optimizer, scheduler, batches, generators[0])
+        if task.resume and task.checkpoint.exists():
+            first, runs[0], recent, clock.total = _resume(checkpoint, max_iterations)
+            bar.initial = bar.n = first * task.examples_a_step
+    shown = first
 
-    for iteration in range(max_iterations + 1):
-        objective.inputs, objective.targets = next(batches)
+    for iteration in range(first, max_iterations + 1):
         is_last = iteration == max_iterations
-        is_due = iteration % evaluate_every == 0 or is_last
+        is_due = iteration % task.evaluate_every == 0 or is_last
+        if is_due and checkpoint:  # as things are before this evaluation, so that it is made again by who goes on
+            packed = checkpoint.pack(
+                {"iteration": iteration, "run": vars(runs[0]), "recent": recent, "seconds": clock.total}
+            )
+        objective.inputs, objective.targets = batches.draw()
         if is_due:
-            evaluated = evaluate_all(params, data.test_inputs, data.test_targets)
+            evaluated = evaluate_all(params, data.test_inputs, data.test_targets, task.test_batch_size)
         with clock:
             estimate: GradientEstimate = estimate_rows(params)
         recent.append(estimate.loss.reshape(-1).tolist())
         has_diverged = not all(math.isfinite(recent[-1][row]) for row, i in enumerate(rows) if i in running)
         if has_diverged and not is_due:
-            evaluated = evaluate_all(params, data.test_inputs, data.test_targets)
+            evaluated = evaluate_all(params, data.test_inputs, data.test_targets, task.test_batch_size)
         if is_due or has_diverged:
             test_loss, test_errors = (t.reshape(-1).tolist() for t in evaluated)
-            for row, i in enumerate(rows):
-                if i not in running:
-                    continue
+            of_running = [(row, i) for row, i in enumerate(rows) if i in running]
+            for row, i in of_running:
                 run = runs[i]
                 run.train_loss.append(sum(losses[row] for losses in recent) / len(recent))
                 run.test_loss.append(test_loss[row])
                 run.test_errors.append(test_errors[row])
                 run.iterations = iteration
-                run.status = _status(run.train_loss[-1], threshold, is_last)
+                run.status = _status(run.train_loss[-1], task.threshold, is_last)
                 if run.status:
                     # Set aside at the moment it stops; what the stack goes on to do with its row is never read.
                     ends[i] = {name: p[row].clone() if many else p.clone() for name, p in params.items()}
                     running.remove(i)
             recent.clear()
+            if is_due and checkpoint and math.isfinite(runs[0].train_loss[-1] + runs[0].test_loss[-1]):
+                checkpoint.write(packed)
+            for _, i in of_running:
+                task.on_evaluation(runs[i])
         if not running:
             break
+        if scheduler and is_due and iteration:
+            _advance(scheduler)
         with clock:
             _step(optimizer, params, estimate.grads)
         seconds = clock.lap()
         if not many:
             runs[0].step_seconds.append(seconds)
-        bar.update()
-        bar.set_postfix(loss=f"{runs[running[0]].train_loss[-1]:.3f}", running=len(running), refresh=False)
+        done = iteration + 1
+        if done % task.progress_every == 0:
+            if bar.update((done - shown) * task.examples_a_step):  # drawn: only some are
+                bar.set_postfix(_figures(runs[running[0]], recent, task, len(running)), refresh=False)
+            shown = done
         if many and 2 * len(running) <= len(rows):  # or the few slow seeds would pay for all
             kept = [row for row, i in enumerate(rows) if i in running]
-            params, optimizer = _keep_rows(params, optimizer, make, kept)
+            params, optimizer = keep_rows(params, optimizer, task.optimizer, kept)
             recent = [[losses[row] for row in kept] for losses in recent]
             rows = list(running)
-            estimate_rows = make_estimate(estimator, objective, [generators[i] for i in rows])
-    bar.update(max_iterations - iteration)
+            estimate_rows = make_estimate(task.estimator, objective, [generators[i] for i in rows])
+    bar.update((max_iterations - shown) * task.examples_a_step)
     return runs, ends, clock.total
 
 
-def _batches(data: Dataset, batch_size: int | None, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    inputs, targets = data.train_inputs, data.train_targets
-    while batch_size is None:
-        yield inputs, targets
-    while True:
-        order = torch.randperm(len(targets), generator=generator).to(targets.device)
-        for rows in order.split(batch_size):
-            if len(rows) == batch_size:
-                yield inputs[rows], targets[rows]
+def _figures(run: Run, recent: list[list[float]], task: _Task, num_running: int) -> dict[str, str]:
+    # What the progress bar says behind its rate.
+    if task.batch_size is None:
+        return {"loss": f"{run.train_loss[-1]:.3f}", "running": f"{num_running}"}
+    loss = sum(losses[0] for losses in recent) / len(recent) if recent else run.train_loss[-1]
+    right = 1 - run.test_errors[-1] / len(task.data.test_targets)
+    return {"loss": f"{loss:.3f}", "test accuracy": f"{100 * right:.2f} %"}
+
+
+class _Batches:
+    # Drawn without replacement in each pass through the training part. Its state is that of the generator when the pass
+    # began, which gives the order again, and how many batches of it are gone.
+    def __init__(self, task: _Task, generator: torch.Generator) -> None:
+        self._task = task
+        self._generator = generator
+        self._at_start = generator.get_state()
+        self._order: list[Tensor] = []
+        self._position = 0
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        data, augment = self._task.data, self._task.augment
+        inputs, targets = data.train_inputs, data.train_targets
+        if self._task.batch_size is not None:
+            if self._position == len(self._order):
+                self._shuffle()
+            rows = self._order[self._position]
+            self._position += 1
+            inputs, targets = inputs.index_select(0, rows), targets.index_select(0, rows)
+        return (augment(inputs) if augment else inputs), targets
+
+    def _shuffle(self) -> None:
+        size, targets = self._task.batch_size, self._task.data.train_targets
+        self._at_start = self._generator.get_state()
+        order = torch.randperm(len(targets), generator=self._generator).to(targets.device)
+        self._order = [rows for rows in order.split(size) if len(rows) == size]
+        self._position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self._at_start, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._generator.set_state(state["generator"])
+        if self._task.batch_size is not None:
+            self._shuffle()
+            self._position = state["position"]
+
+
+def _checkpoint_of(
+    task: _Task,
+    seed: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    batches: _Batches,
+    generator: torch.Generator,
+) -> Checkpoint:
+    device = task.data.train_inputs.device
+    parts: dict[str, Part] = {"model": model, "optimizer": optimizer, "batches": batches}
+    parts["random numbers"] = Randomness({"tangents": generator}, device)
+    if scheduler:
+        parts["scheduler"] = scheduler
+    if _has_state(task.estimator):
+        parts["estimator"] = task.estimator
+    named = {**task.settings, "seed": seed, "batch_size": task.batch_size, "evaluate_every": task.evaluate_every}
+    about = {name: repr(value) for name, value in named.items()}
+    about["the device"] = device.type
+    about["the data"] = task.data.source.fingerprint if task.data.source else str(tuple(task.data.train_inputs.shape))
+    return Checkpoint(task.checkpoint, about | describe(model, optimizer, scheduler, task.estimator), parts)
+
+
+def _resume(checkpoint: Checkpoint, max_iterations: int) -> tuple[int, Run, list[list[float]], float]:
+    progress = checkpoint.load()
+    if progress["iteration"] > max_iterations:
+        raise ValueError(
+            f"{checkpoint.path} is of a run after {progress['iteration']} iterations, so max_iterations must be at "
+            f"least that, got {max_iterations}"
+        )
+    return progress["iteration"], Run(**progress["run"]), progress["recent"], progress["seconds"]
+
+
+def _advance(scheduler: LRScheduler) -> None:
+    with warnings.catch_warnings():
+        # After a resumption, and where _step updates from factors, there has been no optimizer.step() that it knows of.
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)`", category=UserWarning)
+        scheduler.step()
+
+
+def _has_state(estimator: Estimator) -> bool:
+    return callable(getattr(estimator, "reset", None))
 
 
 def _step(optimizer: Optimizer, params: Params, grads: Params | Gradients) -> None:
@@ -306,52 +474,15 @@ def _status(loss: float, threshold: float | None, is_last: bool) -> str:
     return ""
 
 
-def _single_estimate(
-    estimator: Estimator, objective: BatchLoss, generators: list[torch.Generator]
-) -> Callable[[Params], GradientEstimate]:
-    return partial(estimator, objective, **({"generator": generators[0]} if _draws(estimator) else {}))
-
-
-def _stacked_estimate(
-    estimator: Estimator, objective: BatchLoss, generators: list[torch.Generator]
-) -> Callable[[Params], GradientEstimate]:
-    replicates, draws = Replicates(generators), _draws(estimator)
-
-    def one(params: Params, index: Tensor) -> GradientEstimate:
-        return estimator(objective, params, **({"generator": replicates.at(index)} if draws else {}))
-
-    def every(params: Params) -> GradientEstimate:
-        try:
-            return vmap(one)(params, replicates.indices)
-        except RuntimeError as error:
-            if "randomness" not in str(error):
-                raise
-            raise ValueError(
-                "the model or the estimator draws random numbers that a stack of seeds cannot tell apart (a functional "
-                "dropout, say, or an estimator without a keyword `generator`); pass stacked=False"
-            ) from error
-
-    return every
-
-
-def _draws(estimator: Estimator) -> bool:
-    return "generator" in inspect.signature(estimator).parameters
-
-
-def _keep_rows(params: Params, optimizer: Optimizer, make: MakeOptimizer, kept: list[int]) -> tuple[Params, Optimizer]:
-    # A smaller stack, and an optimizer for it that goes on where the other was.
-    smaller = {name: p[kept] for name, p in params.items()}
-    successor = make(list(smaller.values()))
-    for before, after in zip(params.values(), smaller.values(), strict=True):
-        for key, value in optimizer.state.get(before, {}).items():
-            has_rows = isinstance(value, Tensor) and value.shape[:1] == before.shape[:1]
-            successor.state[after][key] = value[kept] if has_rows else value
-    return smaller, successor
-
-
-def _why_not_stacked(model: nn.Module, elementwise: bool, batch_size: int | None) -> str | None:
-    if batch_size is not None:
+def _why_not_stacked(model: nn.Module, elementwise: bool, task: _Task) -> str | None:
+    if task.batch_size is not None:
         return "each seed draws its own batches"
+    if task.augment is not None:
+        return "augment draws from torch's global generator, of which there is one"
+    if _has_state(task.estimator):
+        return "the estimator has a state (feedback matrices, say), which each seed would need for itself"
+    if task.scheduler is not None:
+        return "the scheduler belongs to one optimizer, and a stack that shrinks goes on with another"
     if not elementwise:
         return f"the optimizer is not one of the elementwise ones ({', '.join(ELEMENTWISE)})"
     if next(model.buffers(), None) is not None:

@@ -19,7 +19,7 @@ from torch import nn
 from fwdlib.models import CNN, MLP, LogisticRegression
 from fwdlib.results import Record, iterations, load_run
 from fwdlib.statistics import Interval, median_interval, paired_difference
-from report import cost
+from report import cost, feedback
 
 METHODS = {"backprop": "backprop", "forward": "forward gradient"}  # key -> as records and timings call it
 QUOTED = Path(__file__).with_name("quoted.toml")
@@ -52,6 +52,7 @@ class Results(NamedTuple):
     records: dict[str, dict[str, Record]]  # task -> method -> its notebook's record
     timings: dict[str, Any]  # as report.timings.measure returns them
     cost: dict[str, Any]  # as report.cost.load reads it
+    feedback: dict[str, Any]  # as report.feedback.load reads it
 
 
 def load(folder: Path) -> Results:
@@ -85,7 +86,7 @@ def load(folder: Path) -> Results:
         raise ValueError(f"{path} holds no timings ({error}); delete it and run `python -m report`") from error
     if not complete:
         raise ValueError(f"{path} has timings of {', '.join(timings['tasks'])}, not of {', '.join(TASKS)}")
-    return Results(records, timings, cost.load(folder))
+    return Results(records, timings, cost.load(folder), feedback.load(folder))
 
 
 def load_quoted() -> dict[str, Any]:
@@ -113,6 +114,7 @@ def context(results: Results) -> dict[str, Any]:
     return {
         "tasks": tasks,
         "cost": cost.context(results.cost),
+        "feedback": feedback.context(results.feedback),
         "barely": BARELY,
         "quoted": quoted,
         "quick": any(record.quick for record in records),

@@ -26,6 +26,7 @@ from fwdlib.dual import stacked_forward_gradient
 from fwdlib.estimators import Estimator, backprop_gradient
 from fwdlib.results import write_json
 from fwdlib.training import train
+from report.tuning import climb
 
 FILE = Path(__file__).parent / "results" / "descent.json"
 THRESHOLD = 0.5
@@ -127,10 +128,7 @@ def tune(run: Callable[..., dict[str, Any]], power: int) -> int:
             return (0, done["iterations"])
         return (1, float("inf") if done["status"] == "diverged" else done["train_loss"][-1])
 
-    for direction in (1, -1):
-        while cost(power + direction) < cost(power):
-            power += direction
-    return power
+    return climb(cost, power)
 
 
 if __name__ == "__main__":

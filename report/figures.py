@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from fwdlib import plotting
 from fwdlib.results import iterations
 from fwdlib.statistics import Interval, median_interval
+from report import feedback
 from report.claims import METHODS, TASKS, Results, arrivals, load_quoted
 
 PANEL = (3.0, 2.5)  # inches: three side by side on a page or a desktop, one on a phone
@@ -29,7 +30,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         folder: must be there.
 
     Returns:
-        The SVG files: three for the summary, three for each model, and those of the cost where it was measured.
+        The SVG files: three for the summary, three for each model, those of cost and feedback where measured.
     """
     figures = {f"summary-{name}": figure for name, figure in plot_summary(results).items()}
     for task, pair in results.records.items():
@@ -42,6 +43,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
         figures["cost"] = plotting.plot_cost(bench)
         if bench["depth"]:
             figures["depth"] = plotting.plot_depth(bench, load_quoted()["paper"]["depth"])
+    if studies := results.feedback["studies"]:
+        figures["feedback"] = plotting.plot_accuracies(feedback.curves(studies))
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.svg")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 
-from fwdlib import archives, cli, data
+from fwdlib import archives, cli, data, runtime
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +54,14 @@ def problems(check) -> list[cli.Finding]:
 
 
 SHOWN = {
-    "--help": ("doctor", "data", "bench"),
+    "--help": ("doctor", "data", "train", "bench"),
     "data": ("list", "fetch"),
+    "train": (
+        *("--dataset {MNIST,FashionMNIST,CIFAR10,CIFAR100,KMNIST,digits}", "--n-layers", "--conv"),
+        *("--train-mode {BP,FG,FG-RANK1,FG-A,FG-CV,DFA,DKP,FDFA}", "--num-tangents", "--b-lr", "--feedback-decay"),
+        *("--alpha", "--alpha-decay", "--epochs", "--batch-size", "--optimizer", "--lr", "--gamma", "--weight-decay"),
+        *("--seed", "--device", "--log-dir", "--resume", "--dry-run", "--test-batch-size", "--log-interval"),
+    ),
     "bench": ("--quick", "--device", "--models", "--no-memory", "--no-depth", "--batch", "--out"),
 }
 
@@ -60,7 +70,15 @@ SHOWN = {
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["doctor", "--help"], ["data", "--help"], ["data", "fetch", "--help"], ["bench", "--help"]]
+    "words",
+    [
+        ["--help"],
+        ["doctor", "--help"],
+        ["data", "--help"],
+        ["data", "fetch", "--help"],
+        ["train", "--help"],
+        ["bench", "--help"],
+    ],
 )
 def test_help(words, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -71,9 +89,10 @@ def test_help(words, capsys):
     assert all(name in shown for name in SHOWN.get(words[0], ()))
 
 
-def test_help_does_not_wait_for_torch():
-    code = "import sys, fwdlib.cli\ntry: fwdlib.cli.main(['--help'])\nfinally: print(len(sys.modules), *sys.modules)"
-    ended = run("-c", code)
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_help_does_not_wait_for_torch(words):
+    code = "import sys, fwdlib.cli\ntry: fwdlib.cli.main(sys.argv[1:])\nfinally: print(len(sys.modules), *sys.modules)"
+    ended = run("-c", code, *words)
     loaded = ended.stdout.splitlines()[-1].split()
     assert int(loaded[0]) > 50  # it is the list of modules that we look at
     assert not {"torch", "numpy", "pandas", "matplotlib", "sklearn"} & set(loaded)
@@ -175,6 +194,215 @@ def test_a_missing_package_points_to_the_doctor(monkeypatch, capsys):
     assert cli.main(["data"]) == 1
     assert "no_such_package" in (message := capsys.readouterr().err)
     assert "doctor" in message
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+TINY = ["train", "--dataset", "digits", "--n-layers", "1", "--epochs", "2", "--batch-size", "256", "--lr", "1e-3"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Where the default log folder of TINY is."""
+    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: True)  # it would last for all tests to come
+    return tmp_path / "new" / "results" / "train" / "digits-FDFA-1x800-seed0"
+
+
+def failing(words, capsys) -> str:
+    """Run what must fail with code 1 and one line; return the line."""
+    assert cli.main(words) == 1
+    message = capsys.readouterr().err.split("\r")[-1].strip()
+    assert "Traceback" not in message
+    assert message.startswith("python -m fwdlib: ")
+    assert "\n" not in message
+    return message
+
+
+def test_train_ends_with_the_accuracy_and_where_the_files_are(folder, capsys):
+    assert cli.main(TINY) == 0
+    printed = capsys.readouterr().out
+    accuracy = json.loads((folder / "record.json").read_text())["epochs"][-1]["test_accuracy"]
+    assert printed == f"test accuracy {100 * accuracy:.2f} % after epoch 2; files in {folder}\n"
+    assert accuracy > 0.5
+    names = {"checkpoint.pt", "curves.png", "curves.svg", "log.csv", "record.json"}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_train_passes_its_options_on(folder, monkeypatch, tmp_path):
+    from fwdlib.beyond import experiment
+
+    asked = []
+    record = {"epochs": [{"epoch": 7, "test_accuracy": 0.5}]}
+    monkeypatch.setattr(experiment, "run", lambda settings: asked.append(settings) or record)
+    words = ["--dataset", "KMNIST", "--n-layers", "3", "--conv", "--train-mode", "FG-CV", "--num-tangents", "4"]
+    words += ["--b-lr", "1e-2", "--feedback-decay", "1e-6", "--alpha", "0.5", "--alpha-decay", "0.9", "--epochs", "7"]
+    words += ["--batch-size", "32", "--optimizer", "SGD", "--lr", "0.1", "--gamma", "0.8", "--weight-decay", "1e-5"]
+    words += ["--seed", "5", "--device", "cpu", "--log-dir", str(tmp_path / "logs"), "--resume"]
+    assert cli.main(["train", *words, "--test-batch-size", "500", "--log-interval", "10"]) == 0
+    assert cli.main(["train"]) == 0
+    given, defaults = (vars(settings) for settings in asked)
+    assert given == {
+        **{"dataset": "KMNIST", "n_layers": 3, "conv": True, "train_mode": "FG-CV", "num_tangents": 4, "b_lr": 1e-2},
+        **{"feedback_decay": 1e-6, "alpha": 0.5, "alpha_decay": 0.9, "epochs": 7, "batch_size": 32},
+        **{"optimizer": "SGD", "lr": 0.1, "gamma": 0.8, "weight_decay": 1e-5, "seed": 5, "device": "cpu"},
+        **{"log_dir": tmp_path / "logs", "resume": True, "dry_run": False, "test_batch_size": 500, "log_interval": 10},
+    }
+    published = {"batch_size": 64, "test_batch_size": 1000, "epochs": 100, "lr": 1e-4, "b_lr": 1e-4, "gamma": 0.95}
+    published |= {"weight_decay": 0, "feedback_decay": 0, "log_interval": 100, "train_mode": "FDFA", "n_layers": 2}
+    assert published.items() <= defaults.items()
+
+
+def test_a_dry_run_takes_a_step_and_writes_nothing(folder, capsys, tmp_path):
+    assert cli.main([*TINY, "--dry-run", "--test-batch-size", "50"]) == 0
+    assert re.fullmatch(
+        r"It works: one step, test accuracy [\d.]+ % of 50 images\. Nothing was written\.\n", capsys.readouterr().out
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100"])
+def test_a_missing_data_set_is_named_with_what_fetches_it_and_has_no_substitute(name, folder, capsys, tmp_path):
+    message = failing(["train", "--dataset", name], capsys)
+    assert f"{name} is not available" in message
+    assert f"Looked in {tmp_path / 'cache'}" in message
+    assert f"`python -m fwdlib data fetch {name}`" in message
+    assert not folder.parent.exists()
+
+
+def test_train_with_a_damaged_archive(folder, capsys, monkeypatch, tmp_path):
+    path = tmp_path / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"torn")
+    monkeypatch.setenv("FWDLIB_DATA", str(tmp_path / "data"))
+    assert f"{path} is damaged: its md5 is" in failing(["train", "--dataset", "MNIST"], capsys)
+
+
+def test_an_earlier_run_is_not_overwritten(folder, capsys):
+    assert cli.main([*TINY, "--epochs", "1"]) == 0
+    before = (folder / "checkpoint.pt").read_bytes()
+    message = failing(TINY, capsys)
+    assert "is there from an earlier run" in message
+    assert "add --resume" in message
+    assert "--log-dir" in message
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "difference"),
+    [
+        (["--train-mode", "BP"], "train_mode is 'FDFA' there, 'BP' here"),
+        (["--n-layers", "2"], "the shape of "),
+        (["--conv"], "the shape of "),
+        (["--lr", "1e-2"], "the optimizer's lr is 0.001 there, 0.01 here"),
+        (["--gamma", "0.9"], "the scheduler's gamma is 0.95 there, 0.9 here"),
+        (["--b-lr", "1e-2"], "b_lr is 0.0001 there, 0.01 here"),
+    ],
+)
+def test_a_checkpoint_of_something_else(words, difference, folder, capsys):
+    assert cli.main([*TINY, "--epochs", "1", "--log-dir", str(folder)]) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    message = failing([*TINY, "--log-dir", str(folder), "--resume", *words], capsys)
+    assert "is the checkpoint of something else: " in message
+    assert difference in message
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_damaged_checkpoint(folder, capsys):
+    assert cli.main([*TINY, "--epochs", "1"]) == 0
+    path = folder / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert f"{path} is damaged" in (message := failing([*TINY, "--resume"], capsys))
+    assert "delete it to start anew" in message
+
+
+def test_a_disk_that_is_full_when_a_checkpoint_is_written(folder, capsys, monkeypatch):
+    assert cli.main([*TINY, "--epochs", "1"]) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def no_space(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", no_space)
+        message = failing([*TINY, "--resume"], capsys)
+    assert f"could not write {folder / 'checkpoint.pt'}: No space left on device. To go on, free some space" in message
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert cli.main([*TINY, "--resume"]) == 0
+
+
+def test_a_learning_rate_that_diverges(folder, capsys):
+    assert cli.main([*TINY, "--train-mode", "BP", "--optimizer", "SGD", "--lr", "1e38"]) == 1
+    message = capsys.readouterr().err.split("\r")[-1].strip()
+    folder = folder.with_name("digits-BP-1x800-seed0")
+    assert re.search(r"the training diverged: its loss was (nan|inf) after \d steps, in epoch 1", message)
+    assert f"Try a lower --lr than 1e+38; the checkpoint of epoch 0 in {folder} is intact" in message
+    kept = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in kept["model"].values())
+    assert json.loads((folder / "record.json").read_text())["status"] == "diverged"
+
+
+def test_control_c_says_how_to_go_on(folder, capsys, monkeypatch):
+    from fwdlib.beyond import experiment
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(experiment, "write_logs", interrupt)
+        assert "stopped; the same command with --resume goes on" in failing(TINY, capsys)
+    assert cli.main([*TINY, "--resume"]) == 0
+    assert "after epoch 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lr", "0"], "lr must be a finite number above 0, got 0.0"),
+        (["--n-layers", "0"], "n_layers must be a whole number of at least 1, got 0"),
+        (["--alpha", "2"], "alpha must be between 0 and 1, got 2.0"),
+        (["--weight-decay", "-1"], "weight_decay must be 0 or a finite number above it, got -1.0"),
+        (["--batch-size", "1438"], "batch_size must be at most the 1437 training images, got 1438"),
+        (["--device", "tpu"], "device must be one of 'cpu'"),
+    ],
+)
+def test_values_out_of_their_range(words, message, folder, capsys):
+    assert message in failing([*TINY, *words], capsys)
+
+
+def test_a_killed_run_that_is_resumed_ends_with_the_same_weights(folder, tmp_path):
+    words = [*TINY, "--epochs", "12"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # as the tests have; sums in another order differ in the last bits
+    killed = subprocess.Popen([sys.executable, "-m", "fwdlib", *words], env=env, stderr=subprocess.DEVNULL)
+    log, deadline = folder / "log.csv", time.monotonic() + 60
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert 3 <= len(log.read_text().splitlines()) < 13
+    assert cli.main([*words, "--resume"]) == 0
+    assert cli.main([*words, "--log-dir", str(tmp_path / "whole")]) == 0
+    resumed, whole = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (folder, tmp_path / "whole"))
+    for part in ("model", "optimizer", "estimator", "random numbers", "batches", "scheduler"):
+        assert_same(resumed[part], whole[part])
+    logs = [(path / "log.csv").read_text().splitlines() for path in (folder, tmp_path / "whole")]
+    assert len(logs[0]) == 13
+    without_times = [[[*line.split(",")[:4], line.split(",")[-1]] for line in lines] for lines in logs]
+    assert without_times[0] == without_times[1]
+    assert [path.name for path in folder.glob(".*")] == []
+
+
+def assert_same(first, second) -> None:
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list):
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+    else:
+        assert torch.equal(torch.as_tensor(first), torch.as_tensor(second)) if first is not None else second is None
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ PACKAGE = REPOSITORY / "fwdlib"
 # Bottom up: a module imports only from what stands before it. A new one goes to its place here.
 LAYERS = (
     "checks",
+    "files",
     "runtime",
     "archives",
     "data",
@@ -31,6 +32,8 @@ LAYERS = (
     "exercises",
     "statistics",
     "history",
+    "checkpoint",
+    "stacking",
     "training",
     "results",
     "plotting",

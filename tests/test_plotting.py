@@ -17,6 +17,7 @@ from fwdlib.plotting import (
     plot_average,
     plot_cost,
     plot_depth,
+    plot_epochs,
     plot_features,
     plot_images,
     plot_losses,
@@ -71,6 +72,15 @@ def make_bench(quick=False, num_models=2):
     }
 
 
+def make_experiment(num_epochs=3):
+    rows = [
+        {"epoch": i, "train_loss": 1 / i, "test_loss": 2 / i if i < 3 else "inf", "test_accuracy": 1 - 0.5 / i}
+        for i in range(1, num_epochs + 1)
+    ]
+    settings = {"train_mode": "FDFA", "dataset": "MNIST", "optimizer": "Adam", "lr": 1e-4, "seed": 3}
+    return {"settings": settings, "network": "2x800", "num_test": 10_000, "epochs": rows}
+
+
 PUBLISHED = {"layers": [1, 100], "R_f": [2.5, 4.2], "R_b": [4.6, 4.9]}
 
 
@@ -96,6 +106,7 @@ def figures():
         "losses": lambda: plot_losses({"a": [1.0, 0.5], "b": [1.0, INF]}, threshold=0.3),
         "images": lambda: plot_images(torch.arange(2 * 28 * 28).reshape(2, 1, 28, 28) / 1568, ["u", "v"]),
         "average": lambda: plot_average([1, 10], [4.0, 1.2], lambda k: 4 / k**0.5, "tangents averaged"),
+        "epochs": lambda: plot_epochs(make_experiment()),
         "features": lambda: plot_features(data),
         "cost": lambda: plot_cost(make_bench()),
         "depth": lambda: plot_depth(make_bench(), PUBLISHED),
@@ -380,3 +391,21 @@ def test_depth_that_was_not_measured():
 def test_figures_of_a_quick_benchmark_are_stamped(draw):
     assert draw(make_bench()).get_suptitle() == ""
     assert draw(make_bench(quick=True)).get_suptitle() == "quick mode: not a result"
+
+
+# plot_epochs
+
+
+@pytest.mark.parametrize("num_epochs", [1, 2, 100])
+def test_epochs_have_losses_and_accuracy_with_units_and_the_seed(num_epochs):
+    figure = plot_epochs(make_experiment(num_epochs))
+    loss, accuracy = figure.axes
+    assert [line.get_label() for line in loss.lines] == ["training, mean over the epoch", "test"]
+    assert all(len(line.get_xdata()) == num_epochs for line in (*loss.lines, *accuracy.lines))
+    assert loss.lines[0].get_ydata()[0] == 1.0
+    assert accuracy.lines[0].get_ydata()[0] == 50.0
+    assert (loss.get_ylabel(), loss.get_yscale()) == ("mean cross entropy [nats]", "log")
+    assert accuracy.get_ylabel() == "correct of 10000 [%]"
+    assert [axes.get_xlabel() for axes in figure.axes] == ["epoch", "epoch"]
+    assert figure.get_suptitle() == "FDFA on MNIST, 2x800, Adam 0.0001, one seed (3)"
+    svg(figure)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fwdlib.statistics import mean_interval, median_interval, paired_difference
+from fwdlib.statistics import mean_interval, median_interval, paired_difference, t_interval
 
 INF = math.inf
 
@@ -105,3 +105,14 @@ def test_a_mean_refuses_infinite_values(value):
         mean_interval([1.0, value])
     with pytest.raises(ValueError, match="at position 1"):
         paired_difference([1.0, value], [1.0, value])
+
+
+def test_t_interval_is_student_s():
+    values = np.random.default_rng(0).normal(size=3)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert t_interval(values) == pytest.approx((expected.low, values.mean(), expected.high))
+    low, estimate, high = t_interval([2.0])
+    assert estimate == 2
+    assert math.isnan(low)
+    assert math.isnan(high)
+    assert t_interval([2.0, 2.0]) == (2, 2, 2)

@@ -424,6 +424,8 @@ def test_options_reach_the_optimizer():
         ({"max_iterations": 10.0}, "max_iterations must be a whole number of at least 1, got 10.0"),
         ({"threshold": -0.3}, "threshold must be a finite number above 0, got -0.3"),
         ({"threshold": math.nan}, "threshold must be a finite number above 0, got nan"),
+        ({"progress_every": 0}, "progress_every must be a whole number of at least 1, got 0"),
+        ({"test_batch_size": 0}, "test_batch_size must be a whole number of at least 1, got 0"),
         ({"seeds": ()}, "the number of seeds must be a whole number of at least 1, got 0"),
     ],
 )
@@ -572,6 +574,156 @@ def test_a_run_that_diverges_between_evaluations_ends_there(train):
 def test_bad_batches_are_refused(train, options, message):
     with pytest.raises(ValueError, match=message):
         train(**options)
+
+
+def test_augment_is_applied_to_the_inputs_of_each_batch_and_to_nothing_else(train, data):
+    given, seen = [], []
+
+    def augment(inputs):
+        given.append(inputs)
+        return inputs + torch.rand(())
+
+    def estimator(objective, params):
+        seen.append(objective.inputs)
+        return backprop_gradient(objective, params)
+
+    before = torch.random.get_rng_state()
+    train(estimator=estimator, augment=augment, batch_size=25, max_iterations=3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert len(given) == len(seen) == 4  # the test set is evaluated as it is
+    shifts = [(after - inputs).mean().item() for inputs, after in zip(given, seen, strict=True)]
+    assert len({round(shift, 4) for shift in shifts}) == 4
+    again = list(shifts)
+    seen.clear()
+    given.clear()
+    train(estimator=estimator, augment=augment, batch_size=25, max_iterations=3)
+    assert [(after - inputs).mean().item() for inputs, after in zip(given, seen, strict=True)] == again
+
+
+@pytest.mark.parametrize("size", [1, 7, 29, 30, 1000])
+def test_the_test_set_may_go_through_the_model_in_parts(train, data, size):
+    model = initialise(with_batchnorm, 0)
+    whole = evaluate(model, params_of(model), data.test_inputs, data.test_targets)
+    parts = evaluate(model, params_of(model), data.test_inputs, data.test_targets, size)
+    torch.testing.assert_close(parts, whole)
+    sizes = []
+    model[0].register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    evaluate(model, params_of(model), data.test_inputs, data.test_targets, size)
+    assert sum(sizes) == 30
+    assert max(sizes) <= size
+    assert_same_runs(train(MLP, seeds=(0, 1), test_batch_size=size), train(MLP, seeds=(0, 1)))  # a stack
+
+
+# schedulers, and estimators with a state
+
+
+class Recording(torch.optim.SGD):
+    """Notes the learning rate of each step."""
+
+    def __init__(self, params, rates):
+        self.rates = rates
+        super().__init__(params, lr=0.8)
+
+    def step(self, closure=None):
+        self.rates.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("estimator", [backprop_gradient, stacked_forward_gradient])
+def test_a_scheduler_steps_after_each_evaluation_but_the_first(train, estimator):
+    rates = []
+    train(
+        estimator=estimator,
+        optimizer=partial(Recording, rates=rates),
+        scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+        evaluate_every=2,
+        max_iterations=5,
+        seeds=(0, 1),
+    )
+    assert rates == [0.8, 0.8, 0.4, 0.4, 0.2] * 2
+
+
+def test_a_scheduler_slows_updates_from_factors_too(train):
+    def step_lengths(scheduler):
+        ends = [
+            train(MLP, stacked_forward_gradient, learning_rate=1e-3, max_iterations=n, scheduler=scheduler).params[0]
+            for n in (1, 2)
+        ]
+        return (ends[1]["fc1.weight"] - ends[0]["fc1.weight"]).norm().item()
+
+    slower = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.25)
+    assert step_lengths(slower) == pytest.approx(step_lengths(None) / 4, rel=1e-3)
+
+
+class Stateful:
+    """Counts its calls since it began anew, and by which seed."""
+
+    def __init__(self):
+        self.seeds, self.calls = [], 0
+
+    def reset(self, seed):
+        self.seeds.append(seed)
+        self.calls = 0
+
+    def __call__(self, objective, params):
+        self.calls += 1
+        return backprop_gradient(objective, params)
+
+
+def test_an_estimator_with_a_state_begins_anew_for_each_seed(train):
+    estimator = Stateful()
+    history = train(estimator=estimator, seeds=(3, 5), max_iterations=4)
+    assert history.stack_size == 1
+    assert estimator.seeds == [3, 5]
+    assert estimator.calls == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"estimator": Stateful()}, "the estimator has a state"),
+        ({"augment": lambda inputs: inputs}, "augment draws from torch's global generator"),
+        ({"scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=1)}, "the scheduler belongs to one opt"),
+    ],
+)
+def test_what_else_cannot_be_stacked(train, options, reason):
+    assert train(seeds=(0, 1), max_iterations=1, **options).stack_size == 1
+    with pytest.raises(ValueError, match=f"stacked=True is not possible here: {reason}"):
+        train(seeds=(0, 1), stacked=True, **options)
+
+
+# what is told in between
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_each_evaluation_is_told_with_the_run_so_far(train, stacked):
+    told = []
+    history = train(
+        seeds=(4, 2),
+        stacked=stacked,
+        evaluate_every=2,
+        max_iterations=5,
+        on_evaluation=lambda run: told.append((run.seed, run.iterations, len(run.test_loss), run.status)),
+    )
+    expected = [(0, 1, ""), (2, 2, ""), (4, 3, ""), (5, 4, "completed")]
+    for run in history.runs:
+        assert [rest for seed, *rest in told if seed == run.seed] == [list(values) for values in expected]
+
+
+def test_seeds_that_have_stopped_are_not_told_again(train):
+    told = []
+    history = train(
+        threshold=0.6, max_iterations=500, seeds=range(4), stacked=True, on_evaluation=lambda run: told.append(run.seed)
+    )
+    assert [told.count(run.seed) for run in history.runs] == [len(run.test_loss) for run in history.runs]
+
+
+def test_the_bar_shows_loss_accuracy_and_images_per_second(train, capsys):
+    train(batch_size=20, evaluate_every=5, max_iterations=2000, progress="blobs", progress_every=7, learning_rate=0.01)
+    bar = capsys.readouterr().err
+    assert "images/s, loss=" in bar
+    assert "test accuracy=" in bar
+    assert "40.0k" in bar  # 2000 steps of 20
 
 
 # updates from factors

@@ -1,0 +1,41 @@
+"""Files that are there whole or not at all: the only way in which the project writes what a run leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_bytes(path: Path, content: bytes | memoryview, advice: str = "") -> None:
+    """Write ``content`` to a temporary file beside ``path`` and move it into place once it is safely on the disk.
+
+    Args:
+        path: of the file; its folder is made if it is not there.
+        content: its new content.
+        advice: ends the message of an error, in brackets.
+
+    Raises:
+        OSError: if that fails; the message names the file and what to do. What was there before is still there, and
+            nothing else is.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # NamedTemporaryFile makes it private
+        temporary.replace(path)
+    except OSError as error:
+        todo = "free some space" if error.errno == errno.ENOSPC else "choose a folder you can write to"
+        todo += f" ({advice})" if advice else ""
+        raise OSError(error.errno, f"could not write {path}: {error.strerror}. To go on, {todo}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,229 @@
+"""Test accuracy of every train mode on the same nets: the study behind the report's section on feedback.
+
+Each mode has learning rates of its own, tuned on 10 000 images held out of the training set: first that of the weights,
+then, where the feedback learns, that of the feedback. Then it trains on all training images, from several seeds. There
+is a file for each task and mode, every finished training is kept in it, and what is there is not done again; so it can
+be interrupted, and several processes can share the work.
+
+    python -m report.alignment                          # everything
+    python -m report.alignment MNIST-2x800 FDFA BP      # a task, and some of its modes
+    python -m report.alignment steps                    # the time of a step, with nothing beside it
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim.lr_scheduler import StepLR
+from tqdm import tqdm
+
+from fwdlib import runtime
+from fwdlib.benchmark import interleave
+from fwdlib.beyond import experiment
+from fwdlib.beyond.settings import Settings
+from fwdlib.checks import check_choice
+from fwdlib.data import Dataset
+from fwdlib.models import initialise
+from fwdlib.objectives import BatchLoss, assign_gradients, params_of
+from fwdlib.results import write_json
+from fwdlib.training import train
+from report.tuning import climb
+
+FOLDER = Path(__file__).parent / "results" / "feedback"
+STEPS = "steps.json"
+SEEDS = [1, 2, 3]
+TUNING_SEED = 100
+NUM_HELD_OUT = 10_000
+BASE_RATE = 1e-4  # times a power of two
+
+
+class Study(NamedTuple):
+    """A data set and a net, with the modes that are compared on it."""
+
+    options: dict[str, Any]
+    epochs: int
+    tuning_steps: int
+    modes: tuple[str, ...]
+
+
+MODES: dict[str, dict[str, Any]] = {  # with the power of the first guess of the learning rate
+    "BP": {"train_mode": "BP", "power": 2},
+    "FDFA": {"train_mode": "FDFA", "power": 2},
+    "DKP": {"train_mode": "DKP", "power": 2},
+    "DFA": {"train_mode": "DFA", "power": 2},
+    "FG-CV": {"train_mode": "FG-CV", "power": 1},
+    "FG-A": {"train_mode": "FG-A", "power": 1},
+    "FG": {"train_mode": "FG", "power": 0},
+    "FG-RANK1": {"train_mode": "FG-RANK1", "power": 0},
+    "FG-CV, alpha 0.1": {"train_mode": "FG-CV", "alpha": 0.1, "power": 1},
+    "FG-CV, alpha 0.01": {"train_mode": "FG-CV", "alpha": 0.01, "power": 1},
+    "FG-CV, alpha to 0": {"train_mode": "FG-CV", "alpha_decay": 0.5, "power": 1},
+}
+EIGHT = tuple(MODES)[:8]
+STUDIES = {
+    "MNIST-2x800": Study({"dataset": "MNIST"}, 10, 800, tuple(MODES)),
+    "FashionMNIST-2x800": Study({"dataset": "FashionMNIST"}, 10, 800, ("BP", "FDFA")),
+    "MNIST-cnn": Study({"dataset": "MNIST", "conv": True}, 3, 200, EIGHT),
+}
+LEARNED = ("FDFA", "DKP", "FG-CV")  # train modes whose feedback has a learning rate
+
+
+def path_of(task: str, mode: str, folder: Path = FOLDER) -> Path:
+    """Return the file of a mode in a study."""
+    return folder / f"{task}-{mode.replace(', ', '-').replace(' ', '-')}.json"
+
+
+def measure(task: str, mode: str, folder: Path = FOLDER) -> dict[str, Any]:
+    """Tune and train one mode of a study, and return everything that its file then holds.
+
+    Args:
+        task: one of ``STUDIES``.
+        mode: one of its modes.
+        folder: where the files are.
+
+    Returns:
+        ``task``, ``mode``, ``settings``, ``source``, ``environment``, and ``runs``: for each training the powers of its
+        learning rates, seed, purpose (``"tuning"`` or ``"measured"``), status, and the series of the run.
+
+    Raises:
+        ValueError: if the file holds trainings with other settings.
+    """
+    study = STUDIES[task]
+    first = dict(MODES[mode])
+    start = first.pop("power")
+    settings = Settings(**study.options, **first, epochs=study.epochs)
+    whole = experiment.load(settings, runtime.resolve_device("cpu"))
+    described = {name: value for name, value in asdict(settings).items() if name not in (*experiment.PASSING, "lr")}
+    described |= {"tuning_steps": study.tuning_steps, "num_held_out": NUM_HELD_OUT}
+    file = path_of(task, mode, folder)
+    found = json.loads(file.read_text()) if file.is_file() else {"task": task, "mode": mode, "runs": []}
+    if found.setdefault("settings", described) != described:
+        raise ValueError(f"{file} was made with other settings; delete it to start anew")
+    found |= {"source": whole.source._asdict(), "environment": runtime.environment()}
+
+    def run(power: int, feedback_power: int, seed: int, purpose: str) -> dict[str, Any]:
+        key = {"power": power, "feedback_power": feedback_power, "seed": seed, "purpose": purpose}
+        for done in found["runs"]:
+            if key.items() <= done.items():
+                return done
+        done = key | _train(settings, whole, study, key)
+        found["runs"].append(done)
+        write_json(file, found)
+        return done
+
+    def cost(power: int, feedback_power: int) -> tuple[float, ...]:
+        done = run(power, feedback_power, TUNING_SEED, "tuning")
+        return (1,) if done["status"] == "diverged" else (0, done["test_errors"][-1], done["test_loss"][-1])
+
+    power, feedback_power = climb(lambda power: cost(power, 0), start), 0
+    if settings.train_mode in LEARNED:
+        feedback_power = climb(lambda feedback_power: cost(power, feedback_power), 0)
+    for seed in SEEDS:
+        run(power, feedback_power, seed, "measured")
+    return found
+
+
+def _train(settings: Settings, whole: Dataset, study: Study, key: dict[str, Any]) -> dict[str, Any]:
+    rates = {"lr": BASE_RATE * 2 ** key["power"], "b_lr": BASE_RATE * 2 ** key["feedback_power"]}
+    settings = Settings(**(asdict(settings) | rates))
+    is_tuning = key["purpose"] == "tuning"
+    data = _held_out(whole) if is_tuning else whole
+    steps = len(data.train_targets) // settings.batch_size
+    build = experiment.network(settings, data)
+    history = train(
+        build,
+        data,
+        experiment.estimator(settings, build, data, steps),
+        optimizer=experiment.optimizer(settings.optimizer, settings.lr, settings.weight_decay),
+        scheduler=partial(StepLR, step_size=1, gamma=settings.gamma),
+        max_iterations=study.tuning_steps if is_tuning else steps * study.epochs,
+        batch_size=settings.batch_size,
+        evaluate_every=min(steps, study.tuning_steps) if is_tuning else steps,
+        seeds=[key["seed"]],
+        progress=f"{settings.name}, {key['purpose']}, lr {settings.lr:g}, b-lr {settings.b_lr:g}",
+        progress_every=50,
+    )
+    (run,) = history.runs
+    return rates | {
+        "status": run.status,
+        "iterations": run.iterations,
+        "train_loss": run.train_loss,
+        "test_loss": run.test_loss,
+        "test_errors": run.test_errors,
+        "num_test": len(data.test_targets),
+    }
+
+
+def measure_steps(folder: Path = FOLDER) -> dict[str, Any]:
+    """Time a training step of each mode, taking turns on the same net, with nothing beside them, and save it.
+
+    Returns:
+        ``seconds``: net -> mode -> seconds per step, one number a round; ``environment``.
+    """
+    found: dict[str, Any] = {"environment": runtime.environment(), "seconds": {}}
+    for task in ("MNIST-2x800", "MNIST-cnn"):
+        steps = {}
+        for mode in EIGHT:
+            options = STUDIES[task].options | {"train_mode": MODES[mode]["train_mode"], "lr": 1e-9, "b_lr": 1e-9}
+            steps[mode] = _step(Settings(**options))
+            steps[mode]()
+        found["seconds"][task] = interleave(steps, seconds=60, min_rounds=15, block_seconds=0.1)
+    write_json(folder / STEPS, found)
+    return found
+
+
+def _step(settings: Settings) -> Callable[[], object]:
+    draw = runtime.generator(0, purpose="benchmark")
+    inputs = torch.randn(settings.batch_size, 1, 28, 28, generator=draw)
+    targets = torch.randint(10, (len(inputs),), generator=draw)
+    data = Dataset(inputs, targets, inputs, targets, tuple("0123456789"), None)
+    build = experiment.network(settings, data)
+    model = initialise(build, 0)
+    estimate = experiment.estimator(settings, build, data, 1)
+    optimizer = experiment.optimizer(settings.optimizer, settings.lr, 0.0)(list(model.parameters()))
+
+    def step() -> None:
+        assign_gradients(model, estimate(BatchLoss(model, inputs, targets), params_of(model)).grads)
+        optimizer.step()
+
+    return step
+
+
+def _held_out(data: Dataset) -> Dataset:
+    # The last images of the training set in place of the test set.
+    cut = len(data.train_targets) - NUM_HELD_OUT
+    return data._replace(
+        train_inputs=data.train_inputs[:cut],
+        train_targets=data.train_targets[:cut],
+        test_inputs=data.train_inputs[cut:],
+        test_targets=data.train_targets[cut:],
+    )
+
+
+def main(words: list[str]) -> None:
+    """Measure what ``words`` name: a task and some of its modes, or a task, or everything.
+
+    Raises:
+        ValueError: if a word is not the name of one.
+    """
+    if words == ["steps"]:
+        measure_steps()
+        return
+    tasks = [check_choice("task", words[0], STUDIES)] if words else list(STUDIES)
+    jobs = [(task, mode) for task in tasks for mode in words[1:] or STUDIES[task].modes]
+    for task, mode in jobs:
+        check_choice("mode", mode, STUDIES[task].modes)
+    for task, mode in tqdm(jobs, desc="feedback", unit="mode"):
+        measure(task, mode)
+
+
+if __name__ == "__main__":
+    runtime.keep_freed_memory()
+    main(sys.argv[1:])
