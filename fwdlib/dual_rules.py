@@ -45,7 +45,7 @@ def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Dual:
         return _dual(outputs, run.perturbation.linear(weight_name, bias_name, x, outputs))
     stack = run.stack(x)
     if torch.is_grad_enabled() and weight_name is bias_name is None:
-        return Dual(_TapedLinear.apply(stack, weight, bias))
+        return Dual.of(*_TapedLinear.apply(stack, weight, bias))
     rows = F.linear(stack.flatten(0, -2), weight).reshape(*stack.shape[:-1], -1)
     outputs, tangents = rows[0], rows[1:]
     if bias is not None:
@@ -59,26 +59,24 @@ class _TapedLinear(torch.autograd.Function):
     """One product for all rows, of which the tape sees the primal's."""
 
     @staticmethod
-    def forward(ctx: Any, stack: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(stack[0], weight)
+    def forward(ctx: Any, stack: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(stack, weight)
         rows = F.linear(stack.flatten(0, -2), weight).reshape(*stack.shape[:-1], -1)
-        if bias is not None:
-            rows[0].add_(bias)
-        return rows
+        outputs, tangents = rows[0], rows[1:]
+        ctx.mark_non_differentiable(tangents)
+        ctx.set_materialize_grads(False)
+        return outputs if bias is None else outputs.add_(bias), tangents
 
     @staticmethod
-    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, error: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        stack, weight = ctx.saved_tensors
         of_stack, of_weight, of_bias = ctx.needs_input_grad
-        grads: list[Tensor | None] = [None, None, None]
-        if of_stack:
-            grads[0] = torch.cat([(error[0] @ weight).unsqueeze(0), error.new_zeros(len(error) - 1, *x.shape)])
-        rows = error[0].flatten(0, -2)
-        if of_weight:
-            grads[1] = rows.t() @ x.flatten(0, -2)
-        if of_bias:
-            grads[2] = rows.sum(0)
-        return tuple(grads)
+        rows = error.flatten(0, -2)
+        return (
+            torch.cat([(error @ weight).unsqueeze(0), torch.zeros_like(stack[1:])]) if of_stack else None,
+            rows.t() @ stack[0].flatten(0, -2) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
 
 
 def _convolution(function: Callable, num_axes: int) -> Callable:
@@ -195,8 +193,8 @@ def batch_norm(
     Raises:
         ValueError: in training mode, if there is but one value per channel.
     """
-    stack = _all_rows(run, x)
-    primal, tangents = stack[0], stack[1:]
+    x = x if isinstance(x, Dual) else Dual(_all_rows(run, x))
+    primal, tangents = x.primal, x.tangents
     channels = [1, -1, *[1] * (primal.dim() - 2)]
     if training:
         if primal.numel() == primal.shape[1]:
@@ -307,6 +305,8 @@ def _with_own_tangents(
 @register_rule(F.relu, torch.relu, Tensor.relu)
 def relu(run: Pass, x: Any) -> Dual:
     """Let every row pass where the primal is positive; nan passes, so that it shows."""
+    if torch.is_grad_enabled() and isinstance(x, Dual):
+        return _dual(torch.relu(x.primal), torch.ops.aten.threshold_backward(x.tangents, x.primal.detach(), 0))
     stack = run.stack(x)
     return Dual(torch.ops.aten.threshold_backward(stack, stack[0], 0))
 
@@ -315,9 +315,9 @@ def _elementwise(*functions: Callable, derivative: Callable[..., Tensor]) -> Non
     """Register a function of one tensor, element by element, with ``derivative(x, y, *args, **kwargs)``."""
 
     def rule(run: Pass, x: Any, *args: Any, **kwargs: Any) -> Dual:
-        stack = run.stack(x)
-        y = functions[0](stack[0], *args, **kwargs)
-        return _dual(y, stack[1:] * derivative(stack[0], y, *args, **kwargs))
+        x = x if isinstance(x, Dual) else Dual(run.stack(x))
+        y = functions[0](x.primal, *args, **kwargs)
+        return _dual(y, x.tangents * derivative(x.primal.detach(), y.detach(), *args, **kwargs))
 
     register_rule(*functions)(rule)
 
@@ -912,6 +912,8 @@ _constant(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, 
 def _dual(primal: Tensor, tangents: Tensor) -> Dual:
     # tangents: broadcastable to (R, *primal.shape)
     tangents = tangents.detach().expand(-1, *primal.shape)
+    if torch.is_grad_enabled():
+        return Dual.of(primal, tangents)
     if primal.dim() != 4 or not len(primal):
         return Dual(torch.cat([primal.unsqueeze(0), tangents]))
     # joined along the examples, where torch.cat knows channels_last and keeps it

@@ -66,26 +66,51 @@ class Dual(Tensor):
         stack: shape (1 + R, ...): the primal, then R tangents.
     """
 
-    stack: Tensor
+    _rows: Tensor | None
+    _parts: tuple[Tensor, Tensor] | None
 
     @staticmethod
     def __new__(cls, stack: Tensor) -> Dual:
         """Make a dual from its rows."""
-        self = Tensor._make_wrapper_subclass(
-            cls, stack.shape[1:], dtype=stack.dtype, device=stack.device, requires_grad=False
-        )
-        self.stack = stack
+        return cls._make(stack.shape[1:], stack, stack, None)
+
+    @classmethod
+    def of(cls, primal: Tensor, tangents: Tensor) -> Dual:
+        """Make a dual from its two parts, which are joined only when the stack is asked for.
+
+        Args:
+            primal: shape (...).
+            tangents: shape (R, ...).
+        """
+        return cls._make(primal.shape, primal, None, (primal, tangents))
+
+    @classmethod
+    def _make(cls, shape: torch.Size, like: Tensor, rows: Tensor | None, parts: tuple[Tensor, Tensor] | None) -> Dual:
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device, requires_grad=False)
+        self._rows, self._parts = rows, parts
         return self
+
+    @property
+    def stack(self) -> Tensor:
+        """All rows, shape (1 + R, ...)."""
+        if self._rows is None:
+            primal, tangents = self._parts
+            self.stack = torch.cat([primal.unsqueeze(0), tangents])
+        return self._rows
+
+    @stack.setter
+    def stack(self, rows: Tensor) -> None:
+        self._rows, self._parts = rows, None
 
     @property
     def primal(self) -> Tensor:
         """The value, an ordinary tensor."""
-        return self.stack[0]
+        return self._parts[0] if self._parts else self._rows[0]
 
     @property
     def tangents(self) -> Tensor:
         """The derivatives, shape (R, ...)."""
-        return self.stack[1:]
+        return self._parts[1] if self._parts else self._rows[1:]
 
     def __repr__(self) -> str:
         return f"Dual(shape={tuple(self.stack.shape[1:])}, num_tangents={len(self.stack) - 1})"
@@ -331,7 +356,7 @@ def same_rows(stacks: Sequence[Tensor]) -> list[Tensor]:
 
 def primal_of(x: Any) -> Any:
     """Return ``x`` without tangents: the primal of a dual, anything else as it is."""
-    return x.stack[0] if isinstance(x, Dual) else x
+    return x.primal if isinstance(x, Dual) else x
 
 
 def primals_of(tree: Any) -> Any:

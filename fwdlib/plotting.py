@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fwdlib.checks import check_choice
 from fwdlib.data import PENGUIN_FEATURES, Dataset
-from fwdlib.history import Run
+from fwdlib.history import History, Run
 from fwdlib.results import Record
 from fwdlib.statistics import Interval, paired_ratio
 
@@ -246,16 +246,19 @@ def plot_images(inputs: Tensor, titles: Sequence[str]) -> Figure:
 def plot_average(
     counts: Sequence[int],
     measured: Sequence[float] | dict[str, Sequence[float]],
-    predicted: Callable[[float], float],
+    predicted: Callable[[float], float] | dict[str, Callable[[float], float]],
     unit: str,
+    goal: str = "gradient",
 ) -> Figure:
     """Draw how the mean of many estimates approaches the gradient, beside what the theory says.
 
     Args:
         counts: how many estimates were averaged.
-        measured: |mean - gradient| / |gradient| for each count, root mean square; or that by method.
-        predicted: the same as a function of the count.
+        measured: |mean - gradient| / |gradient| for each count, root mean square; or that by method, with hollow dots
+            for a method in another form (``"FG-CV, random feedback"``).
+        predicted: the same as a function of the count; or that for some of the methods.
         unit: what was averaged, for the axis.
+        goal: what is estimated, for the title.
 
     Returns:
         A figure with one panel, both axes logarithmic.
@@ -263,11 +266,16 @@ def plot_average(
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(5, 3))
         axes = figure.subplots()
-        axes.loglog(counts, [predicted(k) for k in counts], color="0.4", linestyle=":", label="theory")
+        theories = list(predicted.values()) if isinstance(predicted, dict) else [predicted]
+        for theory in theories:
+            label = "theory" if theory is theories[0] else None
+            axes.loglog(counts, [theory(k) for k in counts], color="0.4", linestyle=":", label=label)
         for name, errors in measured.items() if isinstance(measured, dict) else [("measured", measured)]:
-            color = METHODS.get(name, {"color": CURVES[0] if name == "measured" else "0.2"})["color"]
-            axes.loglog(counts, errors, "o", color=color, label=name)
-        axes.set(title="The mean closes in on the gradient", xlabel=unit, ylabel="relative error of the mean")
+            method, _, form = name.partition(", ")
+            color = METHODS.get(method, {"color": CURVES[0] if name == "measured" else "0.2"})["color"]
+            face = {"markerfacecolor": "white"} if form else {}
+            axes.loglog(counts, errors, "o", color=color, label=name, **face)
+        axes.set(title=f"The mean closes in on the {goal}", xlabel=unit, ylabel="relative error of the mean")
         axes.legend()
     return figure
 
@@ -317,6 +325,71 @@ def plot_over_time(curves: dict[str, tuple[float, Run]]) -> Figure:
         _plain_ticks(axes)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.legend()
+    return figure
+
+
+def plot_histories(histories: dict[str, History]) -> Figure:
+    """Draw training loss and test accuracy of several methods over the steps: the mean over the seeds, and each seed.
+
+    Args:
+        histories: method, as ``METHODS`` calls it, with dots for it in another form (``"FG-CV, no feedback"``) -> its
+            runs, all of the same length.
+
+    Returns:
+        A figure with two panels; each seed is a thin line. The training loss before the first step is not drawn.
+    """
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(8, 3.3))
+        loss, accuracy = figure.subplots(1, 2)
+        for name, history in histories.items():
+            method, _, form = name.partition(", ")
+            style = METHODS.get(method, {"color": "0.2"}) | ({"linestyle": ":"} if form else {})
+            thin = style | {"linestyle": "-", "linewidth": 0.5, "alpha": 0.4}
+            losses = np.array([run.train_loss for run in history.runs])
+            right = 100 * (1 - np.array([run.test_errors for run in history.runs]) / history.num_test)
+            run = history.runs[0]
+            steps = np.minimum(run.every * np.arange(losses.shape[1]), run.iterations)
+            for axes, values in ((loss, losses[:, 1:]), (accuracy, right)):
+                where = steps[-values.shape[1] :]
+                axes.plot(where, values.T, **thin)
+                axes.plot(where, values.mean(0), label=name, **style)
+        num_test = next(iter(histories.values())).num_test
+        loss.set(title="Training loss", ylabel="mean cross entropy [nats]", yscale="log")
+        accuracy.set(title="Test accuracy", ylabel=f"correct of {num_test} [%]", ylim=(0, 103))
+        for axes in (loss, accuracy):
+            axes.set_xlabel("iteration (optimizer steps)")
+        _plain_ticks(loss)
+        figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=len(histories))
+    return figure
+
+
+def plot_cosines(steps: Sequence[int], panels: dict[str, dict[str, Sequence[float]]]) -> Figure:
+    """Draw over the steps of training how well directions agree.
+
+    Args:
+        steps: at which the cosines were taken.
+        panels: title of a panel -> name -> the cosine at each step. Methods are drawn as ``METHODS`` has it; other
+            names thin and black beside methods, in colours of their own where there is no method.
+
+    Returns:
+        A figure with a panel for each title and one legend.
+    """
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    if any(name in METHODS for name in names):
+        styles = {name: METHODS.get(name, {"color": "0.2", "linewidth": 0.8}) for name in names}
+    else:
+        dashes = zip(names, CURVES, ("-", "--", "-.", ":"), strict=False)
+        styles = {name: {"color": color, "linestyle": linestyle} for name, color, linestyle in dashes}
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(0.6 + 3.7 * len(panels), 3.1))
+        for axes, (title, curves) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
+            for name, cosines in curves.items():
+                axes.plot(steps, cosines, label=name, **styles[name])
+            lowest = min(min(cosines) for cosines in curves.values())
+            axes.set(title=title, xlabel="iteration (optimizer steps)", ylabel="cosine")
+            axes.set_ylim(min(-0.03, 1.05 * lowest), 1.03)
+        handles = [Line2D([], [], label=name, **styles[name]) for name in names]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(names))
     return figure
 
 
