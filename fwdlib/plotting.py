@@ -263,10 +263,11 @@ def plot_average(
     Returns:
         A figure with one panel, both axes logarithmic.
     """
+    is_crowded = isinstance(predicted, dict)
+    theories = list(predicted.values()) if is_crowded else [predicted]
     with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(5, 3))
+        figure = Figure(figsize=(7.2, 3.2) if is_crowded else (5, 3))
         axes = figure.subplots()
-        theories = list(predicted.values()) if isinstance(predicted, dict) else [predicted]
         for theory in theories:
             label = "theory" if theory is theories[0] else None
             axes.loglog(counts, [theory(k) for k in counts], color="0.4", linestyle=":", label=label)
@@ -276,7 +277,10 @@ def plot_average(
             face = {"markerfacecolor": "white"} if form else {}
             axes.loglog(counts, errors, "o", color=color, label=name, **face)
         axes.set(title=f"The mean closes in on the {goal}", xlabel=unit, ylabel="relative error of the mean")
-        axes.legend()
+        if is_crowded:
+            figure.legend(loc="outside right center")
+        else:
+            axes.legend()
     return figure
 
 
@@ -301,8 +305,10 @@ def plot_durations(seconds: dict[str, Sequence[float]]) -> Figure:
         axes.set(xlabel="time [ms]: median, and the middle half", xscale="log", ylim=(len(seconds) - 0.4, -0.6))
         axes.set_yticks(range(len(seconds)), list(seconds))
         axes.margins(x=0.15)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        low, high = axes.get_xlim()
+        plain = ticker.FuncFormatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_major_formatter(plain)
+        axes.xaxis.set_minor_formatter(plain if high / low < 5 else ticker.NullFormatter())
     return figure
 
 
@@ -329,67 +335,66 @@ def plot_over_time(curves: dict[str, tuple[float, Run]]) -> Figure:
 
 
 def plot_histories(histories: dict[str, History]) -> Figure:
-    """Draw training loss and test accuracy of several methods over the steps: the mean over the seeds, and each seed.
+    """Draw training loss and test error of several methods over the steps: the mean over the seeds, and each seed.
 
     Args:
         histories: method, as ``METHODS`` calls it, with dots for it in another form (``"FG-CV, no feedback"``) -> its
             runs, all of the same length.
 
     Returns:
-        A figure with two panels; each seed is a thin line. The training loss before the first step is not drawn.
+        A figure with two panels; each seed is a thin line. What was before the first step is not drawn.
     """
     with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(8, 3.3))
-        loss, accuracy = figure.subplots(1, 2)
+        figure = Figure(figsize=(8, 3.4))
+        loss, error = figure.subplots(1, 2)
         for name, history in histories.items():
             method, _, form = name.partition(", ")
             style = METHODS.get(method, {"color": "0.2"}) | ({"linestyle": ":"} if form else {})
             thin = style | {"linestyle": "-", "linewidth": 0.5, "alpha": 0.4}
-            losses = np.array([run.train_loss for run in history.runs])
-            right = 100 * (1 - np.array([run.test_errors for run in history.runs]) / history.num_test)
             run = history.runs[0]
-            steps = np.minimum(run.every * np.arange(losses.shape[1]), run.iterations)
-            for axes, values in ((loss, losses[:, 1:]), (accuracy, right)):
-                where = steps[-values.shape[1] :]
-                axes.plot(where, values.T, **thin)
-                axes.plot(where, values.mean(0), label=name, **style)
-        num_test = next(iter(histories.values())).num_test
-        loss.set(title="Training loss", ylabel="mean cross entropy [nats]", yscale="log")
-        accuracy.set(title="Test accuracy", ylabel=f"correct of {num_test} [%]", ylim=(0, 103))
-        for axes in (loss, accuracy):
-            axes.set_xlabel("iteration (optimizer steps)")
-        _plain_ticks(loss)
+            steps = np.minimum(run.every * np.arange(1, len(run.train_loss)), run.iterations)
+            losses = np.array([run.train_loss[1:] for run in history.runs])
+            errors = 100 / history.num_test * np.array([run.test_errors[1:] for run in history.runs])
+            for axes, values in ((loss, losses), (error, errors)):
+                axes.plot(steps, values.T, **thin)
+                axes.plot(steps, values.mean(0), label=name, **style)
+        history = next(iter(histories.values()))
+        seeds = f"{len(history.runs)} seeds" if len(history.runs) > 1 else "one seed"
+        loss.set(title=f"Training loss, {seeds}", ylabel="mean cross entropy [nats]")
+        error.set(title=f"Test error, {seeds}", ylabel=f"wrong of {history.num_test} [%]")
+        for axes in (loss, error):
+            axes.set(xlabel="iteration (optimizer steps)", yscale="log")
+            _plain_ticks(axes)
         figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=len(histories))
     return figure
 
 
-def plot_cosines(steps: Sequence[int], panels: dict[str, dict[str, Sequence[float]]]) -> Figure:
+def plot_cosines(runs: dict[str, Sequence[dict[str, float]]], titles: Sequence[str]) -> Figure:
     """Draw over the steps of training how well directions agree.
 
     Args:
-        steps: at which the cosines were taken.
-        panels: title of a panel -> name -> the cosine at each step. Methods are drawn as ``METHODS`` has it; other
-            names thin and black beside methods, in colours of their own where there is no method.
+        runs: name -> rows, each with its ``"step"`` and a cosine under each title. Methods are drawn as ``METHODS`` has
+            it; other names thin and black beside methods, in colours of their own where none is a method.
+        titles: one for each panel.
 
     Returns:
         A figure with a panel for each title and one legend.
     """
-    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
-    if any(name in METHODS for name in names):
-        styles = {name: METHODS.get(name, {"color": "0.2", "linewidth": 0.8}) for name in names}
+    if any(name in METHODS for name in runs):
+        styles = {name: METHODS.get(name, {"color": "0.2", "linewidth": 0.8}) for name in runs}
     else:
-        dashes = zip(names, CURVES, ("-", "--", "-.", ":"), strict=False)
-        styles = {name: {"color": color, "linestyle": linestyle} for name, color, linestyle in dashes}
+        looks = zip(runs, CURVES, ("-", "--", "-.", ":"), strict=False)
+        styles = {name: {"color": color, "linestyle": linestyle} for name, color, linestyle in looks}
     with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(0.6 + 3.7 * len(panels), 3.1))
-        for axes, (title, curves) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
-            for name, cosines in curves.items():
-                axes.plot(steps, cosines, label=name, **styles[name])
-            lowest = min(min(cosines) for cosines in curves.values())
+        figure = Figure(figsize=(0.6 + 3.7 * len(titles), 3.1))
+        for axes, title in zip(np.ravel(figure.subplots(1, len(titles))), titles, strict=True):
+            for name, rows in runs.items():
+                axes.plot([row["step"] for row in rows], [row[title] for row in rows], **styles[name])
+            lowest = min(row[title] for rows in runs.values() for row in rows)
             axes.set(title=title, xlabel="iteration (optimizer steps)", ylabel="cosine")
             axes.set_ylim(min(-0.03, 1.05 * lowest), 1.03)
-        handles = [Line2D([], [], label=name, **styles[name]) for name in names]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(names))
+        handles = [Line2D([], [], label=name, **styles[name]) for name in runs]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(runs))
     return figure
 
 

@@ -53,7 +53,7 @@ class Study(NamedTuple):
     modes: tuple[str, ...]
 
 
-MODES: dict[str, dict[str, Any]] = {  # with the power of the first guess of the learning rate
+MODES: dict[str, dict[str, Any]] = {  # with the power of the first guess of the learning rate; or a fixed one
     "BP": {"train_mode": "BP", "power": 2},
     "FDFA": {"train_mode": "FDFA", "power": 2},
     "DKP": {"train_mode": "DKP", "power": 2},
@@ -62,9 +62,9 @@ MODES: dict[str, dict[str, Any]] = {  # with the power of the first guess of the
     "FG-A": {"train_mode": "FG-A", "power": 1},
     "FG": {"train_mode": "FG", "power": 0},
     "FG-RANK1": {"train_mode": "FG-RANK1", "power": 0},
-    "FG-CV, alpha 0.1": {"train_mode": "FG-CV", "alpha": 0.1, "power": 1},
-    "FG-CV, alpha 0.01": {"train_mode": "FG-CV", "alpha": 0.01, "power": 1},
-    "FG-CV, alpha to 0": {"train_mode": "FG-CV", "alpha_decay": 0.5, "power": 1},
+    "FG-CV, no feedback": {"train_mode": "FG-CV", "power": 2, "feedback_power": -60},  # FG-A, each example by itself
+    "FG-CV, alpha 0.1": {"train_mode": "FG-CV", "alpha": 0.1, "power": 3},
+    "FG-CV, alpha to 0": {"train_mode": "FG-CV", "alpha_decay": 0.5, "power": 3},
 }
 EIGHT = tuple(MODES)[:8]
 STUDIES = {
@@ -97,7 +97,7 @@ def measure(task: str, mode: str, folder: Path = FOLDER) -> dict[str, Any]:
     """
     study = STUDIES[task]
     first = dict(MODES[mode])
-    start = first.pop("power")
+    start, fixed = first.pop("power"), first.pop("feedback_power", None)
     settings = Settings(**study.options, **first, epochs=study.epochs)
     whole = experiment.load(settings, runtime.resolve_device("cpu"))
     described = {name: value for name, value in asdict(settings).items() if name not in (*experiment.PASSING, "lr")}
@@ -122,8 +122,9 @@ def measure(task: str, mode: str, folder: Path = FOLDER) -> dict[str, Any]:
         done = run(power, feedback_power, TUNING_SEED, "tuning")
         return (1,) if done["status"] == "diverged" else (0, done["test_errors"][-1], done["test_loss"][-1])
 
-    power, feedback_power = climb(lambda power: cost(power, 0), start), 0
-    if settings.train_mode in LEARNED:
+    feedback_power = fixed or 0
+    power = climb(lambda power: cost(power, feedback_power), start)
+    if settings.train_mode in LEARNED and fixed is None:
         feedback_power = climb(lambda feedback_power: cost(power, feedback_power), 0)
     for seed in SEEDS:
         run(power, feedback_power, seed, "measured")

@@ -11,14 +11,17 @@ from matplotlib.lines import Line2D
 
 from fwdlib import plotting
 from fwdlib.data import Dataset, Source
-from fwdlib.history import Run
+from fwdlib.history import History, Run
 from fwdlib.plotting import (
     METHODS,
     plot_average,
+    plot_cosines,
     plot_cost,
     plot_depth,
+    plot_durations,
     plot_epochs,
     plot_features,
+    plot_histories,
     plot_images,
     plot_losses,
     plot_quantity,
@@ -81,6 +84,19 @@ def make_experiment(num_epochs=3):
     return {"settings": settings, "network": "2x800", "num_test": 10_000, "epochs": rows}
 
 
+def make_history(num_seeds=2, every=5, iterations=12):
+    # evaluated after 0, 5, 10 and 12 steps; seed i has i more errors
+    runs = [
+        Run(i, "completed", iterations, [2.0, 1.0, 0.5, 0.25], [2.0] * 4, [18 + i, 4 + i, 2 + i, 1 + i], [], every)
+        for i in range(num_seeds)
+    ]
+    return History(runs, [{}] * num_seeds, NUM_TEST, 1, 0.0)
+
+
+def make_cosines(*values):
+    return [{"step": 10 * i, "first": value, "second": 1.0} for i, value in enumerate(values)]
+
+
 PUBLISHED = {"layers": [1, 100], "R_f": [2.5, 4.2], "R_b": [4.6, 4.9]}
 
 
@@ -107,6 +123,9 @@ def figures():
         "images": lambda: plot_images(torch.arange(2 * 28 * 28).reshape(2, 1, 28, 28) / 1568, ["u", "v"]),
         "average": lambda: plot_average([1, 10], [4.0, 1.2], lambda k: 4 / k**0.5, "tangents averaged"),
         "epochs": lambda: plot_epochs(make_experiment()),
+        "durations": lambda: plot_durations({"backprop": [0.011, 0.012], "FDFA": [0.013, 0.015]}),
+        "histories": lambda: plot_histories({"backprop": make_history(), "FG-CV, no feedback": make_history()}),
+        "cosines": lambda: plot_cosines({"FDFA": make_cosines(0.1, 0.9)}, ["first", "second"]),
         "features": lambda: plot_features(data),
         "cost": lambda: plot_cost(make_bench()),
         "depth": lambda: plot_depth(make_bench(), PUBLISHED),
@@ -304,6 +323,61 @@ def test_average_draws_what_was_measured_beside_the_theory():
     assert list(measured.get_ydata()) == [3.9, 2.1, 0.9]
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert axes.get_xlabel() == "tangents averaged"
+
+
+def test_average_draws_several_methods_and_the_theories_that_there_are():
+    measured = {"DFA": [0.5, 0.5], "FG-CV, no feedback": [9.0, 4.4], "FG-CV": [3.0, 1.6]}
+    predicted = {"FG-CV": lambda k: 3 / k**0.5, "FG-CV, no feedback": lambda k: 9 / k**0.5}
+    figure = plot_average([1, 4], measured, predicted, "draws", goal="Jacobian")
+    drawn = lines(figure.axes[0])
+    assert [list(line.get_ydata()) for line in drawn] == [[3.0, 1.5], [9.0, 4.5], *measured.values()]
+    assert [line.get_markerfacecolor() == "white" for line in drawn[2:]] == [False, True, False]
+    assert {line.get_color() for line in drawn[3:]} == {METHODS["FG-CV"]["color"]}
+    assert figure.axes[0].get_title(loc="left") == "The mean closes in on the Jacobian"
+    assert [text.get_text() for text in figure.legends[0].texts] == ["theory", *measured]
+
+
+@pytest.mark.parametrize(("slowest", "has_minor"), [(0.016, True), (0.1, False)])
+def test_durations_have_numbers_on_the_axis_also_where_they_span_no_decade(slowest, has_minor):
+    figure = plot_durations({"backprop": [0.011, 0.011, 0.012], "FDFA": [slowest] * 3})
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert bool("".join(label.get_text() for label in axes.get_xticklabels(minor=True))) == has_minor
+    assert [text.get_text() for text in axes.texts] == ["11 ms", f"{1e3 * slowest:g} ms"]
+    assert lines(axes)[1].get_color() == METHODS["backprop"]["color"]
+
+
+def test_histories_draw_each_seed_thin_and_their_mean_where_they_were_evaluated():
+    figure = plot_histories({"backprop": make_history(2), "FG-CV, no feedback": make_history(2)})
+    loss, error = figure.axes
+    for axes in figure.axes:
+        assert [list(line.get_xdata()) for line in lines(axes)] == [[5, 10, 12]] * 6
+    assert [list(line.get_ydata()) for line in lines(error)[:3]] == [[20, 10, 5], [25, 15, 10], [22.5, 12.5, 7.5]]
+    assert list(lines(loss)[2].get_ydata()) == [1.0, 0.5, 0.25]
+    assert (loss.get_ylabel(), error.get_ylabel()) == ("mean cross entropy [nats]", "wrong of 20 [%]")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Training loss, 2 seeds", "Test error, 2 seeds"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["backprop", "FG-CV, no feedback"]
+    assert lines(error)[5].get_color() == METHODS["FG-CV"]["color"]
+    assert lines(error)[5].get_linestyle() == ":"
+    assert plot_histories({"DFA": make_history(1)}).axes[0].get_title(loc="left") == "Training loss, one seed"
+
+
+def test_cosines_have_a_panel_for_each_title_and_one_legend():
+    runs = {"FDFA": make_cosines(0.1, 0.9), "mean Jacobian": make_cosines(-0.4, 0.95)}
+    figure = plot_cosines(runs, ["first", "second"])
+    first, second = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["first", "second"]
+    assert [list(line.get_ydata()) for line in first.lines] == [[0.1, 0.9], [-0.4, 0.95]]
+    assert [list(line.get_xdata()) for line in second.lines] == [[0, 10]] * 2
+    assert first.get_ylim()[0] < -0.4 < -0.05 < second.get_ylim()[0]
+    assert first.lines[0].get_color() == METHODS["FDFA"]["color"]
+    assert [text.get_text() for text in figure.legends[0].texts] == list(runs)
+
+
+def test_cosines_of_what_is_no_method_have_colours_of_their_own():
+    runs = {f"rate {i}": make_cosines(0.1, 0.9) for i in range(4)}
+    (axes,) = plot_cosines(runs, ["first"]).axes
+    assert [line.get_color() for line in axes.lines] == list(plotting.CURVES)
 
 
 def test_features_shows_every_row_once_in_each_panel():
