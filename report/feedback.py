@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fwdlib.statistics import Interval, paired_ratio, t_interval
-from report.alignment import MODES, STEPS, STUDIES, path_of
+from report.alignment import LEARNED, MODES, STEPS, STUDIES, path_of
 
 TITLES = {
     "MNIST-2x800": "MNIST, 2 x 800",
@@ -86,7 +86,7 @@ def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:
             continue
         runs = measured(modes[mode])
         accuracies = {run["seed"]: _accuracy(run) for run in runs}
-        learns = modes[mode]["settings"]["train_mode"] in ("FDFA", "DKP", "FG-CV")
+        learns = modes[mode]["settings"]["train_mode"] in LEARNED and "feedback_power" not in MODES[mode]
         rows[mode] = {
             "mode": mode,
             "lr": runs[0]["lr"],
@@ -103,6 +103,7 @@ def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:
         "epochs": settings["epochs"],
         "settings": settings,
         "behind": _difference(rows, "BP", "FDFA"),
+        "missing": [mode for mode in STUDIES[task].modes if mode not in rows],
     }
 
 

@@ -483,3 +483,15 @@ def test_epochs_have_losses_and_accuracy_with_units_and_the_seed(num_epochs):
     assert [axes.get_xlabel() for axes in figure.axes] == ["epoch", "epoch"]
     assert figure.get_suptitle() == "FDFA on MNIST, 2x800, Adam 0.0001, one seed (3)"
     svg(figure)
+
+
+def test_accuracies_have_a_panel_for_each_study_and_a_thick_line_for_each_method():
+    seeds = [[0.9, 0.05, 0.02], [0.9, 0.07, 0.04]]
+    figure = plotting.plot_accuracies({"MNIST": {"backprop": seeds, "FDFA": seeds[:1]}, "digits": {"FDFA": seeds}})
+    first, second = figure.axes
+    assert [axes.get_title(loc="left") or axes.get_title() for axes in (first, second)] == ["MNIST", "digits"]
+    named = {line.get_label(): line for line in first.get_lines() if not line.get_label().startswith("_")}
+    assert list(named) == ["backprop", "FDFA"]
+    assert named["backprop"].get_ydata() == pytest.approx([6.0, 3.0])  # percent, the mean; without the untrained model
+    assert list(named["backprop"].get_xdata()) == [1, 2]
+    assert len(first.get_lines()) == 3 + 2

@@ -88,6 +88,7 @@ def test_section_prints_the_table_and_the_verdict(folder):
     assert "FDFA is 0.300" in text
     assert "points behind backprop" in text
     assert "What a step costs" not in text
+    assert "Not measured here yet: DKP, DFA, FG-CV" in text
 
 
 def test_section_prints_times_where_they_were_taken(folder):
