@@ -203,6 +203,39 @@ def test_several_tangents_in_one_pass_are_those_one_by_one(make):
         torch.testing.assert_close(grad, sum(single.grads[name] for single in singles) / 3)
 
 
+BLOCKS = {
+    "two linear layers": (lambda: [nn.Linear(4, 6), nn.Linear(6, 5), nn.Tanh()], (4,)),
+    "no bias": (lambda: [nn.Linear(4, 5, bias=False), nn.Sigmoid()], (4,)),
+    "in place": (lambda: [nn.Linear(4, 5), nn.ReLU(inplace=True)], (4,)),
+    "BatchNorm, in place": (lambda: [nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True)], (4,)),
+    "LayerNorm": (lambda: [nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU()], (4,)),
+    "no rule": (lambda: [nn.Linear(4, 5), nn.Softsign()], (4,)),
+    "positions": (lambda: [nn.Linear(4, 5), nn.ReLU()], (3, 4)),
+    "convolution": (lambda: [nn.Conv1d(2, 2, 3, padding=1), nn.BatchNorm1d(2), nn.MaxPool1d(2), nn.ReLU()], (2, 8)),
+    "groups": (lambda: [nn.Conv1d(2, 4, 3, groups=2), nn.GroupNorm(2, 4), nn.Conv1d(4, 2, 1), nn.Tanh()], (2, 8)),
+}
+
+
+@pytest.mark.parametrize("num_tangents", [1, 2])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_tangents_beside_the_tape_change_no_local_derivative(name, num_tangents):
+    # With the same feedback FDFA's estimate is DFA's, whose blocks run without tangents.
+    make, shape = BLOCKS[name]
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Identity(), nn.Tanh())
+    inputs = torch.randn(6, *shape, dtype=torch.float64)
+    hidden = nn.Sequential(*make()).double()
+    readout = nn.Sequential(nn.Flatten(), nn.Linear(hidden(first(inputs)).flatten(1).shape[1], 3)).double()
+    model = Chain(first, hidden, readout)
+    plain = DirectFeedbackAlignment(model, inputs)
+    learning = ForwardDirectFeedbackAlignment(model, inputs, optimizer=FIXED, num_tangents=num_tangents)
+    learning.matrix.data.copy_(plain.matrix)
+    expected = grads_of(plain, model, inputs)
+    for name, grad in grads_of(learning, model, inputs).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-13)
+        assert grad.any()
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_running_statistics_advance_as_in_one_forward_pass(rule):
     (model, inputs), (twin, _) = (mlp(nn.BatchNorm1d(5)) for _ in range(2))
