@@ -29,6 +29,17 @@ def check_count(name: str, value: int, minimum: int = 1) -> int:
     return value
 
 
+def check_fraction(name: str, value: float) -> float:
+    """Return ``value`` if it is between 0 and 1, both included.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+    return value
+
+
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
     """Return ``value`` if it is one of ``allowed``.
 

@@ -310,9 +310,9 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     # The loss, its derivatives (K,), and what each example adds to them, (K, B), where that is known.
     model, inputs = objective.model, objective.inputs
-    own = {} if buffers or is_transformed() else dict(model.named_parameters())
-    if all(name in own and is_same(p, own[name]) for name, p in params.items()):
-        with Pass(perturbation, {name: own[name] for name in params}):
+    own = None if buffers or is_transformed() else own_params(model, params)
+    if own is not None:
+        with Pass(perturbation, own):
             loss = objective.loss(model(inputs), objective.targets)
     else:
         with Pass(perturbation, params):
@@ -325,8 +325,15 @@ def _evaluate(
     return stack[0], stack[1 : 1 + k], stack[1 + k :].reshape(k, -1) if len(stack) > 1 + k else None
 
 
-def is_same(p: Tensor, own: Tensor) -> bool:
-    """Tell whether two tensors are one and the same memory, seen alike."""
+def own_params(model: nn.Module, params: Params) -> Params | None:
+    """Return the model's own tensors of these names, if ``params`` are the same memory, seen alike; else None."""
+    own = dict(model.named_parameters())
+    if all(name in own and _is_same(p, own[name]) for name, p in params.items()):
+        return {name: own[name] for name in params}
+    return None
+
+
+def _is_same(p: Tensor, own: Tensor) -> bool:
     return p.data_ptr() == own.data_ptr() and p.shape == own.shape and p.stride() == own.stride()
 
 

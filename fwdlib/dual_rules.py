@@ -248,7 +248,7 @@ def layer_norm(
     if num_others == 0:
         run.mix_examples()
     axes = [i - len(normalized_shape) for i in range(len(normalized_shape))]
-    normed, tangents = _normalise(stack[0], stack[1:], axes, *_statistics(stack[0], axes, eps))
+    normed, tangents = _normalise(stack[0], stack[1:], axes, eps)
     return _affine(run, normed, tangents, weight, bias, [1] * num_others + list(normalized_shape))
 
 
@@ -259,18 +259,14 @@ def group_norm(
     """Normalise each group of channels of each example."""
     stack = _all_rows(run, x)
     grouped = stack.reshape(*stack.shape[:2], num_groups, -1)
-    normed, tangents = _normalise(grouped[0], grouped[1:], [-1], *_statistics(grouped[0], [-1], eps))
+    normed, tangents = _normalise(grouped[0], grouped[1:], [-1], eps)
     shape = [1, -1, *[1] * (stack.dim() - 3)]
     return _affine(run, normed.reshape(stack[0].shape), tangents.reshape(stack[1:].shape), weight, bias, shape)
 
 
-def _statistics(x: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor]:
+def _normalise(x: Tensor, tangents: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor]:
     var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-    return mean, torch.rsqrt(var + eps)
-
-
-def _normalise(x: Tensor, tangents: Tensor, axes: list[int], mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    # (x - mean) * inverse, the inverse standard deviation, both taken over `axes` of x; and its derivatives.
+    inverse = torch.rsqrt(var + eps)
     normed = (x - mean) * inverse
     rows = [axis + 1 if axis >= 0 else axis for axis in axes]
     along = (tangents * normed).mean(rows, keepdim=True)
@@ -281,10 +277,10 @@ def _affine(run: Pass, normed: Tensor, tangents: Tensor, weight: Any, bias: Any,
     # weight * normed + bias, both possibly with tangents; `shape` lays them out along normed, axis by axis.
     y = normed
     if weight is not None:
-        scale = run.stack(weight)[0].reshape(shape)
+        scale = primal_of(weight).reshape(shape)
         y, tangents = y * scale, tangents * scale
     if bias is not None:
-        y = y + run.stack(bias)[0].reshape(shape)
+        y = y + primal_of(bias).reshape(shape)
     return _dual(y, _with_own_tangents(run, tangents, normed, weight, bias, shape))
 
 

@@ -214,9 +214,7 @@ def plot_accuracies(curves: dict[str, dict[str, Sequence[Sequence[float]]]]) -> 
             for name, seeds in methods.items():
                 errors = 100 * np.array(seeds)[:, 1:]
                 epochs = np.arange(1, errors.shape[1] + 1)
-                style = METHODS.get(name, {"color": "0.2"})
-                axes.plot(epochs, errors.T, **style | {"linestyle": "-", "linewidth": 0.5, "alpha": 0.4})
-                axes.plot(epochs, errors.mean(0), label=name, marker=".", **style)
+                _plot_mean(axes, epochs, errors, METHODS.get(name, {"color": "0.2"}), label=name, marker=".")
             axes.set(title=title, xlabel="epoch", ylabel="test error [%]", yscale="log")
             axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
             _plain_ticks(axes)
@@ -325,8 +323,7 @@ def plot_over_time(curves: dict[str, tuple[float, Run]]) -> Figure:
         figure = Figure(figsize=(7, 3))
         axes = figure.subplots()
         for name, (seconds, run) in curves.items():
-            steps = np.minimum(run.every * np.arange(1, len(run.train_loss)), run.iterations)
-            axes.plot(seconds * steps, run.train_loss[1:], label=name, **METHODS.get(name, {"color": "0.2"}))
+            axes.plot(seconds * _steps_of(run), run.train_loss[1:], label=name, **METHODS.get(name, {"color": "0.2"}))
         axes.set(xlabel="time spent in steps [s]", ylabel="training loss [nats]", xscale="log", yscale="log")
         _plain_ticks(axes)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -350,14 +347,11 @@ def plot_histories(histories: dict[str, History]) -> Figure:
         for name, history in histories.items():
             method, _, form = name.partition(", ")
             style = METHODS.get(method, {"color": "0.2"}) | ({"linestyle": ":"} if form else {})
-            thin = style | {"linestyle": "-", "linewidth": 0.5, "alpha": 0.4}
-            run = history.runs[0]
-            steps = np.minimum(run.every * np.arange(1, len(run.train_loss)), run.iterations)
+            steps = _steps_of(history.runs[0])
             losses = np.array([run.train_loss[1:] for run in history.runs])
             errors = 100 / history.num_test * np.array([run.test_errors[1:] for run in history.runs])
             for axes, values in ((loss, losses), (error, errors)):
-                axes.plot(steps, values.T, **thin)
-                axes.plot(steps, values.mean(0), label=name, **style)
+                _plot_mean(axes, steps, values, style, label=name)
         history = next(iter(histories.values()))
         seeds = f"{len(history.runs)} seeds" if len(history.runs) > 1 else "one seed"
         loss.set(title=f"Training loss, {seeds}", ylabel="mean cross entropy [nats]")
@@ -585,6 +579,17 @@ def _draw_quantity(axes: Axes, records: Sequence[Record], quantity: str) -> None
         axes.set(ylabel=f"correct of {num_test} [%]", ylim=(0, 103))
     else:
         axes.set(ylabel=f"wrong of {num_test}", ylim=(0, None))
+
+
+def _plot_mean(axes: Axes, where: np.ndarray, seeds: np.ndarray, style: dict[str, Any], **options: Any) -> None:
+    # The mean of the rows of `seeds`, and each row as a thin line.
+    axes.plot(where, seeds.T, **style | {"linestyle": "-", "linewidth": 0.5, "alpha": 0.4})
+    axes.plot(where, seeds.mean(0), **style, **options)
+
+
+def _steps_of(run: Run) -> np.ndarray:
+    # At which steps the values of its series are, that before the first step left out.
+    return np.minimum(run.every * np.arange(1, len(run.train_loss)), run.iterations)
 
 
 def _until_end(run: Run, quantity: str, num_test: int) -> np.ndarray:

@@ -16,12 +16,10 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.optim.lr_scheduler import StepLR
 from tqdm import tqdm
 
 from fwdlib import runtime
@@ -33,7 +31,6 @@ from fwdlib.data import Dataset
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.results import write_json
-from fwdlib.training import train
 from report.tuning import climb
 
 FOLDER = Path(__file__).parent / "results" / "feedback"
@@ -133,21 +130,15 @@ def measure(task: str, mode: str, folder: Path = FOLDER) -> dict[str, Any]:
 
 def _train(settings: Settings, whole: Dataset, study: Study, key: dict[str, Any]) -> dict[str, Any]:
     rates = {"lr": BASE_RATE * 2 ** key["power"], "b_lr": BASE_RATE * 2 ** key["feedback_power"]}
-    settings = Settings(**(asdict(settings) | rates))
+    settings = Settings(**(asdict(settings) | rates | {"seed": key["seed"]}))
     is_tuning = key["purpose"] == "tuning"
     data = _held_out(whole) if is_tuning else whole
     steps = len(data.train_targets) // settings.batch_size
-    build = experiment.network(settings, data)
-    history = train(
-        build,
+    history = experiment.fit(
+        settings,
         data,
-        experiment.estimator(settings, build, data, steps),
-        optimizer=experiment.optimizer(settings.optimizer, settings.lr, settings.weight_decay),
-        scheduler=partial(StepLR, step_size=1, gamma=settings.gamma),
         max_iterations=study.tuning_steps if is_tuning else steps * study.epochs,
-        batch_size=settings.batch_size,
         evaluate_every=min(steps, study.tuning_steps) if is_tuning else steps,
-        seeds=[key["seed"]],
         progress=f"{settings.name}, {key['purpose']}, lr {settings.lr:g}, b-lr {settings.b_lr:g}",
         progress_every=50,
     )

@@ -65,17 +65,12 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
     if not found["studies"]:
         return None
     studies = [_study(task, modes) for task, modes in found["studies"].items()]
-    sources = {}
-    for modes in found["studies"].values():
-        for content in modes.values():
-            sources[content["source"]["fingerprint"]] = content["source"]
+    contents = [content for modes in found["studies"].values() for content in modes.values()]
     return {
         "studies": studies,
-        "sources": list(sources.values()),
+        "sources": list({content["source"]["fingerprint"]: content["source"] for content in contents}.values()),
         "steps": _steps(found["steps"]) if found["steps"] else None,
-        "environment": next(iter(found["studies"]["MNIST-2x800"].values()))["environment"]
-        if "MNIST-2x800" in found["studies"]
-        else None,
+        "environment": contents[0]["environment"],
     }
 
 

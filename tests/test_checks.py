@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from fwdlib.checks import check_choice, check_count, check_positive
+from fwdlib.checks import check_choice, check_count, check_fraction, check_positive
 
 
 @pytest.mark.parametrize("value", [0, -0.1, math.nan, math.inf, -math.inf, "0.1", None, True])
@@ -18,6 +18,12 @@ def test_check_count_refuses(value):
         check_count("num_tangents", value)
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf])
+def test_check_fraction_refuses(value):
+    with pytest.raises(ValueError, match=r"alpha must be between 0 and 1, got"):
+        check_fraction("alpha", value)
+
+
 def test_check_choice_lists_what_is_allowed():
     with pytest.raises(ValueError, match=r"blocks must be one of 'joint', 'parameter', got 'layer'"):
         check_choice("blocks", "layer", ("joint", "parameter"))
@@ -27,3 +33,4 @@ def test_checks_return_the_value():
     assert check_positive("x", 1e-3) == 1e-3
     assert check_count("x", 3) == 3
     assert check_choice("x", "a", "ab") == "a"
+    assert [check_fraction("x", value) for value in (0, 0.5, 1)] == [0, 0.5, 1]

@@ -29,7 +29,7 @@ from fwdlib.data import Dataset, fetch, load_images
 from fwdlib.dual import stacked_forward_gradient
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.files import write_bytes
-from fwdlib.history import Run
+from fwdlib.history import History, Run
 from fwdlib.models import alexnet, fully_connected, initialise, num_parameters, shallow_cnn
 from fwdlib.results import write_json, write_text
 from fwdlib.training import Augment, MakeOptimizer, make_optimizer, train
@@ -75,7 +75,6 @@ def run(settings: Settings, *, progress: bool = True) -> dict[str, Any]:
             f"name another --log-dir"
         )
     data = load(settings, device)
-    build = network(settings, data)
     steps = len(data.train_targets) // settings.batch_size
     if not steps:
         raise ValueError(
@@ -85,7 +84,7 @@ def run(settings: Settings, *, progress: bool = True) -> dict[str, Any]:
         "format": FORMAT,
         "settings": {name: value for name, value in asdict(settings).items() if name not in PASSING},
         "network": settings.network,
-        "num_params": num_parameters(build()),
+        "num_params": num_parameters(network(settings, data)()),
         "num_train": len(data.train_targets),
         "num_test": len(data.test_targets),
         "steps_per_epoch": steps,
@@ -95,18 +94,11 @@ def run(settings: Settings, *, progress: bool = True) -> dict[str, Any]:
     if not settings.dry_run:
         for left in folder.glob(".*.part"):  # of a run that was killed while it wrote
             left.unlink()
-    history = train(
-        build,
+    history = fit(
+        settings,
         data,
-        estimator(settings, build, data, steps),
-        optimizer=optimizer(settings.optimizer, settings.lr, settings.weight_decay),
-        scheduler=partial(StepLR, step_size=1, gamma=settings.gamma),
         max_iterations=1 if settings.dry_run else steps * settings.epochs,
-        batch_size=settings.batch_size,
-        augment=crops() if settings.network == "alexnet" else None,
         evaluate_every=1 if settings.dry_run else steps,
-        test_batch_size=settings.test_batch_size,
-        seeds=(settings.seed,),
         device=device,
         on_evaluation=None if settings.dry_run else partial(write_logs, folder, record),
         checkpoint=None if settings.dry_run else checkpoint,
@@ -128,6 +120,29 @@ def run(settings: Settings, *, progress: bool = True) -> dict[str, Any]:
     if not settings.dry_run:
         draw(folder, record)
     return record
+
+
+def fit(settings: Settings, data: Dataset, /, **options: Any) -> History:
+    """Train as the settings say: their network, estimator, optimizer, schedule, batches and seed.
+
+    Args:
+        settings: how.
+        data: on what, as :func:`load` gives it, or a part of it.
+        options: the rest of what :func:`fwdlib.training.train` takes, ``max_iterations`` for one.
+    """
+    build = network(settings, data)
+    return train(
+        build,
+        data,
+        estimator(settings, build, data, len(data.train_targets) // settings.batch_size),
+        optimizer=optimizer(settings.optimizer, settings.lr, settings.weight_decay),
+        scheduler=partial(StepLR, step_size=1, gamma=settings.gamma),
+        batch_size=settings.batch_size,
+        augment=crops() if settings.network == "alexnet" else None,
+        test_batch_size=settings.test_batch_size,
+        seeds=(settings.seed,),
+        **options,
+    )
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------

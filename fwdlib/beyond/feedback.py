@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fwdlib import runtime
-from fwdlib.checks import check_choice, check_count
-from fwdlib.dual import Dual, is_same
+from fwdlib.checks import check_choice, check_count, check_fraction
+from fwdlib.dual import Dual, own_params
 from fwdlib.dual_tensor import Pass
 from fwdlib.estimators import GradientEstimate, check_scalar
 from fwdlib.objectives import BatchLoss
@@ -187,12 +187,14 @@ class DirectFeedbackAlignment:
         """
         blocks = self._blocks_for(objective)
         check_params(params)
-        leaves, are_own = _leaves_for(objective.model, params)
+        # What the tape is to end at: the model's own parameters where those are meant, else tensors of their values.
+        own = own_params(objective.model, params)
+        leaves = own or {name: p.detach().requires_grad_() for name, p in params.items()}
         activation, tangents = objective.inputs, None
         u = self._draw(len(activation), generator)  # (K, B, all units), K = 0 for rules without tangents
         outputs: list[Tensor] = []  # of each block, with its tape
         for block, behind in zip(blocks, [*self._by_block(u), None], strict=True):
-            output, tangents = block.run(None if are_own else leaves, activation, tangents)
+            output, tangents = block.run(None if own else leaves, activation, tangents)
             outputs.append(output)
             activation = output.detach()
             if behind is not None and len(u):
@@ -389,10 +391,8 @@ class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
         alpha_decay: float = 1.0,
         weights: str = "example",
     ) -> None:
-        for name, value in (("alpha", alpha), ("alpha_decay", alpha_decay)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
-        self._first_alpha, self.alpha_decay = alpha, alpha_decay
+        self._first_alpha = check_fraction("alpha", alpha)
+        self.alpha_decay = check_fraction("alpha_decay", alpha_decay)
         self.weights = check_choice("weights", weights, WEIGHTS)
         super().__init__(model, inputs, optimizer=optimizer, num_tangents=num_tangents, tangents=tangents)
 
@@ -446,14 +446,6 @@ class _Block:
             with Pass(Perturbation({}, len(tangents), len(inputs), random_signs), {}):
                 dual = call(Dual(torch.cat([inputs.unsqueeze(0), tangents])))
             return dual.primal, dual.tangents.detach()
-
-
-def _leaves_for(model: nn.Module, params: Params) -> tuple[Params, bool]:
-    # What the tape is to end at: the model's own parameters where those are meant, else tensors of their values.
-    own = dict(model.named_parameters())
-    if all(name in own and is_same(p, own[name]) for name, p in params.items()):
-        return {name: own[name] for name in params}, True
-    return {name: p.detach().requires_grad_() for name, p in params.items()}, False
 
 
 def _local_gradients(outputs: list[Tensor], deltas: list[Tensor], leaves: Params) -> Params:

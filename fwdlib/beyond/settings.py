@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 
 from tyro import conf
 
-from fwdlib.checks import check_choice, check_count, check_positive
+from fwdlib.checks import check_choice, check_count, check_fraction, check_positive
 
 DatasetName = Literal["MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "KMNIST", "digits"]
 TrainMode = Literal["BP", "FG", "FG-RANK1", "FG-A", "FG-CV", "DFA", "DKP", "FDFA"]
@@ -121,8 +121,7 @@ class Settings(Task, Method, Steps, Running):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 or a finite number above it, got {getattr(self, name)!r}")
         for name in ("alpha", "alpha_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)!r}")
+            check_fraction(name, getattr(self, name))
 
     @property
     def width(self) -> int:
