@@ -123,7 +123,7 @@ def plot_seeds(record: Record, threshold: float | None = None) -> Figure:
         )
         if not any(np.isfinite(run.train_loss).any() for run in record.runs):
             axes.set_ylim(0.1, 10)  # there is nothing to scale the axis by
-        _plain_ticks(axes)
+        plain_ticks(axes)
         axes.legend()
         _stamp(figure, [record])
     return figure
@@ -155,70 +155,8 @@ def plot_losses(
         if threshold is not None:
             axes.axhline(threshold, color="0.2", linewidth=0.8, linestyle=":", label=threshold_label)
         axes.set(xlabel="iteration (optimizer steps)", ylabel="training loss [nats]", yscale="log")
-        _plain_ticks(axes)
+        plain_ticks(axes)
         axes.legend()
-    return figure
-
-
-def plot_epochs(record: dict[str, Any]) -> Figure:
-    """Draw the losses and the test accuracy of one training of an image classifier over its epochs.
-
-    Args:
-        record: as ``python -m fwdlib train`` leaves it in ``record.json``, with at least one epoch.
-
-    Returns:
-        A figure with two panels.
-    """
-    settings, epochs = record["settings"], record["epochs"]
-    where = [row["epoch"] for row in epochs]
-    marker = "o" if len(epochs) == 1 else ""
-    with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(8, 3.2))
-        loss, accuracy = figure.subplots(1, 2)
-        for name, color, linestyle in (("train_loss", CURVES[0], "--"), ("test_loss", CURVES[1], "-")):
-            values = [float(row[name]) for row in epochs]
-            label = "training, mean over the epoch" if name == "train_loss" else "test"
-            loss.plot(where, values, color=color, linestyle=linestyle, marker=marker, label=label)
-        loss.set(title="Loss", xlabel="epoch", ylabel="mean cross entropy [nats]", yscale="log")
-        _plain_ticks(loss)
-        loss.legend()
-        accuracy.plot(where, [100 * row["test_accuracy"] for row in epochs], color=CURVES[1], marker=marker)
-        accuracy.set(
-            title=f"Test accuracy, {100 * epochs[-1]['test_accuracy']:.2f} % at the end",
-            xlabel="epoch",
-            ylabel=f"correct of {record['num_test']} [%]",
-        )
-        for axes in (loss, accuracy):
-            axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
-        figure.suptitle(
-            f"{settings['train_mode']} on {settings['dataset']}, {record['network']}, {settings['optimizer']} "
-            f"{settings['lr']:g}, one seed ({settings['seed']})",
-            fontsize=9,
-        )
-    return figure
-
-
-def plot_accuracies(curves: dict[str, dict[str, Sequence[Sequence[float]]]]) -> Figure:
-    """Draw test errors over the epochs: the mean over the seeds of each method, and each seed as a thin line.
-
-    Args:
-        curves: title of a panel -> method, as ``METHODS`` calls it -> for each seed the part of the test set that is
-            misclassified, before training and after each epoch.
-
-    Returns:
-        A figure with a panel for each title, the error in percent on a logarithmic axis.
-    """
-    with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(3.4 * len(curves), 3.6))
-        for axes, (title, methods) in zip(np.ravel(figure.subplots(1, len(curves))), curves.items(), strict=True):
-            for name, seeds in methods.items():
-                errors = 100 * np.array(seeds)[:, 1:]
-                epochs = np.arange(1, errors.shape[1] + 1)
-                _plot_mean(axes, epochs, errors, METHODS.get(name, {"color": "0.2"}), label=name, marker=".")
-            axes.set(title=title, xlabel="epoch", ylabel="test error [%]", yscale="log")
-            axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
-            _plain_ticks(axes)
-            axes.legend(fontsize=6.5, ncols=2)
     return figure
 
 
@@ -325,7 +263,7 @@ def plot_over_time(curves: dict[str, tuple[float, Run]]) -> Figure:
         for name, (seconds, run) in curves.items():
             axes.plot(seconds * _steps_of(run), run.train_loss[1:], label=name, **METHODS.get(name, {"color": "0.2"}))
         axes.set(xlabel="time spent in steps [s]", ylabel="training loss [nats]", xscale="log", yscale="log")
-        _plain_ticks(axes)
+        plain_ticks(axes)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.legend()
     return figure
@@ -351,44 +289,15 @@ def plot_histories(histories: dict[str, History]) -> Figure:
             losses = np.array([run.train_loss[1:] for run in history.runs])
             errors = 100 / history.num_test * np.array([run.test_errors[1:] for run in history.runs])
             for axes, values in ((loss, losses), (error, errors)):
-                _plot_mean(axes, steps, values, style, label=name)
+                plot_mean(axes, steps, values, style, label=name)
         history = next(iter(histories.values()))
         seeds = f"{len(history.runs)} seeds" if len(history.runs) > 1 else "one seed"
         loss.set(title=f"Training loss, {seeds}", ylabel="mean cross entropy [nats]")
         error.set(title=f"Test error, {seeds}", ylabel=f"wrong of {history.num_test} [%]")
         for axes in (loss, error):
             axes.set(xlabel="iteration (optimizer steps)", yscale="log")
-            _plain_ticks(axes)
+            plain_ticks(axes)
         figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=len(histories))
-    return figure
-
-
-def plot_cosines(runs: dict[str, Sequence[dict[str, float]]], titles: Sequence[str]) -> Figure:
-    """Draw over the steps of training how well directions agree.
-
-    Args:
-        runs: name -> rows, each with its ``"step"`` and a cosine under each title. Methods are drawn as ``METHODS`` has
-            it; other names thin and black beside methods, in colours of their own where none is a method.
-        titles: one for each panel.
-
-    Returns:
-        A figure with a panel for each title and one legend.
-    """
-    if any(name in METHODS for name in runs):
-        styles = {name: METHODS.get(name, {"color": "0.2", "linewidth": 0.8}) for name in runs}
-    else:
-        looks = zip(runs, CURVES, ("-", "--", "-.", ":"), strict=False)
-        styles = {name: {"color": color, "linestyle": linestyle} for name, color, linestyle in looks}
-    with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(0.6 + 3.7 * len(titles), 3.1))
-        for axes, title in zip(np.ravel(figure.subplots(1, len(titles))), titles, strict=True):
-            for name, rows in runs.items():
-                axes.plot([row["step"] for row in rows], [row[title] for row in rows], **styles[name])
-            lowest = min(row[title] for rows in runs.values() for row in rows)
-            axes.set(title=title, xlabel="iteration (optimizer steps)", ylabel="cosine")
-            axes.set_ylim(min(-0.03, 1.05 * lowest), 1.03)
-        handles = [Line2D([], [], label=name, **styles[name]) for name in runs]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(runs))
     return figure
 
 
@@ -574,15 +483,15 @@ def _draw_quantity(axes: Axes, records: Sequence[Record], quantity: str) -> None
         axes.set(ylabel="mean cross entropy [nats]", yscale="log")
         drawn = np.concatenate([line.get_ydata()[np.isfinite(line.get_ydata())] for line in axes.lines])
         axes.set_ylim((0.9 * drawn.min(), 1.4 * drawn.max()) if drawn.size else (0.1, 10))
-        _plain_ticks(axes)
+        plain_ticks(axes)
     elif quantity == "test accuracy":
         axes.set(ylabel=f"correct of {num_test} [%]", ylim=(0, 103))
     else:
         axes.set(ylabel=f"wrong of {num_test}", ylim=(0, None))
 
 
-def _plot_mean(axes: Axes, where: np.ndarray, seeds: np.ndarray, style: dict[str, Any], **options: Any) -> None:
-    # The mean of the rows of `seeds`, and each row as a thin line.
+def plot_mean(axes: Axes, where: np.ndarray, seeds: np.ndarray, style: dict[str, Any], **options: Any) -> None:
+    """Draw the mean of the rows of ``seeds``, and each row as a thin line."""
     axes.plot(where, seeds.T, **style | {"linestyle": "-", "linewidth": 0.5, "alpha": 0.4})
     axes.plot(where, seeds.mean(0), **style, **options)
 
@@ -604,8 +513,8 @@ def _scaled(feature: str) -> str:
     return feature.removesuffix("_mm").removesuffix("_g").replace("_", " ") + ", scaled to 0..1"
 
 
-def _plain_ticks(axes: Axes) -> None:
-    # 0.3 rather than 3 x 10^-1 on a logarithmic axis; minor labels only where it spans few decades
+def plain_ticks(axes: Axes) -> None:
+    """Write 0.3 rather than 3 x 10^-1 on a logarithmic y axis, with minor labels only where it spans few decades."""
     low, high = axes.get_ylim()
     subs = (2, 3, 5) if high / low < 100 else ()
     axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
@@ -620,13 +529,14 @@ def _stamp(figure: Figure, records: Sequence[Record]) -> None:
             words.append(f"substitute data: {record.source['name']} in place of {record.source['substitute_for']}")
         if record.quick:
             words.append("quick mode: not a result")
-    _write_stamp(figure, words)
+    write_stamp(figure, words)
 
 
 def _stamp_quick(figure: Figure, bench: dict[str, Any]) -> None:
-    _write_stamp(figure, ["quick mode: not a result"] if bench["quick"] else [])
+    write_stamp(figure, ["quick mode: not a result"] if bench["quick"] else [])
 
 
-def _write_stamp(figure: Figure, words: Sequence[str]) -> None:
+def write_stamp(figure: Figure, words: Sequence[str]) -> None:
+    """Write on top of a figure what its reader must know of it first, a substitute for example."""
     if words:
         figure.suptitle(" · ".join(dict.fromkeys(words)), color="#B00020", fontsize=9, fontweight="bold")

@@ -40,7 +40,7 @@ def measured(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def curves(studies: dict[str, Any]) -> dict[str, dict[str, list[list[float]]]]:
-    """Return the errors over the epochs for :func:`fwdlib.plotting.plot_accuracies`; only runs that did not diverge.
+    """Return the errors over the epochs for :func:`fwdlib.beyond.figures.plot_accuracies`, without runs that diverged.
 
     Args:
         studies: as :func:`load` returns them.

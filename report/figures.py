@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fwdlib import plotting
+from fwdlib.beyond import figures as beyond
 from fwdlib.results import iterations
 from fwdlib.statistics import Interval, median_interval
 from report import feedback
@@ -44,7 +45,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         if bench["depth"]:
             figures["depth"] = plotting.plot_depth(bench, load_quoted()["paper"]["depth"])
     if studies := results.feedback["studies"]:
-        figures["feedback"] = plotting.plot_accuracies(feedback.curves(studies))
+        figures["feedback"] = beyond.plot_accuracies(feedback.curves(studies))
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.svg")

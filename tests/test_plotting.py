@@ -15,11 +15,9 @@ from fwdlib.history import History, Run
 from fwdlib.plotting import (
     METHODS,
     plot_average,
-    plot_cosines,
     plot_cost,
     plot_depth,
     plot_durations,
-    plot_epochs,
     plot_features,
     plot_histories,
     plot_images,
@@ -34,6 +32,7 @@ INF = math.inf
 REAL = {"name": "penguins/processed", "substitute_for": None}
 SUBSTITUTE = {"name": "digits", "substitute_for": "KMNIST"}
 NUM_TEST = 20
+PUBLISHED = {"layers": [1, 100], "R_f": [2.5, 4.2], "R_b": [4.6, 4.9]}
 
 
 def run(seed, status="reached", length=4, start=2.0):
@@ -75,15 +74,6 @@ def make_bench(quick=False, num_models=2):
     }
 
 
-def make_experiment(num_epochs=3):
-    rows = [
-        {"epoch": i, "train_loss": 1 / i, "test_loss": 2 / i if i < 3 else "inf", "test_accuracy": 1 - 0.5 / i}
-        for i in range(1, num_epochs + 1)
-    ]
-    settings = {"train_mode": "FDFA", "dataset": "MNIST", "optimizer": "Adam", "lr": 1e-4, "seed": 3}
-    return {"settings": settings, "network": "2x800", "num_test": 10_000, "epochs": rows}
-
-
 def make_history(num_seeds=2, every=5, iterations=12):
     # evaluated after 0, 5, 10 and 12 steps; seed i has i more errors
     runs = [
@@ -91,13 +81,6 @@ def make_history(num_seeds=2, every=5, iterations=12):
         for i in range(num_seeds)
     ]
     return History(runs, [{}] * num_seeds, NUM_TEST, 1, 0.0)
-
-
-def make_cosines(*values):
-    return [{"step": 10 * i, "first": value, "second": 1.0} for i, value in enumerate(values)]
-
-
-PUBLISHED = {"layers": [1, 100], "R_f": [2.5, 4.2], "R_b": [4.6, 4.9]}
 
 
 def lines(axes):
@@ -122,10 +105,8 @@ def figures():
         "losses": lambda: plot_losses({"a": [1.0, 0.5], "b": [1.0, INF]}, threshold=0.3),
         "images": lambda: plot_images(torch.arange(2 * 28 * 28).reshape(2, 1, 28, 28) / 1568, ["u", "v"]),
         "average": lambda: plot_average([1, 10], [4.0, 1.2], lambda k: 4 / k**0.5, "tangents averaged"),
-        "epochs": lambda: plot_epochs(make_experiment()),
         "durations": lambda: plot_durations({"backprop": [0.011, 0.012], "FDFA": [0.013, 0.015]}),
         "histories": lambda: plot_histories({"backprop": make_history(), "FG-CV, no feedback": make_history()}),
-        "cosines": lambda: plot_cosines({"FDFA": make_cosines(0.1, 0.9)}, ["first", "second"]),
         "features": lambda: plot_features(data),
         "cost": lambda: plot_cost(make_bench()),
         "depth": lambda: plot_depth(make_bench(), PUBLISHED),
@@ -362,24 +343,6 @@ def test_histories_draw_each_seed_thin_and_their_mean_where_they_were_evaluated(
     assert plot_histories({"DFA": make_history(1)}).axes[0].get_title(loc="left") == "Training loss, one seed"
 
 
-def test_cosines_have_a_panel_for_each_title_and_one_legend():
-    runs = {"FDFA": make_cosines(0.1, 0.9), "mean Jacobian": make_cosines(-0.4, 0.95)}
-    figure = plot_cosines(runs, ["first", "second"])
-    first, second = figure.axes
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["first", "second"]
-    assert [list(line.get_ydata()) for line in first.lines] == [[0.1, 0.9], [-0.4, 0.95]]
-    assert [list(line.get_xdata()) for line in second.lines] == [[0, 10]] * 2
-    assert first.get_ylim()[0] < -0.4 < -0.05 < second.get_ylim()[0]
-    assert first.lines[0].get_color() == METHODS["FDFA"]["color"]
-    assert [text.get_text() for text in figure.legends[0].texts] == list(runs)
-
-
-def test_cosines_of_what_is_no_method_have_colours_of_their_own():
-    runs = {f"rate {i}": make_cosines(0.1, 0.9) for i in range(4)}
-    (axes,) = plot_cosines(runs, ["first"]).axes
-    assert [line.get_color() for line in axes.lines] == list(plotting.CURVES)
-
-
 def test_features_shows_every_row_once_in_each_panel():
     inputs, targets = torch.rand(30, 4), torch.arange(30) % 3
     figure = plot_features(Dataset(inputs, targets, inputs[:3], targets[:3], ("a", "b", "c"), None))
@@ -465,33 +428,3 @@ def test_depth_that_was_not_measured():
 def test_figures_of_a_quick_benchmark_are_stamped(draw):
     assert draw(make_bench()).get_suptitle() == ""
     assert draw(make_bench(quick=True)).get_suptitle() == "quick mode: not a result"
-
-
-# plot_epochs
-
-
-@pytest.mark.parametrize("num_epochs", [1, 2, 100])
-def test_epochs_have_losses_and_accuracy_with_units_and_the_seed(num_epochs):
-    figure = plot_epochs(make_experiment(num_epochs))
-    loss, accuracy = figure.axes
-    assert [line.get_label() for line in loss.lines] == ["training, mean over the epoch", "test"]
-    assert all(len(line.get_xdata()) == num_epochs for line in (*loss.lines, *accuracy.lines))
-    assert loss.lines[0].get_ydata()[0] == 1.0
-    assert accuracy.lines[0].get_ydata()[0] == 50.0
-    assert (loss.get_ylabel(), loss.get_yscale()) == ("mean cross entropy [nats]", "log")
-    assert accuracy.get_ylabel() == "correct of 10000 [%]"
-    assert [axes.get_xlabel() for axes in figure.axes] == ["epoch", "epoch"]
-    assert figure.get_suptitle() == "FDFA on MNIST, 2x800, Adam 0.0001, one seed (3)"
-    svg(figure)
-
-
-def test_accuracies_have_a_panel_for_each_study_and_a_thick_line_for_each_method():
-    seeds = [[0.9, 0.05, 0.02], [0.9, 0.07, 0.04]]
-    figure = plotting.plot_accuracies({"MNIST": {"backprop": seeds, "FDFA": seeds[:1]}, "digits": {"FDFA": seeds}})
-    first, second = figure.axes
-    assert [axes.get_title(loc="left") or axes.get_title() for axes in (first, second)] == ["MNIST", "digits"]
-    named = {line.get_label(): line for line in first.get_lines() if not line.get_label().startswith("_")}
-    assert list(named) == ["backprop", "FDFA"]
-    assert named["backprop"].get_ydata() == pytest.approx([6.0, 3.0])  # percent, the mean; without the untrained model
-    assert list(named["backprop"].get_xdata()) == [1, 2]
-    assert len(first.get_lines()) == 3 + 2

@@ -295,11 +295,12 @@ def draw(folder: Path, record: dict[str, Any]) -> None:
     """
     import matplotlib.style
 
-    from fwdlib import plotting
+    from fwdlib.beyond import figures
+    from fwdlib.plotting import STYLE
 
-    figure = plotting.plot_epochs(record)
+    figure = figures.plot_epochs(record)
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
-        with matplotlib.style.context(plotting.STYLE):  # its hash salt and its fonts count when the file is written
+        with matplotlib.style.context(STYLE):  # its hash salt and its fonts count when the file is written
             figure.savefig(buffer, format=kind, metadata=metadata)
         write_bytes(folder / f"curves.{kind}", buffer.getvalue())

@@ -1,0 +1,105 @@
+"""Figures of the notebooks past the core six, in the same style: data in, a matplotlib Figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from fwdlib.plotting import CURVES, METHODS, STYLE, plain_ticks, plot_mean
+
+
+def plot_epochs(record: dict[str, Any]) -> Figure:
+    """Draw the losses and the test accuracy of one training of an image classifier over its epochs.
+
+    Args:
+        record: as ``python -m fwdlib train`` leaves it in ``record.json``, with at least one epoch.
+
+    Returns:
+        A figure with two panels.
+    """
+    settings, epochs = record["settings"], record["epochs"]
+    where = [row["epoch"] for row in epochs]
+    marker = "o" if len(epochs) == 1 else ""
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(8, 3.2))
+        loss, accuracy = figure.subplots(1, 2)
+        for name, color, linestyle in (("train_loss", CURVES[0], "--"), ("test_loss", CURVES[1], "-")):
+            values = [float(row[name]) for row in epochs]
+            label = "training, mean over the epoch" if name == "train_loss" else "test"
+            loss.plot(where, values, color=color, linestyle=linestyle, marker=marker, label=label)
+        loss.set(title="Loss", xlabel="epoch", ylabel="mean cross entropy [nats]", yscale="log")
+        plain_ticks(loss)
+        loss.legend()
+        accuracy.plot(where, [100 * row["test_accuracy"] for row in epochs], color=CURVES[1], marker=marker)
+        accuracy.set(
+            title=f"Test accuracy, {100 * epochs[-1]['test_accuracy']:.2f} % at the end",
+            xlabel="epoch",
+            ylabel=f"correct of {record['num_test']} [%]",
+        )
+        for axes in (loss, accuracy):
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+        figure.suptitle(
+            f"{settings['train_mode']} on {settings['dataset']}, {record['network']}, {settings['optimizer']} "
+            f"{settings['lr']:g}, one seed ({settings['seed']})",
+            fontsize=9,
+        )
+    return figure
+
+
+def plot_accuracies(curves: dict[str, dict[str, Sequence[Sequence[float]]]]) -> Figure:
+    """Draw test errors over the epochs: the mean over the seeds of each method, and each seed as a thin line.
+
+    Args:
+        curves: title of a panel -> method, as ``METHODS`` calls it -> for each seed the part of the test set that is
+            misclassified, before training and after each epoch.
+
+    Returns:
+        A figure with a panel for each title, the error in percent on a logarithmic axis.
+    """
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(3.4 * len(curves), 3.6))
+        for axes, (title, methods) in zip(np.ravel(figure.subplots(1, len(curves))), curves.items(), strict=True):
+            for name, seeds in methods.items():
+                errors = 100 * np.array(seeds)[:, 1:]
+                epochs = np.arange(1, errors.shape[1] + 1)
+                plot_mean(axes, epochs, errors, METHODS.get(name, {"color": "0.2"}), label=name, marker=".")
+            axes.set(title=title, xlabel="epoch", ylabel="test error [%]", yscale="log")
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+            plain_ticks(axes)
+            axes.legend(fontsize=6.5, ncols=2)
+    return figure
+
+
+def plot_cosines(runs: dict[str, Sequence[dict[str, float]]], titles: Sequence[str]) -> Figure:
+    """Draw over the steps of training how well directions agree.
+
+    Args:
+        runs: name -> rows, each with its ``"step"`` and a cosine under each title. Methods are drawn as ``METHODS`` has
+            it; other names thin and black beside methods, in colours of their own where none is a method.
+        titles: one for each panel.
+
+    Returns:
+        A figure with a panel for each title and one legend.
+    """
+    if any(name in METHODS for name in runs):
+        styles = {name: METHODS.get(name, {"color": "0.2", "linewidth": 0.8}) for name in runs}
+    else:
+        looks = zip(runs, CURVES, ("-", "--", "-.", ":"), strict=False)
+        styles = {name: {"color": color, "linestyle": linestyle} for name, color, linestyle in looks}
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(0.6 + 3.7 * len(titles), 3.1))
+        for axes, title in zip(np.ravel(figure.subplots(1, len(titles))), titles, strict=True):
+            for name, rows in runs.items():
+                axes.plot([row["step"] for row in rows], [row[title] for row in rows], **styles[name])
+            lowest = min(row[title] for rows in runs.values() for row in rows)
+            axes.set(title=title, xlabel="iteration (optimizer steps)", ylabel="cosine")
+            axes.set_ylim(min(-0.03, 1.05 * lowest), 1.03)
+        handles = [Line2D([], [], label=name, **styles[name]) for name in runs]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(runs))
+    return figure
