@@ -20,6 +20,8 @@ from fwdlib.objectives import BatchLoss, Objective
 from fwdlib.tangents import AnyGenerator, Params, Sampler, check_params, is_transformed, sample_tangents
 
 BLOCKS = ("joint", "parameter")
+RESCALES = ("unbiased",)
+RANK_TOLERANCE = 1e-12  # eigenvalues below it, relative to the largest, count as zero
 
 
 class GradientEstimate(NamedTuple):
@@ -85,21 +87,24 @@ def forward_gradient(
     chunk_size: int | None = None,
     generator: AnyGenerator = None,
 ) -> GradientEstimate:
-    r"""Estimate the gradient from directional derivatives alone, without a backward pass.
+    r"""Estimate the gradient from directional derivatives alone, without a backward pass: the mean over K tangents.
 
     .. math:: g(\theta) = \frac{1}{K} \sum_{k=1}^{K} (\nabla f(\theta) \cdot v_k)\, v_k
 
-    Baydin, Pearlmutter, Syme, Wood & Torr 2022, *Gradients without Backpropagation*, algorithm 1 (there K = 1, normal).
+    Baydin, Pearlmutter, Syme, Wood & Torr 2022, *Gradients without Backpropagation*, algorithm 1 (there K = 1, normal);
+    Flügel et al. 2024, *Beyond Backpropagation: Optimization with Multi-Tangent Forward Gradients* (arXiv 2410.17764),
+    the mean.
 
-    Bias: none, for tangents with independent components of zero mean and unit variance.
+    Bias: none, for tangents with :math:`\mathbb E[v v^\top] = I`, as all samplers of :mod:`fwdlib.tangents` draw them.
 
     Mean squared error, P being the number of parameters: :math:`(P + 1)/K\, |\nabla f|^2` for normal tangents,
-    :math:`(P - 1)/K\, |\nabla f|^2` for rademacher ones. With ``blocks="parameter"`` each parameter tensor is estimated
-    from directional derivatives of its own, so P and the gradient are those of the tensor: less variance, for one jvp
-    per tensor.
+    :math:`(P - 1)/K\, |\nabla f|^2` for rademacher ones, :math:`(P/K - 1)\, |\nabla f|^2` for orthonormal ones. With
+    ``blocks="parameter"`` each parameter tensor is estimated from directional derivatives of its own, so P and the
+    gradient are those of the tensor: less variance, for one jvp per tensor.
 
-    With blocks the error is :math:`\sum_l (P_l + 1)/K\, |\nabla_l f|^2` over the tensors l. The blocks of one tangent
-    are one draw, cut by tensor.
+    With blocks the error is :math:`\sum_l (P_l + 1)/K\, |\nabla_l f|^2` over the tensors l for normal tangents, with
+    :math:`P_l - 1` for rademacher ones. The blocks of one tangent are one draw, cut by tensor: those of orthonormal
+    tangents are not at right angles.
 
     Cost: one jvp per tangent, or per tangent and tensor; one jvp is one pass forward, in which no activations are kept
     and no graph is built (so an outer ``torch.func.grad`` sees a constant). All jvps go through the model together
@@ -114,7 +119,8 @@ def forward_gradient(
         objective: params -> scalar.
         params: the point, a dict of real tensors.
         num_tangents: K, how many tangents to average over.
-        tangents: ``"normal"``, ``"rademacher"`` or a sampler (see :mod:`fwdlib.tangents`).
+        tangents: ``"normal"``, ``"rademacher"``, ``"orthonormal"``, ``"rank-one"`` or a sampler (see
+            :mod:`fwdlib.tangents`).
         blocks: ``"joint"``, one tangent over all parameters together, or ``"parameter"``, one per parameter tensor.
         chunk_size: how many tangents go through the model at once; None for all. Bounds the memory, changes no number.
         generator: where the tangents come from; None for torch's global generator.
@@ -141,7 +147,7 @@ def forward_gradient(
     sampled = sample_tangents(params, num_tangents, tangents, generator)
     if blocks == "joint":
         loss, jvps = _directional_derivatives(objective, params, sampled, chunk_size)
-        grads = {name: torch.tensordot(jvps.to(v.dtype), v, dims=1) / num_tangents for name, v in sampled.items()}
+        grads = {name: total / num_tangents for name, total in _combine(jvps, sampled).items()}
         return GradientEstimate(loss, grads, jvps)
     loss, jvps = _directional_derivatives(objective, params, _one_block_at_a_time(sampled), chunk_size)
     jvps = jvps.reshape(num_tangents, len(params))
@@ -150,6 +156,109 @@ def forward_gradient(
         for i, (name, v) in enumerate(sampled.items())
     }
     return GradientEstimate(loss, grads, jvps)
+
+
+multi_tangent_gradient = forward_gradient
+"""The mean over K tangents, as Flügel et al. call it: :func:`forward_gradient` itself, with ``num_tangents`` for K."""
+
+
+@torch.no_grad()
+def projected_gradient(
+    objective: Objective,
+    params: Params,
+    *,
+    num_tangents: int = 1,
+    tangents: str | Sampler = "normal",
+    rescale: str | None = None,
+    chunk_size: int | None = None,
+    generator: AnyGenerator = None,
+) -> GradientEstimate:
+    r"""Project the gradient orthogonally onto the span of K tangents, from directional derivatives alone.
+
+    .. math:: g(\theta) = V\,(V^\top V)^{-1}\,d = P_V \nabla f(\theta), \qquad d = V^\top \nabla f(\theta)
+
+    with the tangents as the columns of V: of all vectors in their span the one closest to the gradient. Flügel,
+    Coquelin, Weiel, Debus, Streit & Götz 2024, *Beyond Backpropagation: Optimization with Multi-Tangent Forward
+    Gradients* (arXiv 2410.17764), the orthogonal projection, "FROG". For K >= P tangents in general position it is the
+    gradient itself. It is never longer than the gradient, up to rounding, and it depends on the span alone.
+
+    Bias: :math:`\mathbb E g = K/P\, \nabla f` for K <= P normal or orthonormal tangents, P being the number of
+    parameters: always too short. ``rescale="unbiased"`` multiplies by P over the rank of V, and there is none. For
+    rademacher tangents the same holds with the expected rank for K, which is less than K only where P is small. The
+    components of rank-one tangents are not exchangeable between tensors, so for them neither holds exactly.
+
+    Mean squared error: :math:`(1 - K/P)\, |\nabla f|^2`, and :math:`\mathbb E|g|^2 = K/P\, |\nabla f|^2`; rescaled
+    :math:`(P/K - 1)\, |\nabla f|^2`, that of the mean over orthonormal tangents, and less by :math:`(1 + 1/K)\, |\nabla
+    f|^2` than that of the mean over normal ones. The squared cosine with the gradient is K/P on average.
+
+    So a learning rate of :func:`forward_gradient` has to be multiplied by about P/K to suit it.
+
+    Cost: K jvps as in :func:`forward_gradient`, and :math:`O(K^2 P + K^3)` for the Gram matrix, that is O(K P) more for
+    each jvp. It is summed and decomposed in float64 whatever the parameters are, and the solution refined once, so that
+    the error is about the condition number of V times the rounding of the jvps, not its square.
+
+    Tangents that are repeated, zero or more than P are welcome: the Gram matrix of the tangents, scaled to unit length,
+    is inverted through its eigenvalues, and one below 1e-12 of the largest counts as zero. What is left is the
+    projection onto the span of the others.
+
+    Args:
+        objective: params -> scalar.
+        params: the point, a dict of real tensors.
+        num_tangents: K, how many tangents to project on.
+        tangents: ``"normal"``, ``"rademacher"``, ``"orthonormal"``, ``"rank-one"`` or a sampler (see
+            :mod:`fwdlib.tangents`).
+        rescale: None for the projection, ``"unbiased"`` for P over the rank times it.
+        chunk_size: how many tangents go through the model at once; None for all.
+        generator: where the tangents come from; None for torch's global generator.
+
+    Returns:
+        The estimate; ``jvps`` has shape (K,).
+
+    Raises:
+        ValueError: if ``num_tangents`` or ``chunk_size`` is below 1, ``tangents`` or ``rescale`` is unknown, there are
+            no parameters, or the objective is not a scalar.
+        TypeError: if a parameter is not a real floating tensor.
+
+    Example:
+        >>> objective = lambda p: (p["x"] ** 2).sum()
+        >>> params = {"x": torch.tensor([1.0, 2.0])}
+        >>> draw = torch.Generator().manual_seed(0)
+        >>> shadow = projected_gradient(objective, params, generator=draw).grads["x"]  # on a line
+        >>> whole = projected_gradient(objective, params, num_tangents=2, generator=draw).grads["x"]
+        >>> round(shadow.norm().item(), 2), [round(value, 4) for value in whole.tolist()]
+        (1.22, [2.0, 4.0])
+    """
+    if rescale is not None:
+        check_choice("rescale", rescale, RESCALES)
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
+    sampled = sample_tangents(params, num_tangents, tangents, generator)
+    loss, jvps = _directional_derivatives(objective, params, sampled, chunk_size)
+    coefficients, rank = _solve_gram(sampled, jvps)
+    if rescale == "unbiased":
+        coefficients = coefficients * (sum(p.numel() for p in params.values()) / rank.clamp(min=1))
+    return GradientEstimate(loss, _combine(coefficients, sampled), jvps)
+
+
+def _combine(coefficients: Tensor, tangents: Params) -> Params:
+    return {name: torch.tensordot(coefficients.to(v.dtype), v, dims=1) for name, v in tangents.items()}
+
+
+def _solve_gram(tangents: Params, jvps: Tensor) -> tuple[Tensor, Tensor]:
+    # The least c with V^T V c = d, and the rank of V. By eigenvalues rather than Cholesky, which is faster but neither
+    # tells the rank nor fails reliably where it is short; and without a branch, so that it can be vmapped.
+    def rows(v: Tensor) -> Tensor:
+        return v.reshape(len(jvps), -1).double()
+
+    gram, d = sum(rows(v) @ rows(v).mT for v in tangents.values()), jvps.double()
+    squares = gram.diagonal()
+    scale = torch.where(squares > 0, squares, torch.inf).rsqrt()  # a zero tangent stays zero
+    values, vectors = torch.linalg.eigh(scale.unsqueeze(1) * gram * scale)
+    kept = values > RANK_TOLERANCE * values[-1]
+    root = scale.unsqueeze(1) * vectors * torch.where(kept, values, torch.inf).rsqrt()  # root root^T inverts the matrix
+    c = root @ (root.mT @ d)
+    residual = d - sum(rows(v) @ (c @ rows(v)) for v in tangents.values())
+    return c + root @ (root.mT @ residual), kept.sum(dtype=d.dtype)
 
 
 def _one_block_at_a_time(tangents: Params) -> Params:

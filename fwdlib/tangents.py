@@ -47,6 +47,31 @@ def rademacher(params: Params, num_tangents: int = 1, generator: AnyGenerator = 
     return _draw_rows(params, num_tangents, generator, lambda row, gen: row.bernoulli_(generator=gen).mul_(2).sub_(1))
 
 
+def orthonormal(params: Params, num_tangents: int = 1, generator: AnyGenerator = None) -> Params:
+    r"""Sample tangents at right angles to each other, all of length sqrt(P), uniformly over rotations.
+
+    The Q of a QR decomposition of normal tangents, the signs set so that R has a positive diagonal (Mezzadri 2007,
+    *How to generate random matrices from the classical compact groups*). E[v v^T] = I, so the mean over K of them is
+    unbiased; it is P/K times the projection of the gradient onto their span, with E|g|^2 = P/K |grad f|^2: for K = P it
+    is the gradient.
+
+    Cost: O(K^2 P) beyond :func:`normal`. Arguments and return value are those of :func:`normal`. The k-th tangent
+    depends on K by rounding alone.
+
+    Raises:
+        ValueError: if ``num_tangents`` is above the number P of parameters: there is no more room for right angles.
+    """
+    size = sum(p.numel() for p in params.values())
+    if num_tangents > size:
+        raise ValueError(
+            f"num_tangents must be at most {size}, the number of parameters, if orthonormal, got {num_tangents}"
+        )
+    block = _draw_block(params, num_tangents, generator, lambda row, gen: row.normal_(generator=gen))
+    q, r = torch.linalg.qr(block.mT)
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
+    return _cut(params, (q * (signs * math.sqrt(size))).mT)
+
+
 def rank_one(params: Params, num_tangents: int = 1, generator: AnyGenerator = None) -> Params:
     """Sample rank-one Rademacher tangents a b^T, written out as dense tensors.
 
@@ -124,7 +149,12 @@ def _sign_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     return (2 * bits - 1).to(device, dtype)
 
 
-TANGENTS: dict[str, Sampler] = {"normal": normal, "rademacher": rademacher, "rank-one": rank_one}
+TANGENTS: dict[str, Sampler] = {
+    "normal": normal,
+    "rademacher": rademacher,
+    "orthonormal": orthonormal,
+    "rank-one": rank_one,
+}
 
 
 def sample_tangents(
@@ -135,8 +165,8 @@ def sample_tangents(
     Args:
         params: the parameters, real and floating.
         num_tangents: K, at least 1.
-        tangents: ``"normal"``, ``"rademacher"``, ``"rank-one"``, or a sampler of your own with the signature of
-            :func:`normal`.
+        tangents: ``"normal"``, ``"rademacher"``, ``"orthonormal"``, ``"rank-one"``, or a sampler of your own with the
+            signature of :func:`normal`.
         generator: where the randomness comes from; None for torch's global generator.
 
     Returns:
@@ -144,8 +174,8 @@ def sample_tangents(
         rank-one one does.
 
     Raises:
-        ValueError: if ``num_tangents`` is below 1, ``tangents`` is unknown, there are no parameters, or a sampler of
-            your own returns other names or shapes.
+        ValueError: if ``num_tangents`` is below 1, or above the number of parameters for ``"orthonormal"``,
+            ``tangents`` is unknown, there are no parameters, or a sampler of your own returns other names or shapes.
         TypeError: if a parameter is an integer or complex tensor, which has no tangent here.
 
     Example:
@@ -204,8 +234,12 @@ def is_traced() -> bool:
 
 
 def _draw_rows(params: Params, num_tangents: int, generator: AnyGenerator, fill: Callable) -> Params:
-    # One row of P numbers per tangent, cut into views: one call of the generator however many parameters there are, and
-    # tangent k the same whatever K is.
+    return _cut(params, _draw_block(params, num_tangents, generator, fill))
+
+
+def _draw_block(params: Params, num_tangents: int, generator: AnyGenerator, fill: Callable) -> Tensor:
+    # One row of P numbers per tangent: one call of the generator however many parameters there are, and tangent k the
+    # same whatever K is.
     first = next(iter(params.values()))
     dtype = functools.reduce(torch.promote_types, (p.dtype for p in params.values()), torch.float32)
     size = sum(p.numel() for p in params.values())
@@ -216,10 +250,14 @@ def _draw_rows(params: Params, num_tangents: int, generator: AnyGenerator, fill:
             fill(row, gen)
         return block
 
-    block = draw(generator, rows)
+    return draw(generator, rows)
+
+
+def _cut(params: Params, block: Tensor) -> Params:
+    # The rows of a block (K, P) as views, one for each parameter.
     pieces = block.split([p.numel() for p in params.values()], dim=1)
     return {
-        name: piece.reshape(num_tangents, *p.shape).to(p.dtype)
+        name: piece.reshape(len(block), *p.shape).to(p.dtype)
         for (name, p), piece in zip(params.items(), pieces, strict=True)
     }
 

@@ -7,19 +7,21 @@ from functools import partial
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from torch import nn
 
-from fwdlib.estimators import backprop_gradient, forward_gradient
+from fwdlib.estimators import backprop_gradient, forward_gradient, multi_tangent_gradient, projected_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
 from fwdlib.objectives import BatchLoss, params_of
-from fwdlib.tangents import Replicates
+from fwdlib.tangents import Replicates, sample_tangents
 
 ALL = {
     "backprop": backprop_gradient,
     "forward": forward_gradient,
     "forward, K = 3": partial(forward_gradient, num_tangents=3),
     "forward, blocks": partial(forward_gradient, blocks="parameter"),
+    "projected": projected_gradient,
+    "projected, K = 3": partial(projected_gradient, num_tangents=3),
 }
 
 
@@ -39,6 +41,31 @@ def small_net(dtype=torch.float64, activation=nn.Tanh):
     model = nn.Sequential(nn.Linear(3, 4), activation(), nn.Linear(4, 2)).to(dtype)
     draw = torch.Generator().manual_seed(1)
     return model, torch.randn(6, 3, generator=draw, dtype=dtype), torch.randint(0, 2, (6,), generator=draw)
+
+
+def fixed(matrix):
+    """A sampler of the rows of ``matrix``, cut by parameter."""
+
+    def sample(params, num_tangents, generator):
+        pieces = matrix[:num_tangents].split([p.numel() for p in params.values()], dim=1)
+        return {name: piece.reshape(-1, *p.shape) for (name, p), piece in zip(params.items(), pieces, strict=True)}
+
+    return sample
+
+
+def slope_of(gradient):
+    """A linear objective with this gradient."""
+    return lambda params: (params["x"] * gradient).sum()
+
+
+def project(gradient, matrix, **options):
+    """The projection of a vector onto the span of the rows of ``matrix``."""
+    options = {"num_tangents": len(matrix), "tangents": fixed(matrix), **options}
+    return projected_gradient(slope_of(gradient), {"x": torch.zeros_like(gradient)}, **options).grads["x"]
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 @pytest.fixture
@@ -122,6 +149,14 @@ def test_chunks_change_no_number(objective, params, blocks, chunk_size):
     torch.testing.assert_close(flat(chunked.grads), flat(whole.grads), rtol=1e-12, atol=1e-14)
 
 
+def test_chunks_change_no_number_of_the_projection(objective, params):
+    whole, chunked = (
+        projected_gradient(objective, params, num_tangents=5, chunk_size=c, generator=torch.Generator().manual_seed(0))
+        for c in (None, 2)
+    )
+    torch.testing.assert_close(flat(chunked.grads), flat(whole.grads), rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_same_numbers_inside_vmap(objective, params, name):
     estimator = ALL[name]
@@ -175,6 +210,82 @@ def test_shared_and_frozen_parameters():
     objective.loss(model(objective.inputs), objective.targets).backward()
     torch.testing.assert_close(9 * estimate.grads["0.weight"], model[0].weight.grad)
     assert list(estimate.grads) == ["0.weight"]
+
+
+# the projection, exact cases
+
+
+def test_the_mean_has_the_name_of_the_paper_too():
+    assert multi_tangent_gradient is forward_gradient
+
+
+@pytest.mark.parametrize("more", [0, 1, 10])
+@pytest.mark.parametrize("seed", range(10))
+def test_projection_on_as_many_tangents_as_parameters_is_the_gradient(objective, params, more, seed):
+    num = sum(p.numel() for p in params.values()) + more
+    draw = torch.Generator().manual_seed(seed)
+    estimate = projected_gradient(objective, params, num_tangents=num, generator=draw)
+    exact = flat(backprop_gradient(objective, params).grads)
+    assert (flat(estimate.grads) - exact).norm() <= 1e-10 * exact.norm()
+    assert estimate.jvps.shape == (num,)
+
+
+@pytest.mark.parametrize("num", [1, 5, 26])
+def test_projection_on_orthonormal_tangents_is_their_scaled_sum(objective, params, num):
+    options = {"num_tangents": num, "tangents": "orthonormal"}
+    projected, rescaled, mean = (
+        flat(estimator(objective, params, generator=torch.Generator().manual_seed(0), **options).grads)
+        for estimator in (projected_gradient, partial(projected_gradient, rescale="unbiased"), forward_gradient)
+    )
+    torch.testing.assert_close(projected, num / 26 * mean, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(rescaled, mean, rtol=1e-10, atol=1e-14)
+
+
+def test_projection_on_a_line_is_the_shadow(objective, params):
+    v = randn(26)
+    exact = flat(backprop_gradient(objective, params).grads)
+    estimate = projected_gradient(objective, params, tangents=fixed(v[None]))
+    torch.testing.assert_close(flat(estimate.grads), (exact @ v) / (v @ v) * v)
+
+
+def test_projection_agrees_with_least_squares():
+    gradient, matrix = randn(20), randn(7, 20, seed=1)
+    nearest = torch.linalg.lstsq(matrix.T, gradient[:, None]).solution[:, 0] @ matrix
+    torch.testing.assert_close(project(gradient, matrix), nearest, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spoil", ["repeated", "zero", "sum", "short", "more than P"])
+def test_projection_on_dependent_tangents_is_that_on_their_span(dtype, spoil):
+    gradient, matrix = randn(12, dtype=dtype), randn(3, 12, seed=1, dtype=dtype)
+    spoilt = {
+        "repeated": torch.cat([matrix, -2 * matrix]),
+        "zero": torch.cat([torch.zeros(1, 12, dtype=dtype), matrix, torch.zeros(1, 12, dtype=dtype)]),
+        "sum": torch.cat([matrix, matrix.sum(0, keepdim=True)]),
+        "short": matrix * torch.tensor([1.0, 1e-12, 1e9], dtype=dtype)[:, None],
+        "more than P": randn(40, 12, seed=2, dtype=dtype),
+    }[spoil]
+    expected = gradient if spoil == "more than P" else project(gradient, matrix)
+    tolerance = {"rtol": 0, "atol": 100 * torch.finfo(dtype).eps * gradient.norm().item()}
+    torch.testing.assert_close(project(gradient, spoilt), expected, **tolerance)
+
+
+def test_what_is_rescaled_is_divided_by_the_rank_not_by_the_number_of_tangents():
+    gradient, matrix = randn(12), randn(3, 12, seed=1)
+    twice = torch.cat([matrix, matrix])
+    torch.testing.assert_close(project(gradient, twice, rescale="unbiased"), 4 * project(gradient, matrix))
+    assert torch.equal(project(gradient, torch.zeros(2, 12), rescale="unbiased"), torch.zeros(12, dtype=torch.float64))
+
+
+def test_projection_in_single_precision_survives_tangents_that_are_nearly_alike():
+    # at an angle of 3e-4 their Gram matrix has the condition number 4e7: one in single precision has nothing left of it
+    gradient, matrix = randn(50, dtype=torch.float32), randn(2, 50, seed=1, dtype=torch.float32)
+    alike = torch.stack([matrix[0], matrix[0] + 3e-4 * matrix[1]])
+    exact = project(gradient.double(), alike.double())
+    assert (project(gradient, alike) - exact).norm() < 1e-2 * exact.norm()
+    gram = alike @ alike.T
+    naive = torch.linalg.inv(gram) @ (alike @ gradient) @ alike
+    assert (naive - exact).norm() > 0.1 * exact.norm()
 
 
 # the state of BatchNorm and Dropout
@@ -241,6 +352,68 @@ def test_mean_and_variance_agree_with_the_closed_forms(objective, params, tangen
     assert ((estimates.mean(0) - exact).abs() < 5 * standard_error).all()
 
 
+P_LARGE = 20
+
+
+def many_estimates(estimator, num_draws=4000):
+    """Estimates of a gradient of length 1 in 20 dimensions, not along an axis: (num_draws, 20), and the gradient."""
+    gradient = torch.arange(1, P_LARGE + 1, dtype=torch.float64)
+    gradient = gradient / gradient.norm()
+    params, draws = {"x": torch.zeros_like(gradient)}, Replicates([torch.Generator().manual_seed(0)] * num_draws)
+    estimate = partial(estimator, slope_of(gradient), params)
+    return torch.func.vmap(lambda index: estimate(generator=draws.at(index)).grads["x"])(draws.indices), gradient
+
+
+def assert_mean(values, expected):
+    """Five standard errors of the mean; where the values do not vary, rounding."""
+    error = values.std(0) / math.sqrt(len(values))
+    assert ((values.mean(0) - expected).abs() <= 5 * error + 1e-10).all(), (values.mean(0), expected, error)
+
+
+@pytest.mark.parametrize("num", [1, 3, 8, P_LARGE])
+@pytest.mark.parametrize(("tangents", "spread"), [("normal", 1), ("rademacher", -1), ("orthonormal", None)])
+def test_second_moments_of_the_mean_agree_with_the_closed_forms(tangents, spread, num):
+    estimates, gradient = many_estimates(partial(multi_tangent_gradient, num_tangents=num, tangents=tangents))
+    error = P_LARGE / num - 1 if spread is None else (P_LARGE + spread) / num
+    assert_mean(estimates, gradient)
+    assert_mean((estimates - gradient).square().sum(1), error)
+    assert_mean(estimates.square().sum(1), 1 + error)
+
+
+@pytest.mark.parametrize(
+    ("tangents", "num"),
+    [
+        *itertools.product(["normal", "orthonormal"], [1, 3, 8, P_LARGE]),
+        ("normal", P_LARGE + 5),
+        *itertools.product(
+            ["rademacher"], [1, 3]
+        ),  # three of them in 20 dimensions are dependent once in 200 000 times
+    ],
+)
+@pytest.mark.parametrize("rescale", [None, "unbiased"])
+def test_moments_and_cosine_of_the_projection_agree_with_the_closed_forms(tangents, num, rescale):
+    estimator = partial(projected_gradient, num_tangents=num, tangents=tangents, rescale=rescale)
+    estimates, gradient = many_estimates(estimator)
+    part = min(num / P_LARGE, 1)
+    size = 1 / part if rescale else part
+    assert_mean(estimates, gradient if rescale else part * gradient)
+    assert_mean(estimates.square().sum(1), size)
+    assert_mean((estimates - gradient).square().sum(1), size - 1 if rescale else 1 - size)
+    lengths = estimates.norm(dim=1).clamp(min=1e-30)  # an estimate of signs may be zero, at a right angle to all
+    assert_mean((estimates @ gradient / lengths).square(), part)
+
+
+@pytest.mark.parametrize(("rescale", "factor"), [(None, 0.75), ("unbiased", 1.0)])
+def test_signs_that_may_be_dependent_have_their_expected_rank_in_the_bias(rescale, factor):
+    # in two dimensions two sign vectors are so every other time: the expected rank is 1.5
+    params, gradient = {"x": torch.zeros(2, dtype=torch.float64)}, torch.tensor([3.0, 1.0], dtype=torch.float64)
+    draws = Replicates([torch.Generator().manual_seed(0)] * 4000)
+    options = {"num_tangents": 2, "tangents": "rademacher", "rescale": rescale}
+    estimate = partial(projected_gradient, slope_of(gradient), params, **options)
+    estimates = torch.func.vmap(lambda index: estimate(generator=draws.at(index)).grads["x"])(draws.indices)
+    assert_mean(estimates, factor * gradient)
+
+
 # properties
 
 
@@ -268,18 +441,58 @@ def test_jvp_is_the_slope_by_finite_differences(widths, activation, batch, seed,
     torch.testing.assert_close(estimate.jvps.sum(), slope, rtol=1e-5, atol=1e-7)
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    num_params=st.integers(1, 12),
+    num_tangents=st.integers(1, 15),
+    seed=st.integers(0, 2**31),
+    tangents=st.sampled_from(["normal", "rademacher"]),
+)
+def test_projecting_shortens_and_twice_is_once(num_params, num_tangents, seed, tangents):
+    draw = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(num_params, generator=draw, dtype=torch.float64)
+    matrix = sample_tangents({"x": gradient}, num_tangents, tangents, draw)["x"]
+    once = project(gradient, matrix)
+    tolerance = 1e-8 * gradient.norm()
+    assert once.norm() <= gradient.norm() + tolerance
+    assert (project(once, matrix) - once).norm() <= tolerance
+    assert (matrix @ (gradient - once)).abs().max() <= tolerance * matrix.norm()  # the rest is at right angles to all
+
+
+@settings(max_examples=50, deadline=None)
+@given(num_params=st.integers(1, 12), num_tangents=st.integers(1, 8), seed=st.integers(0, 2**31))
+def test_projection_depends_on_the_span_alone(num_params, num_tangents, seed):
+    draw = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(num_params, generator=draw, dtype=torch.float64)
+    matrix = torch.randn(num_tangents, num_params, generator=draw, dtype=torch.float64)
+    lengths = torch.linalg.svdvals(matrix)
+    assume(lengths[-1] > 1e-2 * lengths[0])  # what is nearly dependent counts as dependent, sooner or later
+    mixing = torch.linalg.qr(torch.randn(num_tangents, num_tangents, generator=draw, dtype=torch.float64))[0]
+    mixing = mixing * torch.logspace(-1.5, 1.5, num_tangents, dtype=torch.float64)  # invertible, and no rotation
+    difference = project(gradient, mixing @ matrix) - project(gradient, matrix)
+    assert difference.norm() <= 1e-6 * gradient.norm()
+
+
 # bad input
 
 
 def test_refuses_bad_options(objective, params):
     with pytest.raises(ValueError, match="num_tangents must be a whole number of at least 1, got 0"):
         forward_gradient(objective, params, num_tangents=0)
-    with pytest.raises(ValueError, match="tangents must be one of 'normal', 'rademacher', 'rank-one', got 'gaussian'"):
+    with pytest.raises(
+        ValueError, match="tangents must be one of 'normal', 'rademacher', 'orthonormal', 'rank-one', got"
+    ):
         forward_gradient(objective, params, tangents="gaussian")
     with pytest.raises(ValueError, match="blocks must be one of 'joint', 'parameter', got 'layer'"):
         forward_gradient(objective, params, blocks="layer")
     with pytest.raises(ValueError, match="chunk_size must be a whole number of at least 1, got 0"):
         forward_gradient(objective, params, chunk_size=0)
+    with pytest.raises(ValueError, match="rescale must be one of 'unbiased', got 'longer'"):
+        projected_gradient(objective, params, rescale="longer")
+    with pytest.raises(ValueError, match="chunk_size must be a whole number of at least 1, got 0"):
+        projected_gradient(objective, params, chunk_size=0)
+    with pytest.raises(ValueError, match="num_tangents must be at most 26, the number of parameters"):
+        projected_gradient(objective, params, num_tangents=27, tangents="orthonormal")
 
 
 @pytest.mark.parametrize("name", ALL)

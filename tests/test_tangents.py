@@ -7,6 +7,7 @@ from fwdlib.tangents import (
     TANGENTS,
     Replicates,
     normal,
+    orthonormal,
     random_signs,
     rank_one,
     rank_one_factors,
@@ -29,8 +30,9 @@ def test_shapes_are_the_parameters_with_a_leading_axis(name):
 
 @pytest.mark.parametrize("name", TANGENTS)
 def test_components_have_zero_mean_unit_variance_and_are_uncorrelated(name):
-    num = 40_000
-    v = flat(sample_tangents(PARAMS, num, name, torch.Generator().manual_seed(1))).double()
+    num, together = 40_000, P if name == "orthonormal" else 40_000  # of them no more than P at a time
+    draw = torch.Generator().manual_seed(1)
+    v = torch.cat([flat(sample_tangents(PARAMS, together, name, draw)).double() for _ in range(num // together)])
     # 5 sigma: a mean of n has standard deviation 1/sqrt(n), a second moment at most sqrt(2/n)
     assert v.mean(0).abs().max() < 5 / math.sqrt(num)
     assert (v.T @ v / num - torch.eye(P)).abs().max() < 5 * math.sqrt(2 / num)
@@ -79,7 +81,9 @@ def test_refuses_a_bad_number_of_tangents(num_tangents):
 
 
 def test_refuses_unknown_tangents():
-    with pytest.raises(ValueError, match=r"tangents must be one of 'normal', 'rademacher', 'rank-one', got 'uniform'"):
+    with pytest.raises(
+        ValueError, match=r"tangents must be one of 'normal', 'rademacher', 'orthonormal', 'rank-one', got"
+    ):
         sample_tangents(PARAMS, 1, "uniform")
 
 
@@ -92,6 +96,47 @@ def test_refuses_parameters_without_a_tangent(dtype):
 def test_refuses_no_parameters():
     with pytest.raises(ValueError, match="nothing to differentiate"):
         sample_tangents({})
+
+
+# orthonormal
+
+
+@pytest.mark.parametrize("num", [1, 5, P])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_orthonormal_tangents_are_at_right_angles_and_of_length_sqrt_p(num, dtype):
+    params = {name: p.to(dtype) for name, p in PARAMS.items()}
+    v = flat(orthonormal(params, num, torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(v @ v.T, P * torch.eye(num, dtype=dtype), rtol=0, atol=200 * torch.finfo(dtype).eps)
+
+
+def test_orthonormal_tangents_span_what_the_normal_ones_do():
+    v, w = (flat(sample(PARAMS, 3, torch.Generator().manual_seed(0))).double() for sample in (orthonormal, normal))
+    torch.testing.assert_close(w @ v.T @ v / P, w, rtol=1e-5, atol=1e-5)
+    assert ((v * w).sum(1) > 0).all()  # the first along the first, each later one on the side of its own
+
+
+def test_one_orthonormal_tangent_is_uniform_over_directions():
+    # what QR alone would give is not: its signs follow the routine. The mean of a component has deviation 1/sqrt(n), of
+    # its fourth power 3 P / (P + 2), that of a point of the sphere, and less than sqrt(96/n)
+    num = 5000
+    draws = Replicates([torch.Generator().manual_seed(0)] * num)
+    tangents = torch.func.vmap(lambda index: orthonormal(PARAMS, 1, draws.at(index)))(draws.indices)
+    v = flat({name: v[:, 0] for name, v in tangents.items()}).double()
+    assert v.mean(0).abs().max() < 5 / math.sqrt(num)
+    assert ((v**4).mean(0) - 3 * P / (P + 2)).abs().max() < 5 * math.sqrt(96 / num)
+
+
+def test_every_replicate_of_a_stack_draws_the_orthonormal_tangents_that_it_draws_alone():
+    replicates = Replicates([torch.Generator().manual_seed(seed) for seed in (5, 6)])
+    stacked = torch.func.vmap(lambda index: orthonormal(PARAMS, 3, replicates.at(index)))(replicates.indices)
+    for i, seed in enumerate((5, 6)):
+        expected = orthonormal(PARAMS, 3, torch.Generator().manual_seed(seed))
+        assert all(torch.equal(stacked[name][i], expected[name]) for name in PARAMS)
+
+
+def test_refuses_more_orthonormal_tangents_than_there_are_dimensions():
+    with pytest.raises(ValueError, match=r"num_tangents must be at most 16, the number of parameters, .* got 17"):
+        sample_tangents(PARAMS, 17, "orthonormal")
 
 
 # signs, 64 from each word
