@@ -58,7 +58,8 @@ def minimise(
 
     The replicates run as one stack, and one that stops is taken out. Each draws what it would draw alone, so its
     numbers are those of a single run, up to the order of floating-point sums. A grid of learning rates is one call,
-    with each rate repeated for each seed.
+    with each rate repeated for each seed. Where a step handles a million numbers, call
+    :func:`fwdlib.runtime.keep_freed_memory` first: it takes a sixth of the time then.
 
     Args:
         function: point (n,) -> scalar, such as those of :mod:`fwdlib.objectives`.
