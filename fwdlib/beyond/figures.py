@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fwdlib.plotting import CURVES, METHODS, STYLE, plain_ticks, plot_mean
+from fwdlib.statistics import median_interval
 
 
 def plot_epochs(record: dict[str, Any]) -> Figure:
@@ -102,4 +103,98 @@ def plot_cosines(runs: dict[str, Sequence[dict[str, float]]], titles: Sequence[s
             axes.set_ylim(min(-0.03, 1.05 * lowest), 1.03)
         handles = [Line2D([], [], label=name, **styles[name]) for name in runs]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(runs))
+    return figure
+
+
+def plot_derivatives(panels: dict[str, dict[str, Sequence[float]]], where: Sequence[float]) -> Figure:
+    """Draw derivatives beside what finite differences say of them.
+
+    Args:
+        panels: title -> name -> values at ``where``; the first of a panel are the finite differences, drawn as dots.
+        where: the points.
+
+    Returns:
+        A figure with a panel for each title.
+    """
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(0.6 + 3.7 * len(panels), 3.1))
+        for axes, (title, curves) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
+            (reference, dots), *lines = curves.items()
+            every = max(1, len(where) // 24)
+            axes.plot(where[::every], dots[::every], "o", color="0.3", markersize=4.5, label=reference)
+            for (name, values), color, linestyle in zip(lines, CURVES, ("-", "--", "-.", ":"), strict=False):
+                axes.plot(where, values, color=color, linestyle=linestyle, label=name)
+            axes.set(title=title, xlabel="x", ylabel="derivative")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(curves))
+    return figure
+
+
+def plot_validation(curves: dict[str, dict[str, Any]], num_validation: int, loss: str) -> Figure:
+    """Draw how trainings with different learning rates get on: by epochs, and by the way that they have gone.
+
+    Args:
+        curves: name -> ``"epochs"`` and the same as ``"way"``, that is, learning rate times steps; ``"loss"`` and
+            ``"errors"`` on the validation set, one row for each seed.
+        num_validation: size of that set.
+        loss: what the loss is, for the axis.
+
+    Returns:
+        A figure with three panels and one legend: the median over the seeds, and a band with the middle half.
+    """
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(9, 3.3))
+        panels = figure.subplots(1, 3)
+        quantities = (("epochs", "errors"), ("epochs", "loss"), ("way", "loss"))
+        for (name, rows), color, linestyle in zip(curves.items(), CURVES, ("-", "--", "-.", ":"), strict=False):
+            for axes, (x, y) in zip(panels, quantities, strict=True):
+                values = np.array(rows[y], dtype=float)
+                values = 100 * (1 - values / num_validation) if y == "errors" else values
+                low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
+                axes.fill_between(rows[x], low, high, color=color, alpha=0.18, linewidth=0)
+                axes.plot(rows[x], middle, color=color, linestyle=linestyle, label=name)
+        accuracy, by_epoch, by_way = panels
+        accuracy.set(title="Accuracy", xlabel="epoch", ylabel=f"correct of {num_validation} [%]")
+        by_epoch.set(title="Loss", xlabel="epoch", ylabel=loss, yscale="log")
+        by_way.set(title="The same, by way", xlabel="learning rate x steps", ylabel=loss, yscale="log")
+        for axes in panels:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        for axes in panels[1:]:
+            plain_ticks(axes)
+        figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=len(curves))
+    return figure
+
+
+def plot_arrivals(arrivals: dict[str, Sequence[float]], limit: int, goal: str) -> Figure:
+    """Draw after how many epochs each seed arrives: dots, their median and its 95 % interval, arrows for "never".
+
+    Args:
+        arrivals: name -> epochs of each seed, infinite for one that did not arrive; in the colours of
+            :func:`plot_validation`.
+        limit: how many epochs there were.
+        goal: where they are to arrive, for the title.
+
+    Returns:
+        A figure with one panel, a row for each name in their order, on a logarithmic axis.
+    """
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(7, 0.9 + 0.42 * len(arrivals)))
+        axes = figure.subplots()
+        end = 1.5 * limit
+        axes.axvline(limit, color="0.2", linewidth=0.8, linestyle=":")
+        for row, (epochs, color) in enumerate(zip(arrivals.values(), CURVES, strict=False)):
+            shift = np.linspace(-0.16, 0.16, len(epochs)) if len(epochs) > 1 else np.zeros(1)
+            shown, is_there = np.minimum(epochs, end), np.isfinite(epochs)
+            axes.scatter(shown[is_there], row + shift[is_there], s=12, color=color, alpha=0.45, linewidth=0)
+            axes.scatter(
+                shown[~is_there], row + shift[~is_there], s=20, marker=">", color=color, alpha=0.45, linewidth=0
+            )
+            low, middle, high = np.minimum(median_interval(epochs), end)
+            axes.plot([low, high], [row, row], color=color, linewidth=2.2, solid_capstyle="butt")
+            axes.plot(middle, row, "D", color=color, markersize=6.5, markeredgecolor="white", zorder=3)
+        axes.set(title=f"Epochs until {goal}", xlabel=f"epochs; > never within {limit}", xscale="log")
+        axes.set_ylim(len(arrivals) - 0.5, -0.5)
+        axes.set_yticks(range(len(arrivals)), list(arrivals))
+        axes.margins(x=0.06)
+        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     return figure
