@@ -30,6 +30,7 @@ METHODS = {
     "backprop": {"color": "#0072B2", "linestyle": "-"},
     "forward gradient": {"color": "#D55E00", "linestyle": "--"},
     "rank-one": {"color": "#009E73", "linestyle": "-."},
+    "projection": {"color": "#117733", "linestyle": (0, (4, 1, 1, 1))},
     "per-example": {"color": "#CC79A7", "linestyle": ":"},
     "activity": {"color": "#E69F00", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
     "FDFA": {"color": "#56B4E9", "linestyle": (0, (8, 1))},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib.style
@@ -197,4 +197,77 @@ def plot_arrivals(arrivals: dict[str, Sequence[float]], limit: int, goal: str) -
         axes.set_yticks(range(len(arrivals)), list(arrivals))
         axes.margins(x=0.06)
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    return figure
+
+
+def plot_closed_forms(
+    panels: dict[str, dict[str, tuple[Sequence[float], Callable[[float], float]]]], counts: Sequence[int], ylabel: str
+) -> Figure:
+    """Draw what was measured over the number of tangents, beside its closed form.
+
+    Args:
+        panels: title -> method, as ``METHODS`` calls it, with dots for it in another form (``"projection, rescaled"``)
+            -> what was measured for each count, and the same as a function of the count.
+        counts: numbers of tangents.
+        ylabel: what was measured.
+
+    Returns:
+        A figure with a panel for each title, both axes logarithmic, and one legend; dots of another form are hollow.
+    """
+    where, drawn = np.geomspace(counts[0], counts[-1], 200), {}
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(0.6 + 2.9 * len(panels), 3.4))
+        for axes, (title, methods) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
+            for name, (measured, theory) in methods.items():
+                method, _, form = name.partition(", ")
+                color = METHODS.get(method, {"color": "0.2"})["color"]
+                values = np.array([theory(k) for k in where])
+                axes.plot(where, np.where(values > 0, values, np.nan), color=color, linewidth=1, alpha=0.7)
+                shown = [value if value > 1e-12 else np.nan for value in measured]  # zero, up to rounding, has no place
+                face = {"markerfacecolor": "white"} if form else {}
+                (drawn[name],) = axes.plot(counts, shown, "o", markersize=5, color=color, **face)
+            axes.set(title=title, xlabel="tangents K", xscale="log", yscale="log")
+            axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+            plain_ticks(axes)
+        figure.axes[0].set_ylabel(ylabel)
+        handles = [*drawn.values(), Line2D([], [], color="0.4", linewidth=1)]
+        figure.legend(handles, [*drawn, "closed form"], loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def plot_values(panels: dict[str, dict[str, np.ndarray]], ylabel: str, floor: float = 0.0) -> Figure:
+    """Draw how descents go on: the median over the seeds, and a band over all of them.
+
+    Args:
+        panels: title -> method, as ``METHODS`` calls it, with its number of tangents behind a comma (``"projection,
+            K = 4"``) -> values at each step, shape (seeds, steps + 1), infinite where a descent has diverged.
+        ylabel: what the values are.
+        floor: what is below it is not drawn.
+
+    Returns:
+        A figure with a panel for each title and one legend; the values on a logarithmic axis.
+    """
+    names = list(dict.fromkeys(name for methods in panels.values() for name in methods))
+    forms = list(dict.fromkeys(name.partition(", ")[2] for name in names))
+    looks = dict(zip(forms, ("-", "--", "-.", ":"), strict=False))
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(0.6 + 2.9 * len(panels), 3.5))
+        for axes, (title, methods) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
+            top = 100 * max(values[:, 0].max() for values in methods.values())
+            for name, values in methods.items():
+                method, _, form = name.partition(", ")
+                style = {"color": METHODS.get(method, {"color": "0.2"})["color"], "linestyle": looks[form]}
+                low, middle, high = (
+                    np.where((row < top) & (row > floor), row, np.nan)
+                    for row in np.quantile(values, (0, 0.5, 1), axis=0, method="inverted_cdf")
+                )
+                axes.fill_between(np.arange(len(low)), low, high, color=style["color"], alpha=0.15, linewidth=0)
+                axes.plot(middle, label=name, **style)
+            axes.set(title=title, xlabel="iteration", yscale="log")
+        figure.axes[0].set_ylabel(ylabel)
+        handles = {}
+        for axes in figure.axes:
+            handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(5, len(handles)))
     return figure
