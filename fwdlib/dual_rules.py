@@ -4,7 +4,7 @@ A stack has shape (1 + R, ...): row 0 is the primal, the others are tangents. A 
 at once; another one to the primal, and its derivative there to the tangents.
 
 Where autograd's tape is on, for local derivatives (:mod:`fwdlib.beyond.feedback`), it is for the primal alone: tangents
-are constants to it, and the layers with weights keep them out of the product that goes onto it.
+are constants to it, and the layers with weights make a product of their own of them.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Dual:
     if not run.has_tangents(x):
         outputs = F.linear(x, weight, bias)
         return _dual(outputs, run.perturbation.linear(weight_name, bias_name, x, outputs))
-    stack = run.stack(x)
     if torch.is_grad_enabled() and weight_name is bias_name is None:
-        return Dual.of(*_TapedLinear.apply(stack, weight, bias))
+        return Dual.of(F.linear(x.primal, weight, bias), F.linear(x.tangents, weight.detach()))
+    stack = run.stack(x)
     rows = F.linear(stack.flatten(0, -2), weight).reshape(*stack.shape[:-1], -1)
     outputs, tangents = rows[0], rows[1:]
     if bias is not None:
@@ -53,30 +53,6 @@ def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Dual:
     if weight_name is not None or bias_name is not None:
         tangents.add_(run.perturbation.linear(weight_name, bias_name, stack[0], outputs))
     return Dual(rows)
-
-
-class _TapedLinear(torch.autograd.Function):
-    """One product for all rows, of which the tape sees the primal's."""
-
-    @staticmethod
-    def forward(ctx: Any, stack: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(stack, weight)
-        rows = F.linear(stack.flatten(0, -2), weight).reshape(*stack.shape[:-1], -1)
-        outputs, tangents = rows[0], rows[1:]
-        ctx.mark_non_differentiable(tangents)
-        ctx.set_materialize_grads(False)
-        return outputs if bias is None else outputs.add_(bias), tangents
-
-    @staticmethod
-    def backward(ctx: Any, error: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        stack, weight = ctx.saved_tensors
-        of_stack, of_weight, of_bias = ctx.needs_input_grad
-        rows = error.flatten(0, -2)
-        return (
-            torch.cat([(error @ weight).unsqueeze(0), torch.zeros_like(stack[1:])]) if of_stack else None,
-            rows.t() @ stack[0].flatten(0, -2) if of_weight else None,
-            rows.sum(0) if of_bias else None,
-        )
 
 
 def _convolution(function: Callable, num_axes: int) -> Callable:
@@ -102,10 +78,10 @@ def _convolution(function: Callable, num_axes: int) -> Callable:
         layer = Convolution(function, stride, _each(padding, num_axes), dilation, groups)
         weight_name, bias_name = run.name_of(weight), run.name_of(bias)
         constant = not run.has_tangents(x)
-        stack = run.stack(x)
         if torch.is_grad_enabled() and weight_name is bias_name is None:
-            tangents = layer(stack[1:].flatten(0, 1), weight.detach()).unflatten(0, (-1, stack.shape[1]))
-            return _dual(layer(stack[0], weight, bias), tangents)
+            tangents = layer(x.tangents.flatten(0, 1), weight.detach()).unflatten(0, x.tangents.shape[:2])
+            return Dual.of(layer(x.primal, weight, bias), tangents)
+        stack = run.stack(x)
         if _is_narrow(run, stack, weight, groups) and not run.perturbation.per_example:
             return _as_one_convolution(run, layer, stack, weight, bias)
         kernels = None if weight_name is None else run.perturbation.kernels(weight_name, stack[0], layer)
@@ -209,7 +185,7 @@ def batch_norm(
             # What it does to a channel has a symmetric derivative: the kernel for errors is one for tangents.
             options = primal, scale, *statistics, mean, inverse, True, eps, [True, False, False]
             rows = [torch.ops.aten.native_batch_norm_backward(row, *options)[0] for row in tangents.unbind()]
-            tangents = torch.stack(rows)
+            tangents = torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
             if run.has_tangents(weight) or run.has_tangents(bias):
                 normed = (primal - mean.reshape(channels)) * inverse.reshape(channels)
                 tangents = _with_own_tangents(run, tangents, normed, weight, bias, channels)

@@ -444,7 +444,7 @@ class _Block:
             if tangents is None:
                 return call(inputs), None
             with Pass(Perturbation({}, len(tangents), len(inputs), random_signs), {}):
-                dual = call(Dual(torch.cat([inputs.unsqueeze(0), tangents])))
+                dual = call(Dual.of(inputs, tangents))
             return dual.primal, dual.tangents.detach()
 
 
