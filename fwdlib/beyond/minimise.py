@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 from tqdm.auto import trange
 
@@ -127,6 +128,44 @@ def minimise(
         trajectories = trajectories.gather(1, last.unsqueeze(2).expand_as(trajectories))
     status = [_status(value, threshold) for value in values[:, -1].tolist()]
     return Descent(steps, values, ends, trajectories, iterations, status)
+
+
+def mean_square_limit(curvatures: Sequence[float] | Tensor, num_tangents: int = 1) -> float:
+    r"""Return the learning rate from which on descent by forward gradients is unstable in the mean square.
+
+    On the quadratic :math:`\tfrac12 \sum_i \lambda_i x_i^2`, with the mean of K normal tangents, the second moments
+    :math:`c_i = \mathbb E\, x_i^2` go on without those of other pairs,
+
+    .. math:: c_i \leftarrow \big(1 - 2\eta\lambda_i + (1 + \tfrac1K)\,\eta^2\lambda_i^2\big)\, c_i
+        + \tfrac1K\, \eta^2 \sum_j \lambda_j^2 c_j,
+
+    and shrink to zero as long as :math:`\sum_i \eta\lambda_i / (2K - (K + 1)\,\eta\lambda_i) < 1`. That is the
+    condition of least mean squares filters (Feuer & Weinstein 1985, there K = 1). With n equal curvatures
+    :math:`\eta < 2K/((n + K + 1)\,\lambda)`; for backprop, or K to infinity, :math:`\eta < 2/\lambda_{\max}`. A single
+    run may do well above it for long: the mean then belongs to a few that do not.
+
+    Args:
+        curvatures: lambda, the eigenvalues of the Hessian, all above 0.
+        num_tangents: K.
+
+    Raises:
+        ValueError: if there are no curvatures, one is not above 0, or K is below 1.
+
+    Example:
+        >>> round(mean_square_limit([2.0, 2.0]), 6)
+        0.25
+    """
+    curvatures = torch.as_tensor(curvatures, dtype=torch.float64).tolist()
+    check_count("the number of curvatures", len(curvatures))
+    for curvature in curvatures:
+        check_positive("a curvature", curvature)
+    k, largest = check_count("num_tangents", num_tangents), max(curvatures)
+
+    def excess(a: float) -> float:  # of the sum over 1, at the rate a / largest
+        parts = [a * curvature / largest for curvature in curvatures]
+        return sum(part / (2 * k - (k + 1) * part) for part in parts) - 1
+
+    return brentq(excess, 0, (1 - 1e-12) * 2 * k / (k + 1)) / largest  # at the end a term is infinite
 
 
 def _for_each(name: str, given: Tensor, dims: int, num: int) -> Tensor:
