@@ -107,15 +107,13 @@ def linear_minimiser(direction: Tensor, ball: str, radius: float) -> Tensor:
     if not _is_vector_ball(direction, ball):
         return -radius * _top_singular_pair(direction)
     if ball == "l1":
-        size = direction.abs()
-        vertices = direction.sign() * (size == size.amax(-1, keepdim=True))
-        unit = vertices / vertices.abs().sum(-1, keepdim=True).clamp(min=1)
-    elif ball == "l2":
-        length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
-        unit = direction / length.where(length != 0, 1.0)
-    else:
-        unit = direction.sign()
-    return 0 * direction - radius * unit  # sign(nan) is 0, but 0 * nan is nan
+        largest = direction.abs() == ball_norm(direction, "linf").unsqueeze(-1)  # nowhere, where one is nan
+        share = -radius / largest.sum(-1, keepdim=True).to(direction.dtype)
+        return direction.sign().mul_(largest).mul_(share)
+    if ball == "l2":
+        length = ball_norm(direction, "l2").unsqueeze(-1)
+        return direction * (-radius / length.where(length != 0, 1.0))
+    return direction.sign().mul_(-radius).add_(direction, alpha=0.0)  # the sign of nan is 0, 0 * nan is nan
 
 
 def _top_singular_pair(matrix: Tensor) -> Tensor:
