@@ -155,7 +155,9 @@ def plot_validation(curves: dict[str, dict[str, Any]], num_validation: int, loss
         accuracy, by_epoch, by_way = panels
         accuracy.set(title="Accuracy", xlabel="epoch", ylabel=f"correct of {num_validation} [%]")
         by_epoch.set(title="Loss", xlabel="epoch", ylabel=loss, yscale="log")
-        by_way.set(title="The same, by way", xlabel="learning rate x steps", ylabel=loss, yscale="log")
+        by_way.set(
+            title="The same by way", xlabel="learning rate \N{MULTIPLICATION SIGN} steps", ylabel=loss, yscale="log"
+        )
         for axes in panels:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
@@ -183,20 +185,23 @@ def plot_arrivals(arrivals: dict[str, Sequence[float]], limit: int, goal: str) -
         end = 1.5 * limit
         axes.axvline(limit, color="0.2", linewidth=0.8, linestyle=":")
         for row, (epochs, color) in enumerate(zip(arrivals.values(), CURVES, strict=False)):
-            shift = np.linspace(-0.16, 0.16, len(epochs)) if len(epochs) > 1 else np.zeros(1)
-            shown, is_there = np.minimum(epochs, end), np.isfinite(epochs)
-            axes.scatter(shown[is_there], row + shift[is_there], s=12, color=color, alpha=0.45, linewidth=0)
-            axes.scatter(
-                shown[~is_there], row + shift[~is_there], s=20, marker=">", color=color, alpha=0.45, linewidth=0
-            )
-            low, middle, high = np.minimum(median_interval(epochs), end)
-            axes.plot([low, high], [row, row], color=color, linewidth=2.2, solid_capstyle="butt")
-            axes.plot(middle, row, "D", color=color, markersize=6.5, markeredgecolor="white", zorder=3)
-        axes.set(title=f"Epochs until {goal}", xlabel=f"epochs; > never within {limit}", xscale="log")
+            place = row + (np.linspace(-0.2, 0.2, len(epochs)) if len(epochs) > 1 else np.zeros(1))
+            arrived = np.isfinite(epochs)
+            axes.scatter(np.array(epochs)[arrived], place[arrived], s=14, color=color, alpha=0.55, linewidth=0)
+            if never := np.count_nonzero(~arrived):
+                axes.scatter(end, row, marker=">", s=30, color=color)
+                axes.annotate(f"{never} never", (end, row), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+            low, middle, high = median_interval(epochs)
+            axes.plot([low, min(high, end)], [row, row], color=color, linewidth=2.2, solid_capstyle="butt")
+            if np.isfinite(middle):
+                axes.plot(middle, row, "D", color=color, markersize=6.5, markeredgecolor="white", zorder=3)
+        axes.set(title=f"Epochs until {goal}", xlabel=f"epochs, of {limit}", xscale="log")
         axes.set_ylim(len(arrivals) - 0.5, -0.5)
         axes.set_yticks(range(len(arrivals)), list(arrivals))
         axes.margins(x=0.06)
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     return figure
 
 
@@ -270,4 +275,138 @@ def plot_values(panels: dict[str, dict[str, np.ndarray]], ylabel: str, floor: fl
         for axes in figure.axes:
             handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(5, len(handles)))
+    return figure
+
+
+# Frank-Wolfe from the exact gradient, from forward gradients as they come, and from their average.
+FORMS = {
+    "exact gradient": {"color": "0.3", "linestyle": ":"},
+    "plain": {"color": CURVES[3], "linestyle": "--"},
+    "averaged": {"color": CURVES[0], "linestyle": "-"},
+}
+
+
+def plot_decay(panels: dict[str, dict[str, np.ndarray]], steps: Sequence[int], quantity: str) -> Figure:
+    """Draw how something falls over the iterations: the median over the seeds, with a band from the least to the most.
+
+    Args:
+        panels: title -> ``"exact gradient"``, ``"plain"`` or ``"averaged"`` -> values, shape (seeds, steps).
+        steps: where the values are.
+        quantity: what it is, for the axis.
+
+    Returns:
+        A figure with a panel for each title, all axes logarithmic; what has fallen below 1e-9 is not drawn.
+    """
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(0.9 + 2.9 * len(panels), 3.3))
+        for axes, (title, curves) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
+            for name, seeds in curves.items():
+                values = np.where(np.asarray(seeds) > 1e-9, seeds, np.nan)
+                if np.isnan(values).all():
+                    continue  # the exact gradient can be at the optimum after one step
+                low, middle, high = np.quantile(values, (0, 0.5, 1), axis=0)
+                axes.fill_between(steps, low, high, color=FORMS[name]["color"], alpha=0.18, linewidth=0)
+                axes.plot(steps, middle, **FORMS[name])
+            axes.set(title=title, xlabel="iteration", xscale="log", yscale="log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(numticks=8))
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
+        figure.axes[0].set_ylabel(quantity)
+        drawn = dict.fromkeys(name for curves in panels.values() for name in curves)
+        handles = [Line2D([], [], label=name, **FORMS[name]) for name in drawn]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(drawn))
+    return figure
+
+
+def plot_paths(paths: dict[str, np.ndarray], goal: Sequence[float], optimum: Sequence[float]) -> Figure:
+    """Draw the way of Frank-Wolfe through the l1 ball of radius 1 in two dimensions.
+
+    Args:
+        paths: title of a panel, beginning with ``"exact gradient"``, ``"plain"`` or ``"averaged"`` -> points, shape
+            (steps, 2).
+        goal: a point outside of the ball.
+        optimum: the nearest point of the ball.
+
+    Returns:
+        A figure with a panel for each path.
+    """
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(2.9 * len(paths), 3.1))
+        for axes, (title, points) in zip(np.ravel(figure.subplots(1, len(paths))), paths.items(), strict=True):
+            color = FORMS[next(name for name in FORMS if title.startswith(name))]["color"]
+            axes.fill([1, 0, -1, 0], [0, 1, 0, -1], facecolor="0.94", edgecolor="0.6", linewidth=0.8)
+            axes.plot(*np.asarray(points).T, color=color, linewidth=0.9, marker=".", markersize=3)
+            axes.plot(*goal, "k+", markersize=9, label="goal")
+            axes.plot(*optimum, "o", color="k", markerfacecolor="none", markersize=8, label="optimum")
+            axes.set(title=title, aspect="equal", xlim=(-1.1, 1.35), ylim=(-1.1, 1.35))
+            axes.set(xlabel="first parameter", ylabel="second parameter")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def plot_reach(distances: Sequence[float], ends: dict[str, np.ndarray], reach: float) -> Figure:
+    """Draw how far from the centre of the l2 ball of radius 1 Frank-Wolfe ends, over how far away the goal is.
+
+    Args:
+        distances: of the goal.
+        ends: ``"plain"`` and ``"averaged"`` -> the distances of the ends, shape (seeds, goals).
+        reach: where plain Frank-Wolfe is expected to come to an end.
+
+    Returns:
+        A figure with one panel: the median over the seeds, with a line from the least to the most.
+    """
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(5.4, 3.1))
+        axes = figure.subplots()
+        x = np.asarray(distances)
+        fine = np.geomspace(x.min(), x.max(), 200)
+        axes.plot(fine, np.minimum(fine, 1), color="0.4", linestyle=":", linewidth=1, label="the optimum")
+        axes.plot(fine, np.minimum(fine, reach), color="0.4", linewidth=1, label="theory for plain")
+        for (name, seeds), marker in zip(ends.items(), ("D", "o"), strict=False):
+            low, middle, high = np.quantile(seeds, (0, 0.5, 1), axis=0)
+            spread = np.stack([middle - low, high - middle])
+            axes.errorbar(x, middle, spread, fmt=marker, color=FORMS[name]["color"], markersize=4.5, label=name)
+        axes.set(xlabel="distance of the goal from the centre, in radii", ylabel="distance of the end", xscale="log")
+        axes.set(yscale="log", title="How far it gets")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axis.set_minor_formatter(ticker.NullFormatter())
+        figure.legend(loc="outside right center")
+    return figure
+
+
+def plot_sparsity(
+    curves: dict[str, dict[float, Sequence[tuple[float, float]]]], quantity: str, num_test: int
+) -> Figure:
+    """Draw accuracy against sparsity along a sweep of radii: a line through the means, and a dot for each seed.
+
+    Args:
+        curves: method, as ``METHODS`` calls it -> radius, None for no constraint -> for each seed the share of the
+            parameters that counts and the test accuracy.
+        quantity: what counts, for the axis.
+        num_test: size of the test set.
+
+    Returns:
+        A figure with one panel, the radii written at the first method's means; stars where there is no constraint.
+    """
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(7, 3.5))
+        axes = figure.subplots()
+        for name, radii in curves.items():
+            style = METHODS[name]
+            means = {radius: 100 * np.mean(seeds, axis=0) for radius, seeds in radii.items()}
+            for radius, seeds in radii.items():
+                axes.scatter(*(100 * np.array(seeds).T), s=9, color=style["color"], alpha=0.4, linewidth=0)
+                if radius is None:
+                    axes.plot(*means[radius], "*", color=style["color"], markersize=11, markeredgecolor="white")
+                elif name == next(iter(curves)):
+                    place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+                    axes.annotate(f"{radius:g}", means[radius], **place)
+            line = np.array([mean for radius, mean in means.items() if radius is not None])
+            axes.plot(*line.T, marker="o", markersize=5, label=name, **style)
+        axes.plot([], [], "*", color="0.3", markersize=11, markeredgecolor="white", label="no constraint")
+        axes.set(xlabel=f"{quantity} [%]", ylabel=f"correct of {num_test} [%]", xscale="log")
+        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.margins(y=0.1)
+        figure.legend(loc="outside right center")
     return figure

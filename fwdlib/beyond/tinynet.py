@@ -52,13 +52,14 @@ REDUCTIONS = ("mean", "sum")
 class Module:
     """A function with two passes, and with parameters if it has any: layers, activations, losses.
 
-    ``params`` has its parameters by name, ``grads`` under the same names what ``backward`` has added up.
+    ``params`` has its parameters by name, ``grads`` under the same names what ``backward`` has added up, and ``kept``
+    what the last forward pass left for the way back.
     """
 
     def __init__(self) -> None:
         self.params: dict[str, Tensor] = {}
         self.grads: dict[str, Tensor] = {}
-        self._kept: Any = None  # by the last pass forward, for the way back
+        self.kept: Any = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Return ``forward(*inputs)``."""
@@ -93,9 +94,9 @@ class Module:
             p.copy_(state[name].detach())
 
     def _recall(self) -> Any:
-        if self._kept is None:
+        if self.kept is None:
             raise RuntimeError(f"{type(self).__name__}.backward() needs a forward pass before it")
-        return self._kept
+        return self.kept
 
 
 class Linear(Module):
@@ -115,6 +116,7 @@ class Linear(Module):
         out_features: what it is turned into.
         generator: where the initial parameters come from; None for torch's global generator.
         dtype: of the parameters.
+        device: of the parameters, and of the generator.
 
     Raises:
         ValueError: if a number of features is below 1.
@@ -139,14 +141,15 @@ class Linear(Module):
         *,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         check_count("in_features", in_features)
         check_count("out_features", out_features)
         bound = 1 / math.sqrt(in_features)
         for name, shape in (("weight", (out_features, in_features)), ("bias", (out_features,))):
-            self.params[name] = torch.empty(shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
-            self.grads[name] = torch.zeros(shape, dtype=dtype)
+            p = torch.empty(shape, dtype=dtype, device=device).uniform_(-bound, bound, generator=generator)
+            self.params[name], self.grads[name] = p, torch.zeros_like(p)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return ``inputs`` times the weights plus the bias, shape (B, ``out_features``).
@@ -159,7 +162,7 @@ class Linear(Module):
             raise ValueError(f"inputs must have the shape (batch, {weight.shape[1]}), got {tuple(inputs.shape)}")
         if inputs.requires_grad:
             raise ValueError("inputs require a gradient, and there is no autograd here: pass inputs.detach()")
-        self._kept = inputs
+        self.kept = inputs
         return torch.addmm(bias, inputs, weight.t())  # bias + inputs @ weight.t(), in one call
 
     def backward(self, grad: Tensor) -> Tensor:
@@ -198,8 +201,8 @@ class ReLU(_Activation):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the inputs where they are above 0, else 0."""
-        self._kept = inputs.relu()
-        return self._kept
+        self.kept = inputs.relu()
+        return self.kept
 
     def backward(self, grad: Tensor) -> Tensor:
         """Return ``grad`` where the unit was active, else 0."""
@@ -211,8 +214,8 @@ class Tanh(_Activation):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the hyperbolic tangent of the inputs."""
-        self._kept = inputs.tanh()
-        return self._kept
+        self.kept = inputs.tanh()
+        return self.kept
 
     def backward(self, grad: Tensor) -> Tensor:
         """Return ``grad`` times the derivative."""
@@ -225,8 +228,8 @@ class Sigmoid(_Activation):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logistic function of the inputs."""
-        self._kept = inputs.sigmoid()
-        return self._kept
+        self.kept = inputs.sigmoid()
+        return self.kept
 
     def backward(self, grad: Tensor) -> Tensor:
         """Return ``grad`` times the derivative."""
@@ -323,8 +326,8 @@ class MSELoss(_Loss):
             ValueError: if the shapes differ.
         """
         check_shape("targets", targets, outputs.shape)
-        self._kept = outputs - targets
-        total = self._kept.square().sum()
+        self.kept = outputs - targets
+        total = self.kept.square().sum()
         return total if self.reduction == "sum" else total / outputs.numel()
 
     def backward(self) -> Tensor:
@@ -369,7 +372,7 @@ class CrossEntropyLoss(_Loss):
             raise ValueError(f"outputs must have the shape (batch, classes), got {tuple(outputs.shape)}")
         check_shape("targets", targets, outputs.shape[:1])
         log_probabilities = outputs.log_softmax(1)
-        self._kept = log_probabilities, targets
+        self.kept = log_probabilities, targets
         total = -log_probabilities.gather(1, targets.unsqueeze(1)).sum()
         return total if self.reduction == "sum" else total / len(outputs)
 
