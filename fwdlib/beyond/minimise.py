@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 from tqdm.auto import trange
 
@@ -39,6 +38,20 @@ class Descent(NamedTuple):
     """At which iteration each stopped, shape (R,)."""
     status: list[str]
     """Of each: ``"reached"`` (the threshold), ``"completed"`` or ``"diverged"`` (the value was no longer finite)."""
+
+    def thinned(self, num_records: int = 100) -> dict[str, list]:
+        """Return some of the records, evenly spaced on a logarithmic axis, for a file and a figure.
+
+        Args:
+            num_records: at most.
+
+        Returns:
+            ``steps``, ``values`` and, where there are trajectories, ``paths``: lists, of the shapes above.
+        """
+        last = len(self.steps) - 1
+        kept = torch.logspace(0, math.log10(last + 1), num_records, dtype=torch.float64).round().long().unique() - 1
+        found = {"steps": self.steps[kept].tolist(), "values": self.values[:, kept].tolist()}
+        return found | ({} if self.trajectories is None else {"paths": self.trajectories[:, kept].tolist()})
 
 
 @torch.no_grad()
@@ -130,42 +143,20 @@ def minimise(
     return Descent(steps, values, ends, trajectories, iterations, status)
 
 
-def mean_square_limit(curvatures: Sequence[float] | Tensor, num_tangents: int = 1) -> float:
-    r"""Return the learning rate from which on descent by forward gradients is unstable in the mean square.
-
-    On the quadratic :math:`\tfrac12 \sum_i \lambda_i x_i^2`, with the mean of K normal tangents, the second moments
-    :math:`c_i = \mathbb E\, x_i^2` go on without those of other pairs,
-
-    .. math:: c_i \leftarrow \big(1 - 2\eta\lambda_i + (1 + \tfrac1K)\,\eta^2\lambda_i^2\big)\, c_i
-        + \tfrac1K\, \eta^2 \sum_j \lambda_j^2 c_j,
-
-    and shrink to zero as long as :math:`\sum_i \eta\lambda_i / (2K - (K + 1)\,\eta\lambda_i) < 1`. That is the
-    condition of least mean squares filters (Feuer & Weinstein 1985, there K = 1). With n equal curvatures
-    :math:`\eta < 2K/((n + K + 1)\,\lambda)`; for backprop, or K to infinity, :math:`\eta < 2/\lambda_{\max}`. A single
-    run may do well above it for long: the mean then belongs to a few that do not.
+def step_of(function: Callable[[Tensor], Tensor], start: Tensor, estimator: Estimator) -> Callable[[], None]:
+    """Return what makes one step of a single replicate, estimate and update, to be timed. It moves by next to nothing.
 
     Args:
-        curvatures: lambda, the eigenvalues of the Hessian, all above 0.
-        num_tangents: K.
-
-    Raises:
-        ValueError: if there are no curvatures, one is not above 0, or K is below 1.
-
-    Example:
-        >>> round(mean_square_limit([2.0, 2.0]), 6)
-        0.25
+        function: point (n,) -> scalar.
+        start: shape (n,).
+        estimator: ``(objective, params) -> GradientEstimate``; it draws from torch's global generator.
     """
-    curvatures = torch.as_tensor(curvatures, dtype=torch.float64).tolist()
-    check_count("the number of curvatures", len(curvatures))
-    for curvature in curvatures:
-        check_positive("a curvature", curvature)
-    k, largest = check_count("num_tangents", num_tangents), max(curvatures)
+    objective, params = as_objective(function), {"x": start}
 
-    def excess(a: float) -> float:  # of the sum over 1, at the rate a / largest
-        parts = [a * curvature / largest for curvature in curvatures]
-        return sum(part / (2 * k - (k + 1) * part) for part in parts) - 1
+    def step() -> None:
+        params["x"] = params["x"] - 1e-12 * estimator(objective, params).grads["x"]
 
-    return brentq(excess, 0, (1 - 1e-12) * 2 * k / (k + 1)) / largest  # at the end a term is infinite
+    return step
 
 
 def _for_each(name: str, given: Tensor, dims: int, num: int) -> Tensor:

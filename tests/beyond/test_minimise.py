@@ -1,5 +1,6 @@
 """Descents against loops written out here, stacks against single runs, and how replicates end."""
 
+import itertools
 import math
 from functools import partial
 
@@ -9,10 +10,9 @@ import torch
 from hypothesis import given, settings
 
 from fwdlib import runtime
-from fwdlib.beyond.minimise import mean_square_limit, minimise
+from fwdlib.beyond.minimise import minimise, step_of
 from fwdlib.estimators import backprop_gradient, forward_gradient
 from fwdlib.objectives import as_objective, beale, rosenbrock, sphere, styblinski_tang
-from fwdlib.tangents import Replicates
 
 minimise = partial(minimise, progress=None)
 START = torch.tensor([0.0, 0.5], dtype=torch.float64)
@@ -174,79 +174,37 @@ def test_refuses_whole_numbers():
         minimise(sphere, torch.tensor([1, 2]), backprop_gradient, learning_rate=0.1, num_iterations=1)
 
 
-# the limit of stability
+# what is made of it
 
 
-@pytest.mark.parametrize("num_tangents", [1, 3, 16])
-@pytest.mark.parametrize("n", [1, 2, 50])
-def test_limit_of_equal_curvatures_is_the_closed_form(n, num_tangents):
-    found = mean_square_limit([3.0] * n, num_tangents)
-    assert found == pytest.approx(2 * num_tangents / ((n + num_tangents + 1) * 3.0))
+def test_thinned_records_are_dense_at_the_start_and_keep_both_ends():
+    found = minimise(
+        beale, START, forward_gradient, learning_rate=0.01, num_iterations=200, seeds=[0, 1], keep_trajectories=True
+    )
+    thinned = found.thinned(20)
+    steps = thinned["steps"]
+    assert (steps[:4], steps[-1]) == ([0, 1, 2, 3], 200)
+    assert len(steps) <= 20
+    assert all(a < b for a, b in itertools.pairwise(steps))
+    assert max(b / a for a, b in itertools.pairwise(steps[3:])) < 1.6
+    assert thinned["values"] == found.values[:, steps].tolist()
+    assert thinned["paths"] == found.trajectories[:, steps].tolist()
 
 
-def test_limit_approaches_that_of_backprop():
-    assert mean_square_limit([5.0, 1.0], 10**6) == pytest.approx(2 / 5.0, rel=1e-4)
+def test_thinned_records_of_rare_ones_are_those_that_there_are():
+    found = minimise(beale, START, backprop_gradient, learning_rate=0.01, num_iterations=50, every=20)
+    assert found.thinned() == {"steps": [0, 20, 40, 50], "values": found.values.tolist()}
 
 
-def test_directions_without_curvature_do_not_count():
-    assert mean_square_limit([7.0, 1e-9, 1e-9]) == pytest.approx(2 / (3 * 7.0), rel=1e-6)
+def test_a_step_to_be_timed_calls_the_estimator_and_stays_where_it_is():
+    seen = []
 
+    def spy(objective, params):
+        seen.append(params["x"])
+        return backprop_gradient(objective, params)
 
-def second_moments(curvatures, rate, num_tangents):
-    """Return the matrix that takes the second moments of one step to those of the next, as the docstring has it."""
-    h, k = torch.tensor(curvatures, dtype=torch.float64), num_tangents
-    return torch.diag(1 - 2 * rate * h + (1 + 1 / k) * rate**2 * h**2) + rate**2 / k * h.square().expand(len(h), -1)
-
-
-@given(curvatures=st.lists(st.floats(0.01, 100.0), min_size=1, max_size=6), num_tangents=st.integers(1, 20))
-@settings(max_examples=50, deadline=None)
-def test_at_the_limit_the_second_moments_neither_grow_nor_shrink(curvatures, num_tangents):
-    limit = mean_square_limit(curvatures, num_tangents)
-    radius = torch.linalg.eigvals(second_moments(curvatures, limit, num_tangents)).abs().max()
-    assert radius.item() == pytest.approx(1, abs=1e-8)
-    for factor in (0.5, 0.99):
-        assert torch.linalg.eigvals(second_moments(curvatures, factor * limit, num_tangents)).abs().max() < 1
-    assert torch.linalg.eigvals(second_moments(curvatures, 1.01 * limit, num_tangents)).abs().max() > 1
-
-
-@pytest.mark.parametrize("num_tangents", [1, 4])
-def test_second_moments_of_a_step_are_those_of_the_docstring(num_tangents):
-    curvatures, rate, num = torch.tensor([4.0, 1.0, 0.3], dtype=torch.float64), 0.2, 20_000
-    point = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-    replicates = Replicates([runtime.generator(seed) for seed in range(num)])
-    params = {"x": point.expand(num, 3)}
-
-    def quadratic(params):
-        return (curvatures * params["x"] ** 2).sum() / 2
-
-    def step(params, index):
-        draw = replicates.at(index)
-        return point - rate * forward_gradient(quadratic, params, num_tangents=num_tangents, generator=draw).grads["x"]
-
-    squares = torch.func.vmap(step)(params, replicates.indices).square()
-    expected = second_moments(curvatures.tolist(), rate, num_tangents) @ point.square()
-    assert ((squares.mean(0) - expected).abs() < 5 * squares.std(0) / math.sqrt(num)).all()
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.2, 0.3])
-def test_on_the_sphere_the_value_grows_by_the_closed_form(rate):
-    start, num = torch.ones(2, dtype=torch.float64), 4000
-    found = minimise(sphere, start, forward_gradient, learning_rate=rate, num_iterations=1, seeds=range(num))
-    growth = found.values[:, 1] / found.values[:, 0]
-    expected = 1 - 4 * rate + 16 * rate**2  # 1 - 2 a + (n + 2) a^2 with a = 2 rate, n = 2
-    assert abs(growth.mean() - expected) < 5 * growth.std() / math.sqrt(num)
-    assert (expected < 1) == (rate < mean_square_limit([2.0, 2.0]))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([],), "the number of curvatures must be a whole number of at least 1, got 0"),
-        (([1.0, -2.0],), "a curvature must be a finite number above 0, got -2.0"),
-        (([1.0], 0), "num_tangents must be a whole number of at least 1, got 0"),
-    ],
-    ids=["none", "negative", "no tangents"],
-)
-def test_limit_says_what_is_wrong(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        mean_square_limit(*arguments)
+    step = step_of(beale, START, spy)
+    step()
+    step()
+    torch.testing.assert_close(seen[1], START, rtol=0, atol=1e-9)
+    assert not torch.equal(seen[1], START)
