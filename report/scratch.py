@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -388,21 +389,29 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
     if not trainings:
         return None
     rows = {key: _row(runs) for key, runs in trainings.items()}
-    cells = {name: {"cell": cell, **rows["tinynet", name]} for name, cell in CELLS.items() if ("tinynet", name) in rows}
-    agreements = [run["difference"] for run in found["runs"] if run["key"][0] == "agreement"]
+    settings, factors, times = found["settings"], _factors(trainings), _times(found)
+    ratio = next((run["ratios"] for run in found["runs"] if run["key"][0] == "ratio"), None)
     return {
-        "settings": found["settings"],
+        "settings": settings,
         "environment": found["environment"],
-        "num_steps": found["settings"]["num_epochs"]
-        * found["settings"]["num_points"]
-        // found["settings"]["batch_size"],
+        "num_steps": _num_steps(settings),
+        "num_seeds": max(row["num_seeds"] for row in rows.values()),
+        "cells": {
+            name: {"cell": cell, **rows["tinynet", name]} for name, cell in CELLS.items() if ("tinynet", name) in rows
+        },
+        "factors": factors,
+        "goal": f"{100 * settings['goal']:g} %",
+        "verdict": _verdict(factors),
+        "xavier_helps": factors["xavier_divided"] is not None and factors["xavier_divided"].high < 1,
         "accuracies": [_accuracies(framework, rows) for framework in THEIRS],
-        "cells": cells,
-        "factors": _factors(trainings),
         "twins": _twins(trainings),
-        "agreement": {"largest": max(agreements), "number": len(agreements)} if agreements else None,
-        "ratio": next((run["ratios"] for run in found["runs"] if run["key"][0] == "ratio"), None),
-        "times": _times(found.get("steps", {}), found["settings"]),
+        "agreement": _agreement(found),
+        "ratio": ratio,
+        "ratio_is_batch_size": ratio is not None and all(abs(r / settings["batch_size"] - 1) < 1e-5 for r in ratio),
+        "times": times,
+        "faster": all(ratio.high < 1 for row in times for ratio in row["ratios"].values()),
+        "published_seconds": {name: published["seconds"][0] for name, published in PUBLISHED.items()},
+        "published_ratio": PUBLISHED["tinynet"]["seconds"][0] / PUBLISHED["PyTorch"]["seconds"][0],
     }
 
 
@@ -431,12 +440,16 @@ def _row(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
 def _accuracies(framework: str, rows: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
     # What was published for one of their frameworks, and what both of ours do with its settings.
     mean, deviation = PUBLISHED[framework]["accuracy"]
+    published = normal_interval(100 * mean, 100 * deviation, NUM_PUBLISHED)
+    ours = {name: rows[name, THEIRS[framework]] for name in THEIRS if (name, THEIRS[framework]) in rows}
+    meets = [row["accuracy"].low <= published.high and published.low <= row["accuracy"].high for row in ours.values()]
     return {
         "framework": framework,
         "settings": THEIRS[framework],
-        "published": normal_interval(100 * mean, 100 * deviation, NUM_PUBLISHED),
+        "published": published,
         "num_published": NUM_PUBLISHED,
-        "ours": {name: rows[name, THEIRS[framework]] for name in THEIRS if (name, THEIRS[framework]) in rows},
+        "ours": ours,
+        "agrees": all(meets),
     }
 
 
@@ -448,31 +461,40 @@ def normal_interval(mean: float, deviation: float, number: int) -> Interval:
         deviation: of the runs.
         number: of runs.
     """
-    low, _, high = t_interval(_sample(number))  # of runs with mean 0 and deviation 1
-    return Interval(mean + deviation * low, mean, mean + deviation * high)
+    half = stats.t.ppf(0.975, number - 1) * deviation / math.sqrt(number)
+    return Interval(mean - half, mean, mean + half)
 
 
-def _sample(number: int) -> np.ndarray:
-    values = np.arange(number) - (number - 1) / 2
-    return values / values.std(ddof=1)
-
-
-def _factors(trainings: dict[tuple[str, str], dict[int, dict[str, Any]]]) -> dict[str, Interval]:
+def _factors(trainings: dict[tuple[str, str], dict[int, dict[str, Any]]]) -> dict[str, Interval | None]:
     # By how much one difference alone prolongs the way to the goal, seed by seed.
     def factor(after: str, before: str) -> Interval | None:
-        pair = [trainings.get(("tinynet", name), {}) for name in (after, before)]
-        seeds = pair[0].keys() & pair[1].keys()
-        taken = [[runs[seed]["arrival"] for runs in pair] for seed in sorted(seeds)]
-        comparable = [a / b if math.isfinite(b) else 0.0 for a, b in taken if math.isfinite(min(a, b))]
-        return median_interval(comparable) if comparable else None
+        first, second = (trainings.get(("tinynet", name), {}) for name in (after, before))
+        taken = [(first[seed]["arrival"], second[seed]["arrival"]) for seed in sorted(first.keys() & second.keys())]
+        ratios = [a / b for a, b in taken if math.isfinite(min(a, b))]  # finite / inf is 0: only one of them arrived
+        return median_interval(ratios) if ratios else None
 
     return {
         "division": factor("divided", "as PyTorch"),
-        "division, Xavier": factor("divided, Xavier", "Xavier"),
-        "Xavier": factor("Xavier", "as PyTorch"),
-        "Xavier, divided": factor("divided, Xavier", "divided"),
-        "both": factor("divided, Xavier", "as PyTorch"),
+        "division_xavier": factor("divided, Xavier", "Xavier"),
+        "xavier": factor("Xavier", "as PyTorch"),
+        "xavier_divided": factor("divided, Xavier", "divided"),
     }
+
+
+def _verdict(factors: dict[str, Interval | None]) -> str | None:
+    # Whether the division alone makes training longer, with either kind of initial parameters; None if not measured.
+    division = [factors["division"], factors["division_xavier"]]
+    if None in division:
+        return None
+    return "division" if all(factor.low > 1 for factor in division) else "unclear"
+
+
+def _agreement(found: dict[str, Any]) -> dict[str, Any] | None:
+    differences = [run["difference"] for run in found["runs"] if run["key"][0] == "agreement"]
+    if not differences:
+        return None
+    largest = max(differences)
+    return {"number": len(differences), "exponent": math.ceil(math.log10(largest)) if largest else None}
 
 
 def _twins(trainings: dict[tuple[str, str], dict[int, dict[str, Any]]]) -> dict[str, Any] | None:
@@ -489,23 +511,22 @@ def _twins(trainings: dict[tuple[str, str], dict[int, dict[str, Any]]]) -> dict[
     return {"same": differences.count(0), "number": len(differences), "largest": max(differences)}
 
 
-def _times(steps: dict[str, dict[str, list[float]]], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    num_steps = settings["num_epochs"] * settings["num_points"] // settings["batch_size"]
+def _times(found: dict[str, Any]) -> list[dict[str, Any]]:
+    num_steps = _num_steps(found["settings"])
     return [
         {
             "threads": int(threads),
             "rounds": len(seconds["tinynet"]),
             "own": median_interval([num_steps * value for value in seconds["tinynet"]]),
             "torch": median_interval([num_steps * value for value in seconds["PyTorch"]]),
-            "ratios": {name: paired_ratio(seconds["tinynet"], seconds[name]) for name in OPTIMIZERS if name in seconds},
+            "ratios": {name: paired_ratio(seconds["tinynet"], seconds[name]) for name in OPTIMIZERS},
         }
-        for threads, seconds in steps.items()
+        for threads, seconds in found.get("steps", {}).items()
     ]
 
 
-def published_time_ratio() -> float:
-    """Return the ratio of the published training times, own framework over PyTorch."""
-    return PUBLISHED["tinynet"]["seconds"][0] / PUBLISHED["PyTorch"]["seconds"][0]
+def _num_steps(settings: dict[str, Any]) -> int:
+    return settings["num_epochs"] * settings["num_points"] // settings["batch_size"]
 
 
 def figures(found: dict[str, Any] | None) -> dict[str, Figure]:
