@@ -1,8 +1,9 @@
-"""Which learning rates a descent can bear: what theory says of the quadratic at the minimum, and what happens."""
+"""Which learning rates a descent can bear: what theory says of a quadratic, and what happens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from scipy.optimize import brentq
@@ -11,7 +12,8 @@ from torch.func import hessian
 
 from fwdlib.beyond.minimise import minimise
 from fwdlib.checks import check_count, check_positive
-from fwdlib.estimators import Estimator
+from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
+from fwdlib.objectives import sphere
 
 
 def limits_at(function: Callable[[Tensor], Tensor], minimum: Tensor, num_tangents: int = 1) -> dict[str, float]:
@@ -125,3 +127,98 @@ def parts_diverged(
     )
     rose = found.values[:, -1] > found.values[:, 0]
     return rose.view(len(rates), len(seeds)).double().mean(1).tolist()
+
+
+def divergence(
+    function: Callable[[Tensor], Tensor],
+    start: Tensor,
+    minimum: Tensor,
+    *,
+    seeds: Sequence[int],
+    num_iterations: int = 1000,
+    progress: str | None = "divergence",
+) -> dict[str, Any]:
+    """Compare backprop with forward gradients of one normal tangent, at learning rates around the limits of both.
+
+    Args:
+        function: point (n,) -> scalar.
+        start: shape (n,).
+        minimum: shape (n,).
+        seeds: of the tangents.
+        num_iterations: steps.
+        progress: what the progress bar is called; None for no bar.
+
+    Returns:
+        As :func:`fwdlib.beyond.landscapes.plot_divergence` takes it: ``limits``, those of :func:`limits_at`; ``rates``,
+        from an eighth of backprop's limit to four times it; ``diverged``, method -> :func:`parts_diverged`.
+    """
+    limits = limits_at(function, minimum)
+    rates = limits["backprop"] * 2 ** (torch.arange(-6, 5, dtype=torch.float64) / 2)
+    how = {"num_iterations": num_iterations, "progress": progress}
+    diverged = {
+        "backprop": parts_diverged(function, start, backprop_gradient, rates, **how),
+        "forward gradient": parts_diverged(function, start, forward_gradient, rates, seeds=seeds, **how),
+    }
+    return {"rates": rates.tolist(), "diverged": diverged, "limits": limits}
+
+
+def growth(
+    rates: Tensor, *, curvature: float = 2.0, n: int = 2, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    r"""Return by what factor a step multiplies the value of a quadratic with the same curvature in all n directions.
+
+    With :math:`a = \eta\lambda` backprop multiplies it by :math:`(1 - a)^2`. With a forward gradient of one normal
+    tangent, which has z along x and :math:`|w|^2` across it, the factor is
+    :math:`(1 - a z^2)^2 + a^2 z^2 |w|^2`, wherever x is. Its mean is :math:`1 - 2a + (n + 2)\,a^2`. A product of many
+    goes with the *typical* factor :math:`\exp \mathbb E \log`, which is less.
+
+    Args:
+        rates: eta, shape (R,).
+        curvature: lambda.
+        n: dimensions.
+        generator: of the 200 000 tangents that the typical factor is computed from.
+
+    Returns:
+        ``backprop``, ``mean`` and ``typical``, shape (R,).
+
+    Example:
+        >>> factors = growth(torch.tensor([0.25]), generator=torch.Generator().manual_seed(0))
+        >>> {name: round(factor.item(), 2) for name, factor in factors.items()}
+        {'backprop': 0.25, 'mean': 1.0, 'typical': 0.68}
+    """
+    check_positive("curvature", curvature)
+    a = curvature * rates
+    squares = torch.randn(200_000, check_count("n", n), generator=generator, dtype=a.dtype, device=a.device).square()
+    along, across = squares[:, 0], squares[:, 1:].sum(1)
+    logs = [((1 - each * along) ** 2 + each**2 * along * across).log().mean() for each in a]
+    return {"backprop": (1 - a) ** 2, "mean": 1 - 2 * a + (n + 2) * a**2, "typical": torch.stack(logs).exp()}
+
+
+def measure_growth(
+    rates: Tensor, *, n: int = 2, num_seeds: int = 100, num_iterations: int = 100, progress: str | None = "growth"
+) -> list[dict[str, float]]:
+    """Measure on the sphere the factors of :func:`growth`, in each step of each run.
+
+    Args:
+        rates: shape (R,).
+        n: dimensions.
+        num_seeds: runs at each rate, all with the same tangents.
+        num_iterations: steps of each run.
+        progress: what the progress bar is called; None for no bar.
+
+    Returns:
+        For each rate ``rate``, ``mean`` and its standard ``error``, and ``typical``, the geometric mean.
+    """
+    found = minimise(
+        sphere,
+        rates.new_ones(n),
+        forward_gradient,
+        learning_rate=rates.repeat_interleave(num_seeds),
+        num_iterations=num_iterations,
+        seeds=list(range(num_seeds)) * len(rates),
+        progress=progress,
+    )
+    factors = (found.values[:, 1:] / found.values[:, :-1]).view(len(rates), -1)
+    error = factors.std(1) / factors.shape[1] ** 0.5
+    columns = torch.stack([rates, factors.mean(1), error, factors.log().mean(1).exp()], 1)
+    return [dict(zip(("rate", "mean", "error", "typical"), row, strict=True)) for row in columns.tolist()]

@@ -7,15 +7,22 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from scipy.integrate import quad
 
 from fwdlib import runtime
-from fwdlib.beyond.minimise import minimise
-from fwdlib.beyond.stability import limits_at, mean_square_limit, parts_diverged
+from fwdlib.beyond.stability import (
+    divergence,
+    growth,
+    limits_at,
+    mean_square_limit,
+    measure_growth,
+    parts_diverged,
+)
 from fwdlib.estimators import backprop_gradient, forward_gradient
 from fwdlib.objectives import beale, rosenbrock, sphere, styblinski_tang
 from fwdlib.tangents import Replicates
 
-minimise, parts_diverged = partial(minimise, progress=None), partial(parts_diverged, progress=None)
+parts_diverged = partial(parts_diverged, progress=None)
 
 
 @pytest.mark.parametrize("num_tangents", [1, 3, 16])
@@ -69,16 +76,6 @@ def test_second_moments_of_a_step_are_those_of_the_docstring(num_tangents):
     assert ((squares.mean(0) - expected).abs() < 5 * squares.std(0) / math.sqrt(num)).all()
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.2, 0.3])
-def test_on_the_sphere_the_value_grows_by_the_closed_form(rate):
-    start, num = torch.ones(2, dtype=torch.float64), 4000
-    found = minimise(sphere, start, forward_gradient, learning_rate=rate, num_iterations=1, seeds=range(num))
-    growth = found.values[:, 1] / found.values[:, 0]
-    expected = 1 - 4 * rate + 16 * rate**2  # 1 - 2 a + (n + 2) a^2 with a = 2 rate, n = 2
-    assert abs(growth.mean() - expected) < 5 * growth.std() / math.sqrt(num)
-    assert (expected < 1) == (rate < mean_square_limit([2.0, 2.0]))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -91,6 +88,46 @@ def test_on_the_sphere_the_value_grows_by_the_closed_form(rate):
 def test_limit_says_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         mean_square_limit(*arguments)
+
+
+# growth
+
+
+def test_mean_growth_is_one_at_the_limit_and_typical_growth_is_less():
+    for n in (1, 2, 10):
+        limit = mean_square_limit([2.0] * n)
+        factors = growth(torch.tensor([limit], dtype=torch.float64), n=n, generator=torch.Generator().manual_seed(0))
+        assert factors["mean"].item() == pytest.approx(1)
+        assert factors["typical"].item() < 1
+        assert factors["backprop"].item() == pytest.approx((1 - 2 * limit) ** 2)
+
+
+def test_typical_growth_in_one_dimension_is_the_integral():
+    def integrand(z):
+        return math.log((1 - 0.5 * z**2) ** 2) * math.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+
+    pole = math.sqrt(2)
+    exact = 2 * (quad(integrand, 0, pole)[0] + quad(integrand, pole, 12)[0])
+    found = growth(torch.tensor([0.5]), curvature=1.0, n=1, generator=torch.Generator().manual_seed(0))["typical"]
+    assert math.log(found) == pytest.approx(exact, abs=5 * 1.5 / math.sqrt(200_000))  # the logarithm spreads by 1.3
+
+
+def test_measured_growth_is_that_of_the_theory():
+    rates = torch.tensor([0.1, 0.25, 0.4], dtype=torch.float64)
+    theory = growth(rates, n=3, generator=torch.Generator().manual_seed(0))
+    rows = measure_growth(rates, n=3, num_seeds=40, num_iterations=50, progress=None)
+    for row, rate, mean, typical in zip(rows, rates, theory["mean"], theory["typical"], strict=True):
+        assert row["rate"] == rate
+        assert 0 < row["error"] < 0.1 * row["mean"]
+        assert abs(row["mean"] - mean) < 5 * row["error"]
+        assert math.log(row["typical"] / typical) == pytest.approx(0, abs=5 * 1.5 / math.sqrt(2000))
+
+
+def test_growth_says_what_is_wrong():
+    with pytest.raises(ValueError, match="curvature must be a finite number above 0, got 0"):
+        growth(torch.ones(1), curvature=0)
+    with pytest.raises(ValueError, match="n must be a whole number of at least 1, got 0"):
+        growth(torch.ones(1), n=0)
 
 
 # measured
@@ -145,3 +182,15 @@ def test_parts_need_rates():
 def test_a_saddle_has_no_limit():
     with pytest.raises(ValueError, match="a curvature must be a finite number above 0, got -"):
         limits_at(lambda point: point[0] ** 2 - point[1] ** 2, torch.zeros(2))
+
+
+def test_divergence_has_rates_on_both_sides_of_the_limits():
+    start, minimum = torch.tensor([[0.0, 0.5], [3.0, 0.5]], dtype=torch.float64)
+    found = divergence(beale, start, minimum, seeds=range(4), num_iterations=150, progress=None)
+    assert found["limits"] == limits_at(beale, minimum)
+    assert found["rates"][6] == found["limits"]["backprop"]
+    assert found["rates"][0] < found["limits"]["forward gradient"] / 2
+    for parts in found["diverged"].values():
+        assert (parts[0], parts[-1], len(parts)) == (0, 1, len(found["rates"]))
+    assert set(found["diverged"]["backprop"]) == {0, 1}
+    assert sum(found["diverged"]["forward gradient"]) > sum(found["diverged"]["backprop"])
