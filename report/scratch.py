@@ -273,6 +273,25 @@ def gradient_ratios() -> list[float]:
     return [ratios.min().item(), ratios.max().item()]
 
 
+def derivative_errors() -> dict[str, list[float]]:
+    """Return by how much the predecessors' derivatives of Tanh and Sigmoid are off, and ours: activation -> both.
+
+    The largest difference from central ones between -4 and 4, with a gradient of 1 at the outputs.
+    """
+    x, found = torch.linspace(-4, 4, 161, dtype=torch.float64), {}
+    one = torch.ones_like(x)
+    theirs = {
+        "Tanh": 1 - x.tanh().tanh() ** 2,  # the tanh of what is one already
+        "Sigmoid": one.sigmoid() * (1 - one.sigmoid()),  # of the gradient, in place of the activation
+    }
+    for name, published in theirs.items():
+        layer = getattr(tinynet, name)()
+        measured = (layer(x + 1e-5) - layer(x - 1e-5)) / 2e-5
+        layer(x)
+        found[name] = [(slope - measured).abs().max().item() for slope in (published, layer.backward(one))]
+    return found
+
+
 def step_seconds(seconds: float = 30.0) -> dict[str, list[float]]:
     """Time an epoch of each, taking turns on the same batches, and return the seconds of a step, one number a round.
 
@@ -351,7 +370,7 @@ def _jobs(part: str) -> list[tuple]:
     if part == "agreement":
         activations, losses = ("ReLU", "Tanh", "Sigmoid"), ("MSELoss", "CrossEntropyLoss")
         cases = itertools.product(activations, losses, tinynet.REDUCTIONS, (0.0, 0.9))
-        return [("ratio",), *(("agreement", *case) for case in cases)]
+        return [("ratio",), ("derivatives",), *(("agreement", *case) for case in cases)]
     if part == "training":
         return [("training", *training, seed) for seed in SEEDS for training in TRAININGS]
     return []
@@ -362,6 +381,8 @@ def _run(what: str, *options: Any) -> dict[str, Any]:
         return {"difference": agreement(*options)}
     if what == "ratio":
         return {"ratios": gradient_ratios()}
+    if what == "derivatives":
+        return {"errors": derivative_errors()}
     framework, name, seed = options
     return train(framework, CELLS[name], seed)
 
@@ -390,7 +411,7 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     rows = {key: _row(runs) for key, runs in trainings.items()}
     settings, factors, times = found["settings"], _factors(trainings), _times(found)
-    ratio = next((run["ratios"] for run in found["runs"] if run["key"][0] == "ratio"), None)
+    ratio = next((run["ratios"] for run in found["runs"] if run["key"] == ["ratio"]), None)
     return {
         "settings": settings,
         "environment": found["environment"],
@@ -406,6 +427,7 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
         "accuracies": [_accuracies(framework, rows) for framework in THEIRS],
         "twins": _twins(trainings),
         "agreement": _agreement(found),
+        "derivatives": next((run["errors"] for run in found["runs"] if run["key"] == ["derivatives"]), None),
         "ratio": ratio,
         "ratio_is_batch_size": ratio is not None and all(abs(r / settings["batch_size"] - 1) < 1e-5 for r in ratio),
         "times": times,
