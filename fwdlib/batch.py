@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from papermill.exceptions import PapermillExecutionError, strip_color
 from tqdm import tqdm
 
 from fwdlib.checks import check_count, check_positive
+from fwdlib.parameters import check_parameter, defaults_of
 
 # results and runtime are imported where they are used: a worker has no use for the two seconds that torch takes.
 START_RETRIES = 2  # kernels that start at the same time can race for ports
@@ -39,7 +39,10 @@ BAR = "{desc}: cell {n_fmt} of {total_fmt} |{bar:20}| {elapsed}"
 
 @dataclass(frozen=True)
 class Job:
-    """One run of ``notebook``; ``name`` (default: the notebook's, without ``.ipynb``) names its outputs."""
+    """One run of ``notebook``; ``name`` (default: the notebook's, without ``.ipynb``) names its outputs.
+
+    A notebook calls its record the same in each run, so a job that has a name of its own has a folder for its results.
+    """
 
     notebook: Path
     parameters: dict[str, Any] = field(default_factory=dict)
@@ -48,6 +51,10 @@ class Job:
     def __post_init__(self) -> None:
         object.__setattr__(self, "notebook", Path(self.notebook).resolve())
         object.__setattr__(self, "name", self.name or self.notebook.stem)
+
+    def results_in(self, folder: Path) -> Path:
+        """Return where in ``folder`` the results go: there, or to ``<name>/`` if the name is not the notebook's."""
+        return folder if self.name == self.notebook.stem else folder / self.name
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,10 @@ def run_batch(
     """Run every job, and keep the results of those that succeed.
 
     A notebook finds an empty folder in ``FWDLIB_RESULTS``. Once it has succeeded, what it put there moves to
-    ``results``, the executed copy to ``executed/<name>.ipynb``, and last of all a stamp to ``executed/<name>.json``:
-    without it nothing counts as a result of this job. A failure moves no result and removes the stamp; older result
-    files stay, but no later build takes them for its own. Times taken with ``num_jobs`` above 1 are not timings.
+    ``results`` (see :class:`Job`), the executed copy to ``executed/<name>.ipynb``, and last of all a stamp to
+    ``executed/<name>.json``: without it nothing counts as a result of this job. A failure moves no result and removes
+    the stamp; older result files stay, but no later build takes them for its own. Times taken with ``num_jobs`` above 1
+    are not timings.
 
     Args:
         jobs: what to run.
@@ -109,12 +117,10 @@ def run_batch(
             shutil.rmtree(folder, ignore_errors=True)
 
     say = partial(tqdm.write, file=sys.stderr if progress else io.StringIO())  # goes above the bars
-    prints = {job.name: _fingerprint(job, fingerprint) for job in jobs}
-    outcomes: dict[str, Outcome] = {}
-    for job in jobs if resume else []:
-        if (kept := _reusable(job, prints[job.name], results, executed)) is not None:
-            outcomes[job.name] = Outcome(job, "reused", 0.0, executed / f"{job.name}.ipynb", kept)
-            say(f"reused   {job.name}")
+    prints = _fingerprints(jobs, fingerprint)
+    outcomes = _finished(jobs, prints, results, executed) if resume else {}
+    for name in outcomes:
+        say(f"reused   {name}")
 
     waiting, next_start = [job for job in jobs if job.name not in outcomes], 0.0
     workers: list[_Worker] = []
@@ -139,42 +145,84 @@ def run_batch(
     return [outcomes[job.name] for job in jobs]
 
 
+def finished(jobs: list[Job], *, results: Path, executed: Path, fingerprint: str = "") -> list[Outcome]:
+    """Return the jobs that :func:`run_batch` with the same arguments would reuse instead of running them.
+
+    Args:
+        jobs: of a batch.
+        results: folder for result files.
+        executed: folder for executed copies and stamps.
+        fingerprint: of the batch.
+
+    Raises:
+        FileNotFoundError: if a notebook does not exist.
+        ValueError: if a notebook, its parameters or a name is not usable.
+    """
+    _check_jobs(jobs)
+    prints = _fingerprints(jobs, fingerprint)
+    return list(_finished(jobs, prints, Path(results).resolve(), Path(executed).resolve()).values())
+
+
+def failures(outcomes: list[Outcome]) -> str:
+    """Return what failed and why, with notebook, cell, parameters and executed copy; empty if nothing did.
+
+    Args:
+        outcomes: of a batch.
+    """
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    lines = [f"{len(failed)} of {len(outcomes)} notebooks failed."] if failed else []
+    for outcome in failed:
+        lines.append(f"{outcome.job.notebook.name}, {outcome.error}")
+        if given := outcome.job.parameters:
+            lines.append(f"  parameters: {', '.join(f'{name}={value!r}' for name, value in given.items())}")
+        there = outcome.executed.is_file()
+        lines.append(f"  executed copy: {outcome.executed if there else 'none, its kernel did not start'}")
+    return "\n".join(lines)
+
+
 def _check_jobs(jobs: list[Job]) -> None:
     names = [job.name for job in jobs]
+    defaults: dict[Path, dict[str, Any]] = {}
     for job in jobs:
         if Path(job.name).name != job.name or job.name.startswith(".") or names.count(job.name) > 1:
             raise ValueError(f"each job needs a file name of its own: {job.name!r} is no such name, or given twice")
         if not job.notebook.is_file():
             raise FileNotFoundError(f"job {job.name!r}: there is no notebook at {job.notebook}")
-        tagged = sum("parameters" in cell.metadata.get("tags", []) for cell in nbformat.read(job.notebook, 4).cells)
-        if tagged != 1:  # without one, papermill would put the values on top, and the defaults below would win
-            raise ValueError(f"{job.notebook} has {tagged} cells tagged 'parameters'; a batch needs exactly one")
-        # Of an unknown name papermill only warns, and it runs on with the default.
-        known = papermill.inspect_notebook(str(job.notebook))
+        known = defaults[job.notebook] = defaults.get(job.notebook) or defaults_of(job.notebook)
         for name, value in job.parameters.items():
-            if name not in known:
-                raise ValueError(f"{job.notebook} has no parameter {name!r}; it has {', '.join(known) or 'none'}")
-            default = known[name]["default"]
-            # A string "1e-3" in a number's place would fail somewhere deep inside the notebook, or not at all.
-            misplaced = isinstance(value, str) and re.fullmatch(r"[-+.\d_e]+|True|False", default)
-            if misplaced or not isinstance(value, (bool, int, float, str, list, dict, type(None))):
-                raise ValueError(f"parameter {name!r} of {job.notebook} is {default} by default, got {value!r}")
+            check_parameter(job.notebook, known, name, value)
 
 
-def _fingerprint(job: Job, extra: str) -> str:
+def _fingerprints(jobs: list[Job], extra: str) -> dict[str, str]:
     from fwdlib import runtime
 
-    cells, package = nbformat.read(job.notebook, 4).cells, Path(__file__).parent
+    package, versions = Path(__file__).parent, runtime.versions()
     sources = sorted(path for pattern in ("*.py", "*.mplstyle") for path in package.rglob(pattern))
-    content = {  # of cells not the outputs: running a notebook does not make it another
-        "cells": [[cell.cell_type, cell.source, cell.metadata.get("tags", [])] for cell in cells],
-        "parameters": job.parameters,
+    content = {
         "fwdlib": {path.relative_to(package).as_posix(): _sha256(path) for path in sources},
-        "versions": [runtime.versions()[name] for name in ("python", "torch")],
+        "versions": [versions[name] for name in ("python", "torch")],
         "quick": runtime.is_quick(),
         "extra": extra,
     }
+    return {job.name: _fingerprint(job, content) for job in jobs}
+
+
+def _fingerprint(job: Job, content: dict[str, Any]) -> str:
+    cells = nbformat.read(job.notebook, 4).cells  # not their outputs: running a notebook does not make it another
+    content = content | {
+        "cells": [[cell.cell_type, cell.source, cell.metadata.get("tags", [])] for cell in cells],
+        "parameters": job.parameters,
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _finished(jobs: list[Job], prints: dict[str, str], results: Path, executed: Path) -> dict[str, Outcome]:
+    kept = [(job, _reusable(job, prints[job.name], results, executed)) for job in jobs]
+    return {
+        job.name: Outcome(job, "reused", 0.0, executed / f"{job.name}.ipynb", files)
+        for job, files in kept
+        if files is not None
+    }
 
 
 def _reusable(job: Job, fingerprint: str, results: Path, executed: Path) -> tuple[Path, ...] | None:
@@ -238,7 +286,8 @@ class _Worker:
         killed = f"its process ended with status {self.process.returncode}: {last}"
         error = verdict.read_text(encoding="utf-8") if verdict.is_file() else killed
         staged = [path for path in sorted(self.staging.rglob("*")) if path.is_file()]
-        targets = {path: results / path.relative_to(self.staging) for path in staged}
+        home = self.job.results_in(results)
+        targets = {path: home / path.relative_to(self.staging) for path in staged}
         taken = [f"{target.name}, a result of {owners[target]}" for target in targets.values() if target in owners]
         if taken and not error:
             error = f"it wrote {', '.join(taken)} in this same batch; give the two jobs different file names"
@@ -252,7 +301,7 @@ class _Worker:
         copy, draft = failed if error else executed / f"{name}.ipynb", self.folder / "copy.ipynb"
         if draft.is_file():
             text = draft.read_text(encoding="utf-8")
-            for old, new in ((draft, copy), (self.staging, results)):  # the copy names files where they are from now on
+            for old, new in ((draft, copy), (self.staging, home)):  # the copy names files where they are from now on
                 text = text.replace(*(json.dumps(str(path), ensure_ascii=False)[1:-1] for path in (old, new)))
             write_text(copy, text)
         if error:

@@ -1,4 +1,4 @@
-"""The command line, ``python -m fwdlib {doctor,data,train,bench}``.
+"""The command line, ``python -m fwdlib {doctor,data,train,bench,run}``.
 
 A subcommand is a dataclass: its fields are the arguments, its docstring the help, and ``run()`` returns the exit code.
 To add one, write it and name it in ``COMMANDS``. Its imports go inside ``run()``: help must not wait for torch.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
+import itertools
 import os
 import platform
 import sys
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeVar
 
 import tyro
 
@@ -24,12 +26,14 @@ from fwdlib.beyond import settings
 if TYPE_CHECKING:
     import torch
 
+    from fwdlib.batch import Job, Outcome
+
 PROG = "python -m fwdlib"
 ABOUT = "Gradients without backpropagation: forward gradients beside backprop."
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a subcommand and return its exit code: 0, or 1 with a message on stderr.
+    """Run a subcommand and return its exit code: 0; 1 with a message on stderr; 130 when interrupted.
 
     Args:
         args: the words after ``python -m fwdlib``; default: those this process was started with.
@@ -38,18 +42,19 @@ def main(args: list[str] | None = None) -> int:
         SystemExit: after printing help (code 0), or if the words make no command (code 2).
     """
     command = tyro.cli(COMMANDS, args=args, prog=PROG, description=ABOUT, config=(tyro.conf.OmitSubcommandPrefixes,))
+    code = 1
     try:
         return command.run()
     except ImportError as error:
         message = f"{error}. `{PROG} doctor` tells what is missing."
     except KeyboardInterrupt as stop:
-        message = str(stop) or "stopped"
+        message, code = str(stop) or "stopped", 130
     except Exception as error:
         if not _is_expected(error):
             raise
         message = _text(error)
     print(f"{PROG}: {message}", file=sys.stderr)
-    return 1
+    return code
 
 
 def _is_expected(error: Exception) -> bool:
@@ -142,6 +147,8 @@ class Data:
 
 T = TypeVar("T")
 Group = Annotated[T, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff]  # a part of the help page
+Words = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]  # an option that may come several times
+PLAIN = {"help_behavior_hint": ""}  # no "(default: None)" where the text says what happens
 
 
 @dataclass
@@ -232,6 +239,99 @@ class Bench:
         print(benchmark.text(found))
         print(f"All numbers: {path}")
         return 0
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """Run notebooks over grids of parameters, and put the results of all seeds into one table.
+
+    `--notebook 1b --set learning_rate=0.05,0.1,0.2 --set num_tangents=1,4 --seeds 20`, for example, is six jobs of 20
+    seeds each.
+
+    The same command again runs only what is missing, or was made by other code, versions or data; Ctrl-C loses only
+    what is running. A job that fails does not stop the others: at the end all failures are listed with their cells, the
+    table has what succeeded, and the exit code is 1.
+    """
+
+    notebook: Annotated[Words, tyro.conf.arg(metavar="NAME [NAME ...]", **PLAIN)] = ()
+    """One notebook or several: the beginning of a name, such as 1b, or a path. A wrong name lists all there are."""
+    settings: Annotated[Words, tyro.conf.arg(name="set", metavar="PARAMETER=VALUE,...", **PLAIN)] = ()
+    """Values for a parameter, of the type of its default in the notebook; several parameters make all combinations. A
+    wrong name lists all there are."""
+    seeds: Annotated[int | None, tyro.conf.arg(metavar="N", **PLAIN)] = None
+    """Seeds in each job, the same as `--set num_seeds=N`: a notebook trains them side by side, much faster than a job
+    for each would. The first is the notebook's own, or that of `--set seed=`. (default: the notebook's)"""
+    batches: Annotated[Path | None, tyro.conf.arg(metavar="FILE", **PLAIN)] = None
+    """Take notebooks and parameters from the tables [notebooks.NAME] of this TOML file instead, such as
+    report/batches.toml: `learning_rate = 0.1` is a value, `learning_rate = [0.1, 0.2]` a grid."""
+    jobs: Annotated[int, tyro.conf.arg(metavar="N")] = 2
+    """Jobs that run at once. Above 1 each has one core, and the times in the table are no timings."""
+    to: Literal["csv", "json", "parquet"] = "csv"
+    """Format of the table; parquet needs pyarrow."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR", **PLAIN)] = None
+    """Folder for the table, which holds the jobs of this command, and for results/ and executed/, which keep those of
+    earlier ones, too. (default: results/run, in quick mode results/run-quick)"""
+    resume: bool = True
+    """Keep the results of earlier commands whose notebook, parameters, fwdlib, versions and data are still the same."""
+    timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 900
+    """For each job."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Only list the jobs, and which of them are done already."""
+
+    def run(self) -> int:
+        """Check everything, run what is missing, write the table, list the failures.
+
+        Raises:
+            ValueError: if the words make no batch, or the table cannot be written in that format.
+            KeyboardInterrupt: if it is stopped; the message says how to go on.
+        """
+        from fwdlib import batch, runtime, sweep
+
+        sweep.check_format(self.to)
+        jobs = self._jobs()
+        output = (self.output or runtime.results_dir() / ("run-quick" if runtime.is_quick() else "run")).expanduser()
+        where = {"results": output / "results", "executed": output / "executed", "fingerprint": sweep.data_state()}
+        if self.dry_run:
+            done = {outcome.job.name for outcome in batch.finished(jobs, **where)} if self.resume else set()
+            for job in jobs:
+                print(f"{'done' if job.name in done else 'to run':<8}{job.name}")
+            print(f"{len(jobs)} jobs, {len(jobs) - len(done)} to run, with results in {output}")
+            return 0
+        how = {"num_jobs": self.jobs, "resume": self.resume, "timeout": self.timeout}
+        try:
+            outcomes = batch.run_batch(jobs, **where, **how)
+        except KeyboardInterrupt:
+            self._save(batch.finished(jobs, **where), len(jobs), output)
+            again = "" if self.resume else ", without --no-resume,"
+            raise KeyboardInterrupt(f"stopped. What was finished is kept; the same command{again} goes on") from None
+        self._save(outcomes, len(jobs), output)
+        failed = batch.failures(outcomes)
+        print(failed, file=sys.stderr, end="\n" if failed else "")
+        return int(bool(failed))
+
+    def _jobs(self) -> list[Job]:
+        from fwdlib import runtime, sweep
+
+        names, settings = (tuple(itertools.chain(*words)) for words in (self.notebook, self.settings))
+        if bool(names) == bool(self.batches):
+            raise ValueError("run takes either --notebook NAME, of notebooks, or --batches FILE, which declares them")
+        if self.batches and (settings or self.seeds is not None):
+            raise ValueError(f"the parameters of {self.batches} are in it: --set and --seeds go with --notebook")
+        file = self.batches.expanduser().resolve() if self.batches else None
+        root = (file and runtime.project_root(file.parent)) or runtime.project_root()
+        folder = root and root / "notebooks"
+        declared = sweep.read_declaration(file) if file else sweep.declaration_of(names, settings, self.seeds, folder)
+        return sweep.jobs_of(declared, folder)
+
+    def _save(self, outcomes: list[Outcome], num_jobs: int, output: Path) -> None:
+        from fwdlib import sweep
+
+        path, frame = output / f"table.{self.to}", sweep.table(outcomes)
+        sweep.write_table(frame, path)
+        print(f"{len(frame)} rows, from {frame['job'].nunique()} of {num_jobs} jobs, in {path}")
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------
@@ -405,6 +505,9 @@ def _check_jupyter() -> Iterator[Finding]:
         yield Finding("problem", f"the kernel python3 runs {program}, not this Python ({python})", advice)
     else:
         yield Finding("ok", f"Jupyter's kernel python3 at {kernel.resource_dir}")
+    for name in ("papermill", "psutil"):
+        if importlib.util.find_spec(name) is None:
+            yield Finding("note", f"`{PROG} run` needs {name}", f"{sys.executable} -m pip install {name}")
 
 
 def _check_mode() -> Iterator[Finding]:
@@ -427,4 +530,4 @@ CHECKS = {
     "Jupyter": _check_jupyter,
     "Mode": _check_mode,
 }
-COMMANDS = Doctor | Data | Train | Bench
+COMMANDS = Doctor | Data | Train | Bench | Run

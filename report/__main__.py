@@ -80,10 +80,11 @@ class Build:
         return ", ".join(f"{dataset.source.name} {dataset.source.fingerprint}" for dataset in found)
 
     def _run_notebooks(self, notebooks: dict[str, dict[str, Any]], data: str) -> None:
-        from fwdlib.batch import Job, run_batch
+        from fwdlib.batch import failures, run_batch
+        from fwdlib.sweep import jobs_of
 
         outcomes = run_batch(
-            [Job(NOTEBOOKS / f"{name}.ipynb", parameters) for name, parameters in notebooks.items()],
+            jobs_of(notebooks, NOTEBOOKS),
             results=self.output / "results",
             executed=self.output / "executed",
             num_jobs=self.jobs,
@@ -91,14 +92,8 @@ class Build:
             timeout=self.timeout,
             fingerprint=data,
         )
-        failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-        if failed:
-            lines = [
-                f"{outcome.job.notebook.name}, {outcome.error}\n  executed copy: "
-                + (str(outcome.executed) if outcome.executed.is_file() else "none, its kernel did not start")
-                for outcome in failed
-            ]
-            raise BuildError("\n".join([f"{len(failed)} of {len(outcomes)} notebooks failed.", *lines]))
+        if failed := failures(outcomes):
+            raise BuildError(failed)
 
     def _take_times(self, pairs: dict[str, int], data: str) -> None:
         """Measure both methods on every model, one after the other, unless what is there is still valid."""
