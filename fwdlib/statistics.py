@@ -109,15 +109,21 @@ def paired_difference(first: Sequence[float], second: Sequence[float], confidenc
 
 
 def paired_ratio(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Return the median of ``first / second``, round by round, with its interval as :func:`median_interval` gives it.
+    """Return the median of ``first / second``, pair by pair, with its interval as :func:`median_interval` gives it.
+
+    A pair of which one is infinite counts as infinite or zero; one of which both are, says nothing and is left out.
+    Where both are zero, that is a ratio of 1.
 
     Args:
-        first: one positive number per round.
+        first: one number per round or seed, not below 0.
         second: the same rounds in the same order.
         confidence: of the interval, at least.
 
+    Returns:
+        The interval; nan if no pair is left.
+
     Raises:
-        ValueError: if the lengths differ, there are no values or one is not finite.
+        ValueError: if the lengths differ, there are no values or one is nan.
 
     Example:
         >>> paired_ratio([2.0, 4.0, 9.0], [4.0, 4.0, 3.0]).estimate
@@ -125,7 +131,9 @@ def paired_ratio(first: Sequence[float], second: Sequence[float], confidence: fl
     """
     if len(first) != len(second):
         raise ValueError(f"paired samples need the same rounds, got {len(first)} and {len(second)} values")
-    return median_interval(_finite(first) / _finite(second), confidence)
+    pairs = [(a, b) for a, b in zip(_checked(first), _checked(second), strict=True) if np.isfinite(a) or np.isfinite(b)]
+    ratios = [1.0 if a == b else a / b if b else np.inf for a, b in pairs]
+    return median_interval(ratios, confidence) if ratios else Interval(np.nan, np.nan, np.nan)
 
 
 def _checked(values: Sequence[float]) -> np.ndarray:

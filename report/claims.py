@@ -9,7 +9,7 @@ import json
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from fwdlib.models import CNN, MLP, LogisticRegression
 from fwdlib.results import Record, iterations, load_run
-from fwdlib.statistics import Interval, median_interval, paired_difference
+from fwdlib.statistics import Interval, median_interval, paired_difference, paired_ratio
 from report import cost, feedback
 
 METHODS = {"backprop": "backprop", "forward": "forward gradient"}  # key -> as records and timings call it
@@ -144,24 +144,6 @@ def arrivals(runs: dict[str, list]) -> dict[str, list[float]]:
         "median_step": [math.inf if t is None else t for t in runs["step_seconds"]],
         "mean_step": [t / n if n else math.inf for t, n in zip(runs["total_seconds"], runs["iterations"], strict=True)],
     }
-
-
-def paired_ratio(over: Sequence[float], under: Sequence[float]) -> Interval:
-    """Return the median over the pairs of ``over / under`` with its interval.
-
-    A pair of which one is infinite counts as infinite or zero; one of which both are, says nothing and is left out.
-
-    Args:
-        over: one number per seed, above 0.
-        under: the same seeds.
-
-    Returns:
-        The interval, nan if no pair is left.
-    """
-    pairs = [(a, b) for a, b in zip(over, under, strict=True) if math.isfinite(a) or math.isfinite(b)]
-    # 0 / 0: a seed that started below the threshold with both methods
-    ratios = [1.0 if a == b else a / b if b else math.inf for a, b in pairs]
-    return median_interval(ratios) if ratios else Interval(math.nan, math.nan, math.nan)
 
 
 def relation(ratio: Interval) -> str:

@@ -10,6 +10,7 @@ what the code does and not what machine it ran on. It is for timing only.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +42,8 @@ def published_step(
             require gradients, so that the reverse graph is built as well; and test images drawn one by one, each from
             a new iterator of a data loader.
     """
-    loader = DataLoader(TensorDataset(data.test_inputs, data.test_targets), shuffle=True)
-
-    def loss(params: Params) -> Tensor:
-        return F.nll_loss(predict(model, params, data.train_inputs).log(), data.train_targets)
+    loss = partial(_loss, model, data.train_inputs, data.train_targets)
+    evaluate = _evaluation(model, data, drawn=not per_tensor)
 
     def derivative_of_one(params: Params, name: str, tangent: Tensor) -> Tensor:
         return jvp(lambda value: loss({**params, name: value}), (params[name],), (tangent,))[1]
@@ -60,18 +59,63 @@ def published_step(
         with torch.no_grad():
             updated = {name: p - learning_rate * slopes[name] * tangents[name] for name, p in params.items()}
         evaluate(updated)
+        if per_tensor:
+            loss(updated).item()
         return updated
 
-    def evaluate(params: Params) -> None:
-        # inside the published timer: every test example twice, for the losses and for the errors
-        inputs, targets = data.test_inputs, data.test_targets
-        if not per_tensor:
-            drawn = [next(iter(loader)) for _ in range(len(targets))]
-            inputs, targets = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        F.nll_loss(predict(model, params, inputs).log(), targets).item()
-        pairs = zip(predict(model, params, inputs), targets, strict=True)
-        sum(int(probability.argmax() != target) for probability, target in pairs)
-        if per_tensor:
-            loss(params).item()
+    return step
+
+
+def published_backprop_step(
+    model: nn.Module, data: Dataset, learning_rate: float, one_by_one: bool
+) -> Callable[[Params], Params]:
+    """Return a function that takes params through one published backprop iteration.
+
+    Args:
+        model: one of the three, for its structure.
+        data: the data set.
+        learning_rate: of the update.
+        one_by_one: as for the CNN: a step of Adam for each training image but the last. Else one step of gradient
+            descent on all of them, predicted one after the other.
+    """
+    evaluate = _evaluation(model, data, drawn=one_by_one)
+    parts = [slice(i, i + 1) for i in range(len(data.train_targets) - 1)] if one_by_one else [slice(None)]
+
+    def step(params: Params) -> Params:
+        params = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+        optimizer = (torch.optim.Adam if one_by_one else torch.optim.SGD)(list(params.values()), lr=learning_rate)
+        for part in parts:
+            optimizer.zero_grad()
+            _loss(model, data.train_inputs[part], data.train_targets[part], params).backward()
+            optimizer.step()
+        evaluate(params)
+        return params
 
     return step
+
+
+def _loss(model: nn.Module, inputs: Tensor, targets: Tensor, params: Params) -> Tensor:
+    return F.nll_loss(predict(model, params, inputs).log(), targets)
+
+
+def _evaluation(model: nn.Module, data: Dataset, drawn: bool) -> Callable[[Params], None]:
+    """Return what the published timer holds besides: every test example predicted twice, for the losses and the errors.
+
+    Args:
+        model: one of the three.
+        data: the data set.
+        drawn: whether the test images are drawn one by one, each from a new iterator of a data loader.
+    """
+    loader = DataLoader(TensorDataset(data.test_inputs, data.test_targets), shuffle=True)
+
+    @torch.no_grad()
+    def evaluate(params: Params) -> None:
+        inputs, targets = data.test_inputs, data.test_targets
+        if drawn:
+            images = [next(iter(loader)) for _ in range(len(targets))]
+            inputs, targets = (torch.cat(parts) for parts in zip(*images, strict=True))
+        _loss(model, inputs, targets, params).item()
+        pairs = zip(predict(model, params, inputs), targets, strict=True)
+        sum(int(probability.argmax() != target) for probability, target in pairs)
+
+    return evaluate
