@@ -232,8 +232,8 @@ def plot_closed_forms(
                 face = {"markerfacecolor": "white"} if form else {}
                 (drawn[name],) = axes.plot(counts, shown, "o", markersize=5, color=color, **face)
             axes.set(title=title, xlabel="tangents K", xscale="log", yscale="log")
-            axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+            axes.set_xticks(counts, [f"{k}" for k in counts])
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
             plain_ticks(axes)
         figure.axes[0].set_ylabel(ylabel)
         handles = [*drawn.values(), Line2D([], [], color="0.4", linewidth=1)]
@@ -255,9 +255,9 @@ def plot_values(panels: dict[str, dict[str, np.ndarray]], ylabel: str, floor: fl
     """
     names = list(dict.fromkeys(name for methods in panels.values() for name in methods))
     forms = list(dict.fromkeys(name.partition(", ")[2] for name in names))
-    looks = dict(zip(forms, ("-", "--", "-.", ":"), strict=False))
+    looks = dict(zip(forms, ("-", "--", (0, (1, 1)), "-."), strict=False))
     with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(0.6 + 2.9 * len(panels), 3.5))
+        figure = Figure(figsize=(max(5.5, 0.6 + 2.9 * len(panels)), 3.5))
         for axes, (title, methods) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
             top = 100 * max(values[:, 0].max() for values in methods.values())
             for name, values in methods.items():
@@ -268,13 +268,13 @@ def plot_values(panels: dict[str, dict[str, np.ndarray]], ylabel: str, floor: fl
                     for row in np.quantile(values, (0, 0.5, 1), axis=0, method="inverted_cdf")
                 )
                 axes.fill_between(np.arange(len(low)), low, high, color=style["color"], alpha=0.15, linewidth=0)
-                axes.plot(middle, label=name, **style)
+                axes.plot(middle, **style)
             axes.set(title=title, xlabel="iteration", yscale="log")
         figure.axes[0].set_ylabel(ylabel)
-        handles = {}
-        for axes in figure.axes:
-            handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(5, len(handles)))
+        methods = dict.fromkeys(name.partition(", ")[0] for name in names)
+        handles = [Line2D([], [], color=METHODS.get(name, {"color": "0.2"})["color"], label=name) for name in methods]
+        handles += [Line2D([], [], color="0.4", linestyle=looks[form], label=form) for form in forms if form]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 
@@ -394,19 +394,64 @@ def plot_sparsity(
         for name, radii in curves.items():
             style = METHODS[name]
             means = {radius: 100 * np.mean(seeds, axis=0) for radius, seeds in radii.items()}
-            for radius, seeds in radii.items():
+            for i, (radius, seeds) in enumerate(radii.items()):
                 axes.scatter(*(100 * np.array(seeds).T), s=9, color=style["color"], alpha=0.4, linewidth=0)
                 if radius is None:
                     axes.plot(*means[radius], "*", color=style["color"], markersize=11, markeredgecolor="white")
                 elif name == next(iter(curves)):
-                    place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-                    axes.annotate(f"{radius:g}", means[radius], **place)
+                    place = {"xytext": (0, -14 if i % 2 else 7), "textcoords": "offset points", "ha": "center"}
+                    axes.annotate(f"{radius:g}", means[radius], fontsize=8, **place)
             line = np.array([mean for radius, mean in means.items() if radius is not None])
             axes.plot(*line.T, marker="o", markersize=5, label=name, **style)
         axes.plot([], [], "*", color="0.3", markersize=11, markeredgecolor="white", label="no constraint")
         axes.set(xlabel=f"{quantity} [%]", ylabel=f"correct of {num_test} [%]", xscale="log")
+        axes.set_title("Test accuracy in balls of several radii")
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.margins(y=0.1)
         figure.legend(loc="outside right center")
+    return figure
+
+
+def plot_dimensions(
+    panels: dict[str, dict[str, dict[int, Sequence[float]]]], ylabel: str, floor: float = 1e-16
+) -> Figure:
+    """Draw where descents end over the number of dimensions: the median over the seeds, and their range as a line.
+
+    Args:
+        panels: title -> method, as ``METHODS`` calls it, with its number of tangents behind a comma (``"projection,
+            K = 4"``) -> number of dimensions -> the last value of each seed, infinite where it diverged.
+        ylabel: what the values are.
+        floor: values below it are drawn on it.
+
+    Returns:
+        A figure with a panel for each title, both axes logarithmic, and one legend; what diverged is left out.
+    """
+    names = list(dict.fromkeys(name for methods in panels.values() for name in methods))
+    forms = list(dict.fromkeys(form for name in names if (form := name.partition(", ")[2])))
+    looks = {"": ("-", "o")} | dict(zip(forms, ((":", "v"), ("-.", "s"), ("--", "D"), ("-", "^")), strict=False))
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(0.6 + 2.9 * len(panels), 4))
+        for axes, (title, methods) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
+            for name, ends in methods.items():
+                method, _, form = name.partition(", ")
+                color, (linestyle, marker) = METHODS.get(method, {"color": "0.2"})["color"], looks[form]
+                sizes = sorted(ends)
+                values = np.maximum(np.array([np.sort(ends[n]) for n in sizes], dtype=float), floor)
+                middle = np.where(np.isfinite(values), values, np.nan)[:, values.shape[1] // 2]
+                axes.plot(sizes, middle, linestyle, marker=marker, markersize=3.5, linewidth=1.1, color=color)
+                axes.vlines(sizes, values[:, 0], values.max(1, where=np.isfinite(values), initial=floor), color=color)
+            axes.set(title=title, xlabel="dimensions n", xscale="log", yscale="log")
+            axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        figure.axes[0].set_ylabel(ylabel)
+        handles = [
+            Line2D([], [], color=METHODS.get(name, {"color": "0.2"})["color"], label=name)
+            for name in dict.fromkeys(name.partition(", ")[0] for name in names)
+        ]
+        grey = {"color": "0.4", "markersize": 3.5, "linewidth": 1.1}
+        handles += [
+            Line2D([], [], linestyle=looks[form][0], marker=looks[form][1], label=form, **grey) for form in forms
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
