@@ -57,6 +57,16 @@ def test_replicates_of_a_stack_are_single_runs(function, dtype):
     assert not torch.equal(stack.points[0], stack.points[1])
 
 
+def test_a_start_may_be_part_of_another_tensor():
+    how = {"learning_rate": 0.01, "num_iterations": 2, "seeds": [0, 1]}
+    table = torch.stack([START, -START])
+    assert torch.equal(
+        minimise(beale, table[0], forward_gradient, **how).points,
+        minimise(beale, START, forward_gradient, **how).points,
+    )
+    assert torch.equal(table, torch.stack([START, -START]))
+
+
 def test_each_replicate_may_have_a_learning_rate_and_a_start_of_its_own():
     rates, starts = [0.1, 0.2, 0.4], torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     found = minimise(sphere, starts, backprop_gradient, learning_rate=rates, num_iterations=5, seeds=[0, 0, 0])
