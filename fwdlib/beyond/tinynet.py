@@ -21,7 +21,8 @@ with PyTorch to the last digits:
 
 The names are PyTorch's, so the same lines run with both:
 
->>> model = Sequential(Linear(2, 25), ReLU(), Linear(25, 2))
+>>> draw = torch.Generator().manual_seed(0)
+>>> model = Sequential(Linear(2, 25, generator=draw), ReLU(), Linear(25, 2, generator=draw))
 >>> criterion, optimizer = MSELoss(), SGD(model, lr=0.1)
 >>> inputs, targets = torch.ones(4, 2), torch.zeros(4, 2)
 >>> losses = []

@@ -1,5 +1,6 @@
 """The same lines with ours and with PyTorch's, in float64; then central differences at points that hypothesis picks."""
 
+import copy
 import itertools
 import math
 
@@ -142,6 +143,15 @@ def test_layers_and_chain_hold_the_same_tensors_under_pytorch_s_names():
     nested.grads["0.0.weight"].fill_(1.0)
     tinynet.SGD(nested, lr=0.5).step()
     torch.testing.assert_close(nested.layers[0].layers[0].params["weight"], before - 0.5)
+
+
+def test_a_copy_is_as_much_of_one_piece_and_moves_by_itself():
+    net, _ = twins()
+    other = copy.deepcopy(net)
+    other.grads["0.weight"].fill_(1.0)
+    tinynet.SGD(other, lr=0.5).step()
+    assert torch.equal(other.layers[0].params["weight"], net.params["0.weight"] - 0.5)
+    assert not net.grads["0.weight"].any()
 
 
 def test_everything_runs_where_autograd_cannot():
