@@ -161,11 +161,11 @@ def step_of(function: Callable[[Tensor], Tensor], start: Tensor, estimator: Esti
 
 def _for_each(name: str, given: Tensor, dims: int, num: int) -> Tensor:
     # A row for each replicate, of `dims` axes, where one was given for all of them or one for each.
-    rows = given.expand(num, *given.shape).clone() if given.dim() == dims else given
+    rows = given.expand(num, *given.shape) if given.dim() == dims else given
     if rows.dim() != dims + 1 or len(rows) != num:
         one = "a number" if dims == 0 else "of shape (n,)"
         raise ValueError(f"{name} must be {one}, or have a row for each of the {num} seeds, got {tuple(given.shape)}")
-    return rows
+    return rows.clone()  # forward mode refuses rows that share their memory
 
 
 def _stack(

@@ -57,14 +57,14 @@ def test_replicates_of_a_stack_are_single_runs(function, dtype):
     assert not torch.equal(stack.points[0], stack.points[1])
 
 
-def test_a_start_may_be_part_of_another_tensor():
+@pytest.mark.parametrize("of_each", [False, True])
+def test_a_start_may_be_part_of_another_tensor(of_each):
     how = {"learning_rate": 0.01, "num_iterations": 2, "seeds": [0, 1]}
-    table = torch.stack([START, -START])
-    assert torch.equal(
-        minimise(beale, table[0], forward_gradient, **how).points,
-        minimise(beale, START, forward_gradient, **how).points,
-    )
-    assert torch.equal(table, torch.stack([START, -START]))
+    table = torch.stack([-START, START])
+    start = table[1].expand(2, 2) if of_each else table[1]
+    expected = minimise(beale, START, forward_gradient, **how).points
+    assert torch.equal(minimise(beale, start, forward_gradient, **how).points, expected)
+    assert torch.equal(table, torch.stack([-START, START]))
 
 
 def test_each_replicate_may_have_a_learning_rate_and_a_start_of_its_own():
