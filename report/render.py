@@ -16,13 +16,16 @@ import pypandoc
 import typst
 
 from fwdlib.history import Run
-from report import claims, figures
+from report import claims, figures, page
 from report.wording import count, duration, enumerated, interval, megabytes, number, times
 
 HERE = Path(__file__).parent
 PAGES = ("report.html", "report.pdf")
-READER = "markdown-tex_math_single_backslash"
 CITE = ["--citeproc", f"--bibliography={HERE / 'references.bib'}"]
+LINKS: tuple[page.Link, ...] = (
+    {"href": "site/index.html", "text": "The course, to read without running it"},
+    {"href": PAGES[1], "text": "This report as PDF"},
+)
 NAMES = {"backprop": "backprop", "forward": "forward gradients"}  # in a sentence
 SCRATCH = ".rendering-{pid}-"
 
@@ -49,7 +52,6 @@ def render(results: claims.Results, output: Path) -> list[Path]:
         (scratch / "figures").mkdir()
         drawn = figures.draw(results, scratch / "figures")
         text = markdown(claims.context(results))
-        shutil.copy(HERE / "report.css", scratch)
         (scratch / PAGES[0]).write_text(to_html(text, scratch), encoding="utf-8")
         (scratch / PAGES[1]).write_bytes(to_pdf(text, scratch))
 
@@ -58,9 +60,9 @@ def render(results: claims.Results, output: Path) -> list[Path]:
             path.replace(output / "figures" / path.name)
         for stale in set((output / "figures").glob("*.svg")) - {output / "figures" / path.name for path in drawn}:
             stale.unlink()
-        for page in PAGES:
-            (scratch / page).replace(output / page)
-    return [output / page for page in PAGES]
+        for file in PAGES:
+            (scratch / file).replace(output / file)
+    return [output / file for file in PAGES]
 
 
 def markdown(context: dict[str, Any]) -> str:
@@ -87,11 +89,10 @@ def to_html(text: str, folder: Path) -> str:
 
     Args:
         text: Markdown.
-        folder: holds ``figures/`` and the style sheet.
+        folder: holds ``figures/``.
     """
-    options = ["--standalone", f"--template={HERE / 'page.html'}", "--embed-resources", f"--resource-path={folder}"]
-    options += ["--mathml", "--toc", "--toc-depth=3", "--syntax-highlighting=none", "--wrap=none", *CITE]
-    return pypandoc.convert_text(text, "html5", READER, extra_args=options)
+    options = ["--toc-depth=3", "--syntax-highlighting=none", *CITE]
+    return page.to_html(text, resources=folder, notebooks="site/", links=LINKS, options=options)
 
 
 def to_pdf(text: str, folder: Path) -> bytes:
@@ -103,7 +104,9 @@ def to_pdf(text: str, folder: Path) -> bytes:
     """
     options = ["--standalone", f"--template={HERE / 'page.typ'}", "--shift-heading-level-by=-1", "--wrap=none", *CITE]
     source = folder / "report.typ"
-    source.write_text(pypandoc.convert_text(text, "typst-citations", READER, extra_args=options), encoding="utf-8")
+    source.write_text(
+        pypandoc.convert_text(text, "typst-citations", page.MARKDOWN, extra_args=options), encoding="utf-8"
+    )
     return typst.compile(source, root=folder, ignore_system_fonts=True, format="pdf", timestamp=0)
 
 

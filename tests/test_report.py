@@ -22,7 +22,7 @@ from fwdlib.models import num_parameters
 from fwdlib.results import FORMAT, Record, load_run, write_json
 from fwdlib.statistics import Interval
 from report import __main__ as program
-from report import claims, render, wording
+from report import claims, render, site, wording
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("report")  # one worker draws the page, for all tests that read it
@@ -335,11 +335,13 @@ def test_two_renders_are_the_same_bytes(saved, output, tmp_path):
 
 
 def test_html_loads_nothing(page):
-    fetched = [a.get("src") or a.get("data") or "" for a in page.all("img", "script", "iframe", "object", "embed")]
-    fetched += [a["href"] for a in page.all("link")]
+    fetched = [a["src"] for a in page.all("img")] + [a["href"] for a in page.all("link")]
     assert len(fetched) >= 12
     assert [url[:40] for url in fetched if not url.startswith("data:")] == []
-    assert page.all("script", "iframe", "object", "embed", "base") == []
+    assert page.all("iframe", "object", "embed", "base") == []
+    assert page.all("script") == [{}]  # page.js, written into the page
+    policies = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'; img-src data:;" in policies[0]  # so the browser sees to it, too
     style = re.search(r"<style.*?</style>", page.source, re.DOTALL)[0]
     assert not re.search(r"@import|url\((?!data:)", style)
 
@@ -364,10 +366,32 @@ def test_links_within_the_page_lead_somewhere(page):
     assert {"answer", "method", "logistic", "mlp", "cnn", "conclusions", "reproduce", "environment"} <= targets
 
 
+def test_figures_can_be_linked_to(page):
+    names = {a["id"].removeprefix("fig-") for a in page.all("figure")}
+    drawn = {"summary-iterations", "summary-step", "summary-total"}
+    drawn |= {f"{t}-{q}" for t in claims.TASKS for q in ("test-loss", "test-accuracy", "misclassifications")}
+    assert names == drawn
+
+
+def test_every_row_of_a_table_has_a_heading(page):
+    tables = re.findall(r"<tbody>.*?</tbody>", page.source, re.DOTALL)
+    assert len(tables) >= 6
+    for table in tables:
+        rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)
+        assert all(re.match(r"<tr[^>]*>\s*<th[^>]*>(?!</th>)", row) for row in rows), table[:300]
+        assert all(row.count("<th") == 1 for row in rows)
+
+
+def test_intervals_are_not_broken(page):
+    assert "33.5 [30,\N{NO-BREAK SPACE}37]" in page.source
+    assert not re.search(r"\[[\d.,]+, [\d.,]+\]", re.sub(r"<script.*?</script>", "", page.source, flags=re.DOTALL))
+
+
 def test_links_to_notebooks_exist(page):
-    notebooks = {a["href"] for a in page.all("a") if a.get("href", "").endswith(".ipynb")}
-    assert len(notebooks) == 6
-    assert all((ROOT / "report" / link).is_file() for link in notebooks)
+    links = {a["href"] for a in page.all("a") if a.get("href", "").startswith("site/")} - {"site/index.html"}
+    assert {Path(link).stem for link in links} == {getattr(t, m) for t in claims.TASKS.values() for m in claims.METHODS}
+    assert {Path(link).stem for link in links} <= {path.stem for path in site.find(ROOT)}
+    assert not any(a.get("href", "").endswith(".ipynb") for a in page.all("a"))
 
 
 def test_every_work_that_is_cited_is_listed(page):
@@ -375,6 +399,28 @@ def test_every_work_that_is_cited_is_listed(page):
     assert {"ref-baydin2022", "ref-predecessors2023", "ref-clanuwat2018", "ref-gorman2014"} <= {
         attributes.get("id") for attributes in page.all("div")
     }
+
+
+def luminance(color: str) -> float:
+    """Return the relative luminance of ``#rrggbb``, as WCAG 2 defines it."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_has_contrast_in_light_and_dark():
+    css = (ROOT / "report" / "report.css").read_text()
+    light, dark, *_ = [
+        dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{.*?\}", css, re.DOTALL)
+    ]
+    assert set(light) == set(dark)
+    assert light != dark
+    for scheme in (light, dark):
+        pairs = [(text, back) for text in ("ink", "soft", "link") for back in ("page", "code")]
+        pairs += [(text, "code") for text in ("keyword", "string", "number", "name", "comment")]
+        for text, back in [*pairs, ("ink", "alarm-back")]:
+            low, high = sorted((luminance(scheme[text]), luminance(scheme[back])))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (text, back, scheme[text], scheme[back])
 
 
 def test_pdf_has_vector_figures(output):
