@@ -102,6 +102,8 @@ def forward_gradient(
     ``blocks="parameter"`` each parameter tensor is estimated from directional derivatives of its own, so P and the
     gradient are those of the tensor: less variance, for one jvp per tensor.
 
+    The squared cosine with the gradient is K/(P + K - 1) on average for normal tangents, K/P for orthonormal ones.
+
     With blocks the error is :math:`\sum_l (P_l + 1)/K\, |\nabla_l f|^2` over the tensors l for normal tangents, with
     :math:`P_l - 1` for rademacher ones. The blocks of one tangent are one draw, cut by tensor: those of orthonormal
     tangents are not at right angles.

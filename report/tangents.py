@@ -19,22 +19,26 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from tqdm import tqdm, trange
 
 from fwdlib import runtime
+from fwdlib.beyond.figures import plot_dimensions
 from fwdlib.checks import check_choice
 from fwdlib.estimators import Estimator, backprop_gradient, multi_tangent_gradient, projected_gradient
 from fwdlib.objectives import as_objective, rosenbrock, sphere, styblinski_tang
 from fwdlib.results import write_json
 from fwdlib.tangents import sample_tangents
+from report.wording import number
 
 FILE = Path(__file__).parent / "results" / "tangents.json"
 TUNING_SEEDS = [101, 102, 103]
 SEEDS = [1, 2, 3, 4, 5]
-POWERS = [-2, -1, 0, 1, 2]  # the grid, in powers of two times what theory suggests; it grows where an end is the best
+RATIO = 2**0.5  # the grid of learning rates: powers of this times what theory suggests, ...
+POWERS = [-2, -1, 0, 1, 2, 3, 4]  # ... these, and more where an end is the best
 
 
 class Problem(NamedTuple):
@@ -56,6 +60,33 @@ METHODS: dict[str, tuple[Estimator, int]] = {"backprop": (backprop_gradient, 1)}
 METHODS |= {f"mean, K = {k}": (multi_tangent_gradient, k) for k in (1, 2, 4, 16)}
 METHODS |= {f"projection, K = {k}": (projected_gradient, k) for k in (1, 2, 4, 16)}
 
+TITLES = {"sphere": "Sphere", "rosenbrock": "Rosenbrock", "styblinski_tang": "Styblinski-Tang"}
+MINIMA = {"sphere": 0.0, "rosenbrock": 0.0, "styblinski_tang": -39.16616570377142}  # per number
+TINY = 1e-12
+
+# The best values that the authors' search for learning rates came upon, one run each (github Helmholtz-AI-Energy/frog,
+# commit 344affc, lrs/): problem -> n -> method -> value. Not the five seeds of the paper's own table.
+_ALL = ["backprop", "mean, K = 1", "mean, K = 2", "mean, K = 4", "mean, K = 16"]
+_ALL += ["projection, K = 2", "projection, K = 4", "projection, K = 16"]
+_SOME = ["backprop", "mean, K = 1", "mean, K = 16", "projection, K = 16"]
+PUBLISHED: dict[str, dict[int, dict[str, float]]] = {
+    "sphere": {
+        64: dict(zip(_ALL, (0, 2.96e-5, 1.9e-11, 1.3e-23, 0, 2.1e-12, 1.4e-26, 0), strict=True)),
+        256: dict(zip(_ALL, (0, 3.91, 0.0804, 3.0e-5, 1.2e-24, 0.073, 2.0e-5, 1.3e-26), strict=True)),
+        1024: dict(zip(_ALL, (0, 433, 157, 22.8, 2.3e-4, 155, 22.7, 2.0e-4), strict=True)),
+    },
+    "rosenbrock": {
+        2: {"backprop": 3.8e-10, "mean, K = 1": 8.1e-9},
+        16: dict(zip(_SOME, (1.3e-9, 4.26, 3.1e-3, 1.3e-9), strict=True)),
+        64: dict(zip(_SOME, (1.9e-8, 51.8, 8.65, 0.506), strict=True)),
+        128: dict(zip(_SOME, (2.3e-3, 121, 76.3, 77.5), strict=True)),
+        1024: {"backprop": 866, "mean, K = 1": 1010, "projection, K = 16": 1000},
+    },
+    "styblinski_tang": {
+        1024: dict(zip(_ALL, (-4.01e4, -2.00e4, -2.38e4, -2.92e4, -3.70e4, -2.32e4, -2.90e4, -3.71e4), strict=True))
+    },
+}
+
 
 def measure(problems: Sequence[str], file: Path = FILE) -> dict[str, Any]:
     """Tune and measure all methods on ``problems``, and return everything that ``file`` then holds.
@@ -73,6 +104,8 @@ def measure(problems: Sequence[str], file: Path = FILE) -> dict[str, Any]:
         "tuning_seeds": TUNING_SEEDS,
         "tangents": "normal",
         "dtype": "float64",
+        "powers": POWERS,
+        "grid": "powers of the square root of 2 times the suggested rate",
         "problems": {
             name: {"start": list(problem.start), "num_steps": problem.num_steps, "curvature": problem.curvature}
             for name, problem in PROBLEMS.items()
@@ -81,7 +114,8 @@ def measure(problems: Sequence[str], file: Path = FILE) -> dict[str, Any]:
     if found.setdefault("settings", settings) != settings:
         raise ValueError(f"{file} was made with other settings; delete it to start anew")
     found["environment"] = runtime.environment()
-    cases = [(name, n, method) for name in problems for n in PROBLEMS[name].sizes for method in METHODS]
+    rounds = zip(*(PROBLEMS[name].sizes for name in problems), strict=True)
+    cases = [(name, n, m) for sizes in rounds for name, n in zip(problems, sizes, strict=True) for m in METHODS]
     for name, n, method in (bar := tqdm(cases, desc="tangents", unit="case")):
         bar.set_postfix_str(f"{name}, n = {n}, {method}")
         for run in _tune(name, n, method, runs_of(found["runs"], name, n, method)):
@@ -110,7 +144,7 @@ def _run(name: str, n: int, method: str, powers: list[int]) -> list[dict[str, An
     first, others = problem.start
     start = torch.full((n,), others, dtype=torch.float64)
     start[0] = first
-    rates = [suggested_rate(problem.curvature, n, method) * 2.0**power for power in powers]
+    rates = [suggested_rate(problem.curvature, n, method) * RATIO**power for power in powers]
     values = descend(
         problem.function,
         start,
@@ -204,6 +238,178 @@ def best(runs: list[dict[str, Any]]) -> dict[str, Any]:
         return middle, abs(run["power"]) if math.isfinite(middle) else run["power"]
 
     return min(runs, key=cost)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """Return what was measured, None where nothing was.
+
+    Args:
+        folder: of the results.
+    """
+    path = folder / FILE.name
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def chosen(found: dict[str, Any]) -> dict[str, dict[int, dict[str, dict[str, Any]]]]:
+    """Return the run with the best learning rate: problem -> n -> method -> run, with its values as numbers.
+
+    Args:
+        found: as :func:`load` returns it.
+    """
+    cases: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
+    for name in PROBLEMS:
+        for n in sorted(PROBLEMS[name].sizes):
+            for method in METHODS:
+                if runs := runs_of(found["runs"], name, n, method):
+                    run = best(runs)
+                    values = sorted(map(float, run["measured"]))
+                    cases.setdefault(name, {}).setdefault(n, {})[method] = run | {"measured": values}
+    return cases
+
+
+def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the template prints of it, None where nothing was measured.
+
+    Args:
+        found: as :func:`load` returns it.
+    """
+    if found is None or not found["runs"]:
+        return None
+    cases = chosen(found)
+    return {
+        "tables": [_table(name, sizes) for name, sizes in cases.items() if set(sizes) & set(PUBLISHED[name])],
+        "sphere": _sphere(cases.get("sphere", {})),
+        "projection": [_projection(name, sizes) for name, sizes in cases.items()],
+        "diverged": [
+            f"{TITLES[name]}, n = {n}, {method}"
+            for name, sizes in cases.items()
+            for n, methods in sizes.items()
+            for method, run in methods.items()
+            if not math.isfinite(run["measured"][-1])
+        ],
+        "missing": [
+            f"{TITLES[name]} at n = {n}"
+            for name, problem in PROBLEMS.items()
+            for n in sorted(problem.sizes)
+            if set(cases.get(name, {}).get(n, {})) != set(METHODS)
+        ],
+        "settings": found["settings"],
+        "num_seeds": len(found["settings"]["seeds"]),
+        "num_tuning_seeds": len(found["settings"]["tuning_seeds"]),
+        "tiny": scientific(TINY),
+        "environment": found["environment"],
+    }
+
+
+def figures(found: dict[str, Any]) -> dict[str, Figure]:
+    """Draw where the descents end over the number of dimensions.
+
+    Args:
+        found: as :func:`load` returns it.
+
+    Returns:
+        One figure, ``tangents``.
+    """
+    panels = {
+        TITLES[name]: {
+            method.replace("mean", "forward gradient"): {
+                n: [value - MINIMA[name] * n for value in methods[method]["measured"]]
+                for n, methods in sizes.items()
+                if method in methods
+            }
+            for method in METHODS
+            if any(method in methods for methods in sizes.values())
+        }
+        for name, sizes in chosen(found).items()
+    }
+    return {"tangents": plot_dimensions(panels, "last value above the minimum")}
+
+
+def scientific(value: float) -> str:
+    """Return a number to three digits, with a power of ten where it needs one, in pandoc's Markdown.
+
+    Example:
+        >>> scientific(0.000204), scientific(22.7), scientific(0.0), scientific(float("inf"))
+        ('2.04 × 10^−4^', '22.7', '0', 'diverged')
+    """
+    if value == 0 or (math.isfinite(value) and 1e-3 <= abs(value) < 1e6):
+        return number(value) if value else "0"
+    if not math.isfinite(value):
+        return "diverged"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa} \N{MULTIPLICATION SIGN} 10^{int(exponent)}^".replace("-", "\N{MINUS SIGN}")
+
+
+def _table(name: str, sizes: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    columns = [n for n in sizes if n in PUBLISHED[name]]
+    rows = {
+        method: [_cell(sizes[n].get(method), PUBLISHED[name][n].get(method)) for n in columns]
+        for method in METHODS
+        if any(method in sizes[n] for n in columns)
+    }
+    return {"title": TITLES[name], "num_steps": PROBLEMS[name].num_steps, "columns": columns, "rows": rows}
+
+
+def _cell(run: dict[str, Any] | None, published: float | None) -> str:
+    # median [range] (published)
+    if run is None:
+        return ""
+    low, middle, high = (scientific(value) for value in (run["measured"][0], _middle(run), run["measured"][-1]))
+    text = middle if low == middle == high else f"{middle} [{low}, {high}]"
+    return text if published is None else f"{text} ({scientific(published)})"
+
+
+def _middle(run: dict[str, Any]) -> float:
+    return median(run["measured"])
+
+
+def _sphere(sizes: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
+    # How the sphere compares with theory and with what was published, where there is most to compare.
+    if 1024 not in sizes:
+        return None
+    methods = sizes[1024]
+    expected = {method: expected_value(1024, method) for method in methods if method != "backprop"}
+    over_theory = [_middle(methods[method]) / value for method, value in expected.items()]
+    compared = [m for m in methods if PUBLISHED["sphere"][1024].get(m)]
+    over_published = {method: _middle(methods[method]) / PUBLISHED["sphere"][1024][method] for method in compared}
+    furthest = max(over_published, key=lambda method: abs(math.log(over_published[method])))
+    powers = [run["power"] for at in sizes.values() for method, run in at.items() if method != "backprop"]
+    many = [run for method, run in sizes.get(64, {}).items() if method.endswith("K = 16")]
+    return {
+        "over_theory": (min(over_theory), max(over_theory)),
+        "furthest": furthest,
+        "factor": math.exp(abs(math.log(over_published[furthest]))),
+        "as_suggested": sum(power == 0 for power in powers),
+        "num_cases": len(powers),
+        "tiny": bool(many) and max(run["measured"][-1] for run in many) < TINY,
+    }
+
+
+def expected_value(n: int, method: str) -> float:
+    """Return the expected last value on the sphere at the best rate: every step takes the same part of it away.
+
+    Args:
+        n: numbers in a point.
+        method: of :data:`METHODS`, not backprop; K below n.
+    """
+    k, problem = METHODS[method][1], PROBLEMS["sphere"]
+    falls = k / (n + k + 1) if method.startswith("mean") else k / n
+    return n * problem.start[0] ** 2 * (1 - falls) ** problem.num_steps
+
+
+def _projection(name: str, sizes: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    # The projection's last value over the mean's, above the minimum, at the largest n.
+    n = max(sizes)
+    pairs = [(k, sizes[n].get(f"mean, K = {k}"), sizes[n].get(f"projection, K = {k}")) for k in (1, 2, 4, 16)]
+    ratios = {
+        k: (_middle(projection) - MINIMA[name] * n) / (_middle(mean) - MINIMA[name] * n)
+        for k, mean, projection in pairs
+        if mean and projection
+    }
+    return {"title": TITLES[name], "n": n, "ratios": ratios}
 
 
 if __name__ == "__main__":

@@ -378,6 +378,9 @@ def test_second_moments_of_the_mean_agree_with_the_closed_forms(tangents, spread
     assert_mean(estimates, gradient)
     assert_mean((estimates - gradient).square().sum(1), error)
     assert_mean(estimates.square().sum(1), 1 + error)
+    if tangents != "rademacher":
+        cosine = num / (P_LARGE + num - 1) if tangents == "normal" else num / P_LARGE
+        assert_mean((estimates @ gradient / estimates.norm(dim=1)).square(), cosine)
 
 
 @pytest.mark.parametrize(

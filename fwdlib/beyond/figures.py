@@ -255,7 +255,7 @@ def plot_values(panels: dict[str, dict[str, np.ndarray]], ylabel: str, floor: fl
     """
     names = list(dict.fromkeys(name for methods in panels.values() for name in methods))
     forms = list(dict.fromkeys(name.partition(", ")[2] for name in names))
-    looks = dict(zip(forms, ("-", "--", (0, (1, 1)), "-."), strict=False))
+    looks = dict(zip(forms, ("-", "--", ":", "-."), strict=False))
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(max(5.5, 0.6 + 2.9 * len(panels)), 3.5))
         for axes, (title, methods) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
@@ -295,13 +295,13 @@ def plot_decay(panels: dict[str, dict[str, np.ndarray]], steps: Sequence[int], q
         quantity: what it is, for the axis.
 
     Returns:
-        A figure with a panel for each title, all axes logarithmic; what has fallen below 1e-9 is not drawn.
+        A figure with a panel for each title, all axes logarithmic; what has fallen below 1e-12 is not drawn.
     """
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(0.9 + 2.9 * len(panels), 3.3))
         for axes, (title, curves) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
             for name, seeds in curves.items():
-                values = np.where(np.asarray(seeds) > 1e-9, seeds, np.nan)
+                values = np.where(np.asarray(seeds) > 1e-12, seeds, np.nan)
                 if np.isnan(values).all():
                     continue  # the exact gradient can be at the optimum after one step
                 low, middle, high = np.quantile(values, (0, 0.5, 1), axis=0)

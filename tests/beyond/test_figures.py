@@ -11,14 +11,17 @@ from fwdlib.beyond.figures import (
     FORMS,
     plot_accuracies,
     plot_arrivals,
+    plot_closed_forms,
     plot_cosines,
     plot_decay,
     plot_derivatives,
+    plot_dimensions,
     plot_epochs,
     plot_paths,
     plot_reach,
     plot_sparsity,
     plot_validation,
+    plot_values,
 )
 from fwdlib.plotting import CURVES, METHODS, STYLE
 
@@ -56,8 +59,19 @@ def make_sweep():
     return {10.0: [(0.02, 0.6), (0.04, 0.7)], 100.0: [(0.05, 0.8), (0.05, 0.9)]}
 
 
+def make_forms():
+    return {"projection": ([0.25, 1e-30], lambda k: 1 - k / 4), "forward gradient, signs": ([4, 1], lambda k: 4 / k)}
+
+
+def make_ends(*values):
+    return {4: values, 2: [1.0, 3.0, 2.0]}
+
+
 def figures():
     return {
+        "closed forms": lambda: plot_closed_forms({"error": make_forms()}, [1, 4], "relative"),
+        "values": lambda: plot_values({"sphere": {"backprop": np.array([[2.0, 1.0]])}}, "f"),
+        "dimensions": lambda: plot_dimensions({"sphere": {"projection, K = 4": make_ends(1.0, 2.0, 0.0)}}, "f"),
         "decay": lambda: plot_decay({"l1": make_decay("plain", "averaged")}, [10, 100], "gap"),
         "paths": lambda: plot_paths({"plain": np.zeros((3, 2))}, [1.0, 1.0], [0.5, 0.5]),
         "reach": lambda: plot_reach([0.1, 2.0], {"plain": np.ones((3, 2))}, 0.2),
@@ -227,10 +241,53 @@ def test_sparsity_is_a_line_through_the_means_and_a_dot_for_each_seed():
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.lines}
     np.testing.assert_allclose(lines["backprop"].get_xydata(), [[3.0, 65.0], [5.0, 85.0]])  # percent
-    assert [dots.get_offsets().tolist() for dots in axes.collections][0] == [[2.0, 60.0], [4.0, 70.0]]
+    assert axes.collections[0].get_offsets().tolist() == [[2.0, 60.0], [4.0, 70.0]]
     assert sum(len(dots.get_offsets()) for dots in axes.collections) == 4 + 1 + 4
     stars = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "*"]
     assert stars[0] == [pytest.approx([70.0, 92.0])]
     assert [text.get_text() for text in axes.texts] == ["10", "100"]
     assert axes.get_ylabel() == "correct of 1000 [%]"
     assert axes.get_xlabel() == "parameters [%]"
+
+
+def test_closed_forms_are_lines_and_what_was_measured_dots():
+    figure = plot_closed_forms({"error": make_forms(), "length": make_forms()}, [1, 4], "relative")
+    first, second = figure.axes
+    theory, measured, _, hollow = first.lines
+    assert theory.get_ydata()[0] == 0.75
+    assert np.isnan(theory.get_ydata()[-1])  # zero has no place on a logarithmic axis
+    assert measured.get_ydata()[0] == 0.25
+    assert np.isnan(measured.get_ydata()[1])
+    assert (list(hollow.get_xdata()), list(hollow.get_ydata())) == ([1, 4], [4, 1])
+    assert (measured.get_markerfacecolor(), hollow.get_markerfacecolor()) == (METHODS["projection"]["color"], "white")
+    assert [text.get_text() for text in figure.legends[0].texts] == [*make_forms(), "closed form"]
+    assert [label.get_text() for label in first.get_xticklabels()] == ["1", "4"]
+    assert (first.get_ylabel(), second.get_xlabel()) == ("relative", "tangents K")
+
+
+def test_values_are_a_median_in_the_range_of_the_seeds():
+    seeds = np.array([[4.0, 1.0, 0.0], [4.0, 3.0, math.inf], [4.0, 2.0, 1e-9]])
+    curves = {"backprop": np.array([[4.0, 1.0, 0.5]]), "projection, K = 4": seeds, "projection, K = 8": seeds}
+    figure = plot_values({"sphere": curves}, "f", floor=1e-6)
+    (axes,) = figure.axes
+    _, few, many = axes.lines
+    assert list(few.get_ydata()[:2]) == [4.0, 2.0]
+    assert np.isnan(few.get_ydata()[2])  # below the floor
+    assert few.get_linestyle() != many.get_linestyle()
+    band = axes.collections[1].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (1.0, 4.0)
+    assert [text.get_text() for text in figure.legends[0].texts] == ["backprop", "projection", "K = 4", "K = 8"]
+    assert (axes.get_ylabel(), axes.get_yscale()) == ("f", "log")
+
+
+def test_dimensions_are_in_order_with_the_range_of_the_seeds_and_without_what_diverged():
+    ends = {"backprop": make_ends(math.inf, math.inf, math.inf), "projection, K = 4": make_ends(0.0, 1.0, math.inf)}
+    figure = plot_dimensions({"sphere": ends}, "f", floor=1e-3)
+    (axes,) = figure.axes
+    backprop, projection = axes.lines
+    assert list(projection.get_xdata()) == [2, 4]
+    assert list(projection.get_ydata()) == [2.0, 1.0]
+    assert np.isnan(backprop.get_ydata()[1])
+    ranges = axes.collections[1].get_segments()
+    assert [segment[:, 1].tolist() for segment in ranges] == [[1.0, 3.0], [1e-3, 1.0]]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["backprop", "projection", "K = 4"]
