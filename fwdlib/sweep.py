@@ -301,6 +301,6 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
 
 
 def _word(value: Any) -> Any:
-    if value is pd.NA:
+    if pd.isna(value):
         return None
     return str(value) if isinstance(value, float) and math.isinf(value) else value
