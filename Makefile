@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help report page bench test test-browser lint format notebooks wheel lab clean
+.PHONY: help report page only-page site bench test test-browser lint format notebooks wheel lab clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,9 +22,16 @@ $(STAMP): requirements.txt pyproject.toml
 
 report: $(STAMP)  ## run the six notebooks headless and make report/report.html and report.pdf (ARGS="--jobs 4 --no-resume")
 	@$(RUN) -m report $(ARGS)
+	@$(RUN) -m report.site
 
-page: $(STAMP)  ## draw the figures and the page again from the saved results
+page: $(STAMP)  ## draw the figures and the page again from the saved results, and the notebooks' pages
+	@$(MAKE) --no-print-directory -j 2 only-page site
+
+only-page: $(STAMP)
 	@$(RUN) -m report --only-render
+
+site: $(STAMP)  ## make report/site: the notebooks as pages, to read without running them
+	@$(RUN) -m report.site
 
 bench: $(STAMP)  ## measure time and memory of a training step, alone on the machine (ARGS="--quick", "--device cuda")
 	@$(RUN) -m fwdlib bench $(ARGS)
@@ -33,7 +40,7 @@ test: $(STAMP)  ## run the tests, and every notebook in quick mode
 	@$(RUN) -m pytest -n 2 --dist loadgroup
 	@FWDLIB_QUICK=1 $(RUN) -m pytest -n 2 --dist loadfile -o addopts=--nbval-cell-timeout=120 --nbval-lax notebooks
 
-test-browser: $(STAMP)  ## open a notebook in a real JupyterLab in headless Chromium (installs Chromium by apt)
+test-browser: $(STAMP)  ## look at the pages, and run a notebook in JupyterLab, in headless Chromium (installed by apt)
 	@tests/browser.sh $(RUN)
 
 lint: $(STAMP)  ## check style and documentation

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,12 +59,13 @@ def main(options: Options) -> None:
     Raises:
         OSError: if a page cannot be written.
     """
-    pages = build(find(ROOT), options.output.expanduser().resolve())
+    output = options.output.expanduser().resolve()
+    pages = build(find(ROOT), output)
     for name, text in pages.items():
-        write_bytes(options.output / name, text.encode())
-    for stale in {path.name for path in options.output.glob("*.html")} - set(pages):
-        (options.output / stale).unlink()
-    print(options.output / "index.html")
+        write_bytes(output / name, text.encode())
+    for stale in {path.name for path in output.glob("*.html")} - set(pages):
+        (output / stale).unlink()
+    print(output / "index.html")
 
 
 def find(root: Path) -> list[Path]:
@@ -216,4 +216,4 @@ def relative(path: Path, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    main(tyro.cli(Options, description=__doc__))
