@@ -425,7 +425,7 @@ def _forms(measured: dict[str, Any], ball: str, place: str) -> dict[str, Any]:
 
 def _decay(run: dict[str, Any], place: str) -> dict[str, Any]:
     """Return how the gap of one run fell: slopes seed by seed, and by what factor in each decade of steps."""
-    steps, gaps = np.array(run["steps"]), np.array(run[place]["gap"])
+    steps, gaps = np.array(run["steps"]), np.maximum(run[place]["gap"], 1e-16)  # rounding can make one negative
     if (gaps[:, -1] < SOLVED).all():
         return {"solved": True}
     kept = steps >= FIRST

@@ -265,7 +265,7 @@ def small(monkeypatch):
     data = Dataset(images[:120], labels[:120], images[120:], labels[120:], tuple("0123456789"), source)
     monkeypatch.setattr(frank_wolfe, "load_images", lambda _: data)
     for name, value in {
-        **{"NUM_STEPS": 100, "SEEDS": [0, 1], "TRAINING_SEEDS": [1], "BATCH_SIZE": 20, "ITERATIONS": 40, "LONG": 50},
+        **{"NUM_STEPS": 1000, "SEEDS": [0, 1], "TRAINING_SEEDS": [1], "BATCH_SIZE": 20, "ITERATIONS": 40, "LONG": 50},
         **{"NUM_HELD_OUT": 40, "FORMS_OF_TRAINING": ((None, None), (True, 100)), "RADII": (100,)},
     }.items():
         monkeypatch.setattr(frank_wolfe, name, value)
@@ -287,7 +287,7 @@ def test_study_measures_and_does_nothing_twice(small, tmp_path, monkeypatch):
         monkeypatch.setattr(frank_wolfe, name, lambda *_: pytest.fail("done twice"))
     again = frank_wolfe.measure(["convergence", "tuning", "training"], file)
     assert again["convergence"].keys() == found["convergence"].keys()
-    assert section(frank_wolfe.load(tmp_path) | {"settings": frank_wolfe.settings_now() | {"first": 10}})
+    assert "| linf | outside |" in section(frank_wolfe.load(tmp_path))
 
 
 def test_study_refuses_a_file_of_other_settings(small, tmp_path, monkeypatch):
