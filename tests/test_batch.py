@@ -133,6 +133,27 @@ def test_the_kernel_has_one_thread_this_python_an_empty_folder_and_whole_paths(f
     assert seen["data"] == str(first[0] / "data")
 
 
+def test_failures_are_told_with_notebook_cell_parameters_and_copy(first):
+    folder, outcomes, _ = first
+    assert batch.failures([outcomes["writer"], outcomes["silent"]]) == ""
+    lines = batch.failures(list(outcomes.values())).splitlines()
+    assert lines[:2] == ["2 of 4 notebooks failed.", "failing.ipynb, cell 3: ValueError: no luck (in: # the reason)"]
+    assert lines[2] == f"  executed copy: {folder / 'executed' / 'failed' / 'failing.ipynb'}"
+    assert lines[3].startswith("thief.ipynb, it wrote seen.json")
+    unborn = batch.Outcome(Job(folder / "n.ipynb", {"flag": True, "dataset": "x"}), "failed", 0, folder / "no", (), "E")
+    assert batch.failures([unborn]).splitlines()[1:] == [
+        "n.ipynb, E",
+        "  parameters: flag=True, dataset='x'",
+        "  executed copy: none, its kernel did not start",
+    ]
+
+
+def test_a_job_with_a_name_of_its_own_has_a_folder_of_its_own():
+    assert Job(Path("n.ipynb")).results_in(Path("r")) == Path("r")
+    assert Job(Path("n.ipynb"), name="n").results_in(Path("r")) == Path("r")
+    assert Job(Path("n.ipynb"), name="n-flag=True").results_in(Path("r")) == Path("r/n-flag=True")
+
+
 def test_nothing_else_is_left_behind(first):
     folder, _, _ = first
     assert files_in(folder / "results") == {"seen.json", "deep/extra.txt"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -54,13 +55,17 @@ def problems(check) -> list[cli.Finding]:
 
 
 SHOWN = {
-    "--help": ("doctor", "data", "train", "bench"),
+    "--help": ("doctor", "data", "train", "bench", "run"),
     "data": ("list", "fetch"),
     "train": (
         *("--dataset {MNIST,FashionMNIST,CIFAR10,CIFAR100,KMNIST,digits}", "--n-layers", "--conv"),
         *("--train-mode {BP,FG,FG-RANK1,FG-A,FG-CV,DFA,DKP,FDFA}", "--num-tangents", "--b-lr", "--feedback-decay"),
         *("--alpha", "--alpha-decay", "--epochs", "--batch-size", "--optimizer", "--lr", "--gamma", "--weight-decay"),
         *("--seed", "--device", "--log-dir", "--resume", "--dry-run", "--test-batch-size", "--log-interval"),
+    ),
+    "run": (
+        *("--notebook NAME [NAME ...]", "--set PARAMETER=VALUE,...", "--seeds N", "--batches FILE", "--jobs N"),
+        *("--to {csv,json,parquet}", "--output DIR", "--no-resume", "--timeout SECONDS", "--dry-run"),
     ),
     "bench": ("--quick", "--device", "--models", "--no-memory", "--no-depth", "--batch", "--out"),
 }
@@ -78,6 +83,7 @@ SHOWN = {
         ["data", "fetch", "--help"],
         ["train", "--help"],
         ["bench", "--help"],
+        ["run", "--help"],
     ],
 )
 def test_help(words, capsys):
@@ -89,7 +95,7 @@ def test_help(words, capsys):
     assert all(name in shown for name in SHOWN.get(words[0], ()))
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["run", "--help"]])
 def test_help_does_not_wait_for_torch(words):
     code = "import sys, fwdlib.cli\ntry: fwdlib.cli.main(sys.argv[1:])\nfinally: print(len(sys.modules), *sys.modules)"
     ended = run("-c", code, *words)
@@ -349,7 +355,8 @@ def test_control_c_says_how_to_go_on(folder, capsys, monkeypatch):
 
     with monkeypatch.context() as stopping:
         stopping.setattr(experiment, "write_logs", interrupt)
-        assert "stopped; the same command with --resume goes on" in failing(TINY, capsys)
+        assert cli.main(TINY) == 130
+    assert "stopped; the same command with --resume goes on" in capsys.readouterr().err
     assert cli.main([*TINY, "--resume"]) == 0
     assert "after epoch 2" in capsys.readouterr().out
 
@@ -556,6 +563,15 @@ def test_doctor_finds_the_kernel_of_another_python(monkeypatch, tmp_path):
 def test_doctor_finds_that_jupyter_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "jupyter_client.kernelspec", None)
     assert "pip install" in problems(cli._check_jupyter)[0].advice
+
+
+@pytest.mark.parametrize("package", ["papermill", "psutil"])
+def test_doctor_notes_what_run_lacks(package, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
+    (note,) = [finding for finding in findings(cli._check_jupyter) if finding.status == "note"]
+    assert f"`python -m fwdlib run` needs {package}" in note.text
+    assert note.advice == f"{sys.executable} -m pip install {package}"
 
 
 def test_doctor_survives_a_check_that_breaks(monkeypatch, capsys):
