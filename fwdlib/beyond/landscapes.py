@@ -137,34 +137,29 @@ def animate_paths(descents: Descents, num_frames: int = 40, dpi: int = 72) -> by
     return _gif(images, ["black", *(METHODS[name]["color"] for name in methods)])
 
 
-def plot_growth(rows: Sequence[dict[str, float]], theory: dict[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+def plot_growth(rows: Sequence[dict[str, float]], rates: Sequence[float], theory: dict[str, Sequence[float]]) -> Figure:
     """Draw by what factor a step on the sphere multiplies the value, over the learning rate.
 
     Args:
-        rows: of measurements, each with the ``rate``, the ``mean`` factor with its standard ``error``, and the
-            ``typical`` one, the geometric mean.
-        theory: label -> rates and factors; the line of backprop is called that.
+        rows: measured, as :func:`fwdlib.beyond.stability.measure_growth` returns them.
+        rates: of the theory.
+        theory: at these rates, as :func:`fwdlib.beyond.stability.growth` returns it.
 
     Returns:
-        A figure with one panel; above 1 the value grows.
+        A figure with one panel: lines are the theory, dots what was measured, with 5 standard errors of the mean.
     """
-    color = METHODS["forward gradient"]["color"]
-    looks = ({"linestyle": "--"}, {"linestyle": ":"})
+    forward, backprop = METHODS["forward gradient"]["color"], METHODS["backprop"]["color"]
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(7, 3.1))
         axes = figure.subplots()
-        forward = iter(looks)
-        for label, (rates, factors) in theory.items():
-            axes.plot(rates, factors, label=label, **(METHODS.get(label) or {"color": color, **next(forward)}))
-        rates = [row["rate"] for row in rows]
-        errors = [5 * row["error"] for row in rows]
-        axes.errorbar(
-            rates, [row["mean"] for row in rows], errors, fmt="o", markersize=4, color=color, label="measured"
-        )
-        axes.plot(rates, [row["typical"] for row in rows], "o", markersize=4, color=color, markerfacecolor="white")
         axes.axhline(1, color="0.2", linewidth=0.8)
-        axes.set(title="Growth of the value in one step", xlabel="learning rate", ylabel="factor")
-        axes.set_ylim(0, 3)
+        axes.plot(rates, theory["backprop"], color=backprop, label="backprop")
+        axes.plot(rates, theory["mean"], color=forward, linestyle="--", label="forward gradient,\nmean of the runs")
+        axes.plot(rates, theory["typical"], color=forward, linestyle=":", label="forward gradient,\ntypical run")
+        where, means, errors, typical = ([row[key] for row in rows] for key in ("rate", "mean", "error", "typical"))
+        axes.errorbar(where, means, 5 * np.array(errors), fmt="o", markersize=4, color=forward)
+        axes.plot(where, typical, "o", markersize=4, color=forward, markerfacecolor="white")
+        axes.set(title="What a step multiplies the value by", xlabel="learning rate", ylabel="factor", ylim=(0, 3))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     return figure
 
@@ -187,6 +182,7 @@ def plot_divergence(grids: dict[str, dict[str, Any]]) -> Figure:
                 axes.axvline(grid["limits"][name], color=METHODS[name]["color"], linewidth=1, linestyle=":")
                 axes.plot(grid["rates"], 100 * np.array(parts), marker="o", markersize=3, label=name, **METHODS[name])
             axes.set(title=title, xlabel="learning rate", xscale="log", ylim=(-4, 104))
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
             axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         panels[0].set_ylabel("seeds that diverge [%]")
