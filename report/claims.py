@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +18,9 @@ from torch import nn
 from fwdlib.models import CNN, MLP, LogisticRegression
 from fwdlib.results import Record, iterations, load_run
 from fwdlib.statistics import Interval, median_interval, paired_difference, paired_ratio
-from report import cost, feedback
+from report import comparison, cost, feedback, frank_wolfe, functions, quoted, scratch, tangents, verdicts
 
 METHODS = {"backprop": "backprop", "forward": "forward gradient"}  # key -> as records and timings call it
-QUOTED = Path(__file__).with_name("quoted.toml")
 TIMINGS = "timings.json"
 BARELY = 1.0  # percent: a training loss that falls by less has barely moved
 
@@ -46,13 +44,25 @@ TASKS = {
 }
 
 
+# The sections that depend on studies of their own. Each module has load(folder), and context(found) and figures(found),
+# which give None and nothing where a study was not made; its text is sections/<name>.md.j2.
+PARTS: dict[str, Any] = {
+    "protocols": comparison,
+    "cost": cost,
+    "functions": functions,
+    "tangents": tangents,
+    "feedback": feedback,
+    "frank_wolfe": frank_wolfe,
+    "scratch": scratch,
+}
+
+
 class Results(NamedTuple):
     """All that the report is made from."""
 
     records: dict[str, dict[str, Record]]  # task -> method -> its notebook's record
     timings: dict[str, Any]  # as report.timings.measure returns them
-    cost: dict[str, Any]  # as report.cost.load reads it
-    feedback: dict[str, Any]  # as report.feedback.load reads it
+    parts: dict[str, Any]  # what the modules of PARTS load
 
 
 def load(folder: Path) -> Results:
@@ -86,12 +96,7 @@ def load(folder: Path) -> Results:
         raise ValueError(f"{path} holds no timings ({error}); delete it and run `python -m report`") from error
     if not complete:
         raise ValueError(f"{path} has timings of {', '.join(timings['tasks'])}, not of {', '.join(TASKS)}")
-    return Results(records, timings, cost.load(folder), feedback.load(folder))
-
-
-def load_quoted() -> dict[str, Any]:
-    """Return the published numbers and words that the report quotes."""
-    return tomllib.loads(QUOTED.read_text(encoding="utf-8"))
+    return Results(records, timings, {name: part.load(folder) for name, part in PARTS.items()})
 
 
 def context(results: Results) -> dict[str, Any]:
@@ -100,23 +105,22 @@ def context(results: Results) -> dict[str, Any]:
     Args:
         results: as :func:`load` reads them.
     """
-    quoted = load_quoted()
+    published = quoted.load()
     for key in TASKS:
-        for run in (quoted["predecessors"][key][method] for method in METHODS):  # where only the times are printed
+        for run in (published["predecessors"][key][method] for method in METHODS):  # where only the times are printed
             run["iterations"] = round(run["total_seconds"] / run["step_seconds"])
     tasks = {
-        key: _task(key, results.records[key], results.timings["tasks"][key], quoted["predecessors"][key])
+        key: _task(key, results.records[key], results.timings["tasks"][key], published["predecessors"][key])
         for key in TASKS
     }
     records = [record for pair in results.records.values() for record in pair.values()]
     sources = list({record.source["fingerprint"]: record.source for record in records}.values())
     environments = [record.environment for record in records]
-    return {
+    found = {
         "tasks": tasks,
-        "cost": cost.context(results.cost),
-        "feedback": feedback.context(results.feedback),
+        **{name: part.context(results.parts[name]) for name, part in PARTS.items()},
         "barely": BARELY,
-        "quoted": quoted,
+        "quoted": published,
         "quick": any(record.quick for record in records),
         "substitutes": [source for source in sources if source["substitute_for"]],
         # an iteration holds an evaluation: it cannot be the shorter of the two, unless others had the processor
@@ -130,6 +134,8 @@ def context(results: Results) -> dict[str, Any]:
         "timing_environment": results.timings["environment"],
         "files": {key: [getattr(TASKS[key], method) for method in METHODS] for key in TASKS},
     }
+    found["claims"] = verdicts.findings(found)
+    return found
 
 
 def arrivals(runs: dict[str, list]) -> dict[str, list[float]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from fwdlib.statistics import Interval, mean_interval, median_interval, paired_ratio
 from report.protocols import METHODS, MODELS, STEPS
@@ -52,6 +53,11 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def figures(found: dict[str, Any]) -> dict[str, Figure]:
+    """Return no figure: this section is tables."""
+    return {}
+
+
 def _model(name: str, content: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
     settings = content["settings"]
     threshold = settings["threshold"]
@@ -72,6 +78,7 @@ def _model(name: str, content: dict[str, Any], seconds: dict[str, list[float]]) 
         "settings": settings,
         "num_test": content["num_test"],
         "source": content["source"],
+        "statements": content["statements"],
         "published": published,
         "step": step,
         "their_step": theirs,
@@ -91,6 +98,7 @@ def _pair(backprop: dict[str, Any], forward: dict[str, Any], step: Interval, thr
     )
     total = Interval(*(end * step.estimate for end in ratio))
     total = Interval(total.low * step.low / step.estimate, total.estimate, total.high * step.high / step.estimate)
+    lost = [seed for seed in both if "diverged" in (forward["status"][f[seed]], backprop["status"][b[seed]])]
     gap = [100 * (backprop["accuracy"][b[seed]] - forward["accuracy"][f[seed]]) for seed in both]
     return {
         "backprop": _runs(backprop, threshold),
@@ -100,6 +108,9 @@ def _pair(backprop: dict[str, Any], forward: dict[str, Any], step: Interval, thr
         "step": step,
         "total": total,
         "accuracy_gap": mean_interval(gap),
+        "loss_gap": mean_interval(
+            [forward["train_loss"][f[seed]] - backprop["train_loss"][b[seed]] for seed in both if seed not in lost]
+        ),
         "verdict": "faster" if total.high < 1 else "slower" if total.low > 1 else "unclear",
     }
 

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from fwdlib import plotting
 from fwdlib.statistics import Interval, median_interval, paired_ratio
+from report import quoted
 
 BENCH = "bench-cpu.json"
 DESCENT = "descent.json"
@@ -48,6 +51,20 @@ def context(measured: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def figures(measured: dict[str, Any]) -> dict[str, Figure]:
+    """Return the figures of the section by name.
+
+    Args:
+        measured: as :func:`load` returns it.
+    """
+    if not (bench := measured["bench"]):
+        return {}
+    found = {"cost": plotting.plot_cost(bench)}
+    if bench["depth"]:
+        found["depth"] = plotting.plot_depth(bench, quoted.load()["paper"]["depth"])
+    return found
+
+
 def _model(entry: dict[str, Any]) -> dict[str, Any]:
     seconds = entry["seconds"]
     reference, forward = seconds[entry["reference"]], seconds["forward"]
@@ -70,6 +87,8 @@ def _model(entry: dict[str, Any]) -> dict[str, Any]:
         "seconds": float(np.median(reference)),
         "over_plain": paired_ratio(reference, forward).estimate,
         "textbook": paired_ratio(seconds[TEXTBOOK], reference),
+        "textbook_over_plain": paired_ratio(seconds[TEXTBOOK], forward),
+        "eager_over_plain": paired_ratio(seconds["backprop, eager"], forward),
         "structured": structured,
         "memory": memory,
         "heavier": memory.get("rank-one", 0) > max(memory.get("backprop", 0), 10e6),  # less than that is noise

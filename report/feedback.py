@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from fwdlib.beyond.figures import plot_accuracies
 from fwdlib.statistics import Interval, paired_ratio, t_interval
 from report.alignment import LEARNED, MODES, STEPS, STUDIES, path_of
 
@@ -72,6 +75,15 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
         "steps": _steps(found["steps"]) if found["steps"] else None,
         "environment": contents[0]["environment"],
     }
+
+
+def figures(found: dict[str, Any]) -> dict[str, Figure]:
+    """Return the figure of the section, by name.
+
+    Args:
+        found: as :func:`load` returns it.
+    """
+    return {"feedback": plot_accuracies(curves(found["studies"]))} if found["studies"] else {}
 
 
 def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:

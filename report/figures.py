@@ -13,11 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fwdlib import plotting
-from fwdlib.beyond import figures as beyond
 from fwdlib.results import iterations
 from fwdlib.statistics import Interval, median_interval
-from report import feedback
-from report.claims import METHODS, TASKS, Results, arrivals, load_quoted
+from report.claims import METHODS, PARTS, TASKS, Results, arrivals
 
 PANEL = (3.0, 2.5)  # inches: three side by side on a page or a desktop, one on a phone
 MARKERS = {"backprop": "o", "forward": "D"}  # beside the colours of plotting.METHODS, for prints in black and white
@@ -31,7 +29,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         folder: must be there.
 
     Returns:
-        The SVG files: three for the summary, three for each model, those of cost and feedback where measured.
+        The SVG files: three for the summary, three for each model, and those of the sections whose studies were made.
     """
     figures = {f"summary-{name}": figure for name, figure in plot_summary(results).items()}
     for task, pair in results.records.items():
@@ -40,12 +38,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
             figures[f"{task}-{quantity.replace(' ', '-')}"] = figure
     for figure in figures.values():
         figure.set_size_inches(PANEL)
-    if bench := results.cost["bench"]:
-        figures["cost"] = plotting.plot_cost(bench)
-        if bench["depth"]:
-            figures["depth"] = plotting.plot_depth(bench, load_quoted()["paper"]["depth"])
-    if studies := results.feedback["studies"]:
-        figures["feedback"] = beyond.plot_accuracies(feedback.curves(studies))
+    for name, part in PARTS.items():
+        figures |= part.figures(results.parts[name])
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.svg")

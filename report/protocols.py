@@ -64,6 +64,7 @@ MODELS = {
 }
 GRID = range(-2, 9)  # learning rates of the fair protocol: powers of two times the published one
 FIRST_SEED, FIRST_TUNING_SEED = 1, 1001
+NUM_DRAWS = 2000
 
 
 class Training(NamedTuple):
@@ -190,6 +191,8 @@ def measure(name: str, folder: Path = FOLDER) -> dict[str, Any]:
         for form, training in forms.items():
             num_seeds = training.num_seeds or model.num_seeds
             run("published", method, form, training, num_seeds, FIRST_SEED)
+    found["statements"] = _statements(model, data)
+    write_json(file, found)
     for method, estimator in tqdm(METHODS.items(), desc=name, unit="method"):
 
         def at(power: int, estimator: Estimator = estimator) -> Training:
@@ -204,6 +207,27 @@ def measure(name: str, folder: Path = FOLDER) -> dict[str, Any]:
         run("equal", method, "0", at(0), model.num_seeds, FIRST_SEED)
         run("fair", method, str(best), at(best), model.num_seeds, FIRST_SEED)
     return found
+
+
+def _statements(model: Model, data: Dataset) -> dict[str, Any]:
+    # What is said of the tangents and of their estimates, in numbers; each a mean over draws, with its standard error.
+    network = initialise(model.build, FIRST_SEED)
+    objective, params = BatchLoss(network, data.train_inputs, data.train_targets), params_of(network)
+    exact = sum(g.square().sum() for g in backprop_gradient(objective, params).grads.values())
+    draw = runtime.generator(FIRST_SEED, purpose="statements")
+    jvps = [forward_gradient(objective, params, num_tangents=50, generator=draw).jvps for _ in range(NUM_DRAWS // 50)]
+    last = {name: p for name, p in params.items() if p.dim() == 1}.popitem()  # the biases of the readout
+    v = standardised(dict([last]), 100 * NUM_DRAWS, draw)[last[0]]
+    return {
+        "length of the mean estimate along the gradient": _mean_and_error(torch.cat(jvps).square() / exact),
+        "mean product of two standardised components": _mean_and_error(v[:, 0] * v[:, 1]),
+        "num_components": v.shape[1],
+        "num_draws": NUM_DRAWS,
+    }
+
+
+def _mean_and_error(values: torch.Tensor) -> list[float]:
+    return [float(values.mean()), float(values.std() / len(values) ** 0.5)]
 
 
 def _cost(runs: dict[str, Any], model: Model) -> float:
