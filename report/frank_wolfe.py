@@ -64,7 +64,7 @@ TRAINING_SEEDS = [1, 2, 3, 4, 5]
 BATCH_SIZE = 256
 ITERATIONS = 2_000
 MIDDLE = 100  # the radius of plain Frank-Wolfe, and of the long trainings
-FORMS_OF_TRAINING = ((None, None), (False, MIDDLE), *((True, radius) for radius in RADII))  # averaged, radius
+MIDDLE_L2 = 30  # of the l2 ball, for comparison
 LONG = 10_000  # steps with the averaged forward gradient, for which 2,000 are too few
 EVALUATIONS = 10
 TUNING_SEED = 100
@@ -126,6 +126,7 @@ def settings_now() -> dict[str, Any]:
         "batch_size": BATCH_SIZE,
         "iterations": ITERATIONS,
         "middle": MIDDLE,
+        "middle_l2": MIDDLE_L2,
         "long": LONG,
         "num_held_out": NUM_HELD_OUT,
         "holds": HOLDS,
@@ -248,7 +249,8 @@ def tune(data: Dataset, method: str) -> dict[str, Any]:
 
     @functools.cache
     def cost(power: int) -> tuple[float, ...]:
-        key = {"method": method, "averaged": None, "radius": None, "iterations": ITERATIONS, "seed": TUNING_SEED}
+        key = {"method": method, "ball": None, "averaged": None, "radius": None}
+        key |= {"iterations": ITERATIONS, "seed": TUNING_SEED}
         done = fit(data, make_optimizer("SGD", 1e-4 * 2**power), key)
         return (1,) if done["status"] == "diverged" else (0, done["test_errors"][-1])
 
@@ -258,20 +260,29 @@ def tune(data: Dataset, method: str) -> dict[str, Any]:
 def training_jobs(found: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield the name of each training and what makes it."""
     data = load_images("MNIST")
-    runs = [(method, averaged, radius) for averaged, radius in FORMS_OF_TRAINING for method in ESTIMATORS]
-    planned = [(*run, ITERATIONS) for run in runs] + [("forward gradient", True, MIDDLE, LONG)]
-    for seed, (method, averaged, radius, iterations) in itertools.product(TRAINING_SEEDS, planned):
-        key = {"method": method, "averaged": averaged, "radius": radius, "iterations": iterations, "seed": seed}
-        if averaged is None:
-            optimizer = make_optimizer("SGD", found["tuning"][method]["learning_rate"])
+    for seed, planned in itertools.product(TRAINING_SEEDS, plan()):
+        key = planned | {"seed": seed}
+        if key["averaged"] is None:
+            optimizer = make_optimizer("SGD", found["tuning"][key["method"]]["learning_rate"])
         else:
-            optimizer = partial(FrankWolfe, ball="l1", radius=float(radius), averaged=averaged)
+            options = {"ball": key["ball"], "radius": float(key["radius"]), "averaged": key["averaged"]}
+            optimizer = partial(FrankWolfe, **options)
         yield _name(key), partial(fit, data, optimizer, key)
+
+
+def plan() -> list[dict[str, Any]]:
+    """Return what is trained from each seed; ``averaged`` and ball are None for SGD without a constraint."""
+    forms = [(None, None, None), ("l1", False, MIDDLE), *(("l1", True, radius) for radius in RADII)]
+    runs = [(method, *form, ITERATIONS) for form in forms for method in ESTIMATORS]
+    runs += [("forward gradient", "l1", True, MIDDLE, LONG)]
+    runs += [(method, "l2", True, MIDDLE_L2, ITERATIONS) for method in ("backprop", "forward gradient")]
+    return [dict(zip(("method", "ball", "averaged", "radius", "iterations"), run, strict=True)) for run in runs]
 
 
 def _name(key: dict[str, Any]) -> str:
     form = {None: "SGD", False: "plain", True: "averaged"}[key["averaged"]]
-    return f"{key['method']}, {form}, radius {key['radius']}, {key['iterations']} steps, seed {key['seed']}"
+    ball = "l2, " if key["ball"] == "l2" else ""
+    return f"{key['method']}, {form}, {ball}radius {key['radius']}, {key['iterations']} steps, seed {key['seed']}"
 
 
 def _held_out(data: Dataset) -> Dataset:
@@ -477,42 +488,51 @@ def _trainings(runs: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]
     rows = [_training(runs) for runs in groups.values()]
     rows.sort(key=lambda row: list(ESTIMATORS).index(row["method"]))  # stable: else as they were made
 
-    def at(method: str, averaged: bool | None, radius: float | None, iterations: int) -> dict[str, Any] | None:
-        key = {"method": method, "averaged": averaged, "radius": radius, "iterations": iterations}
+    steps, middle = settings["iterations"], settings["middle"]
+
+    def at(method: str, ball: str | None, averaged: bool | None, radius: float | None, iterations: int = steps) -> Any:
+        key = {"method": method, "ball": ball, "averaged": averaged, "radius": radius, "iterations": iterations}
         return next((row for row in rows if key.items() <= row.items()), None)
 
-    middle, steps = settings["middle"], settings["iterations"]
+    found = {
+        "backprop": at("backprop", "l1", True, middle),
+        "activity": at("activity", "l1", True, middle),
+        "plain": at("forward gradient", "l1", False, middle),
+        "averaged": at("forward gradient", "l1", True, middle),
+        "long": at("forward gradient", "l1", True, middle, settings["long"]),
+        "l2": at("forward gradient", "l2", True, settings["middle_l2"]),
+        "free": at("forward gradient", None, None, None),
+    }
     return {
         "rows": rows,
         "num_seeds": max(row["num_seeds"] for row in rows),
         "num_test": next(iter(runs.values()))["num_test"],
-        "middle": {
-            "backprop": at("backprop", True, middle, steps),
-            "plain": at("forward gradient", False, middle, steps),
-            "averaged": at("forward gradient", True, middle, steps),
-            "long": at("forward gradient", True, middle, settings["long"]),
-            "activity": at("activity", True, middle, steps),
-        },
-        "best": {
-            method: max(
-                (row for row in rows if row["method"] == method and row["averaged"] and row["iterations"] == steps),
-                key=lambda row: row["accuracy"].estimate,
-                default=None,
-            )
-            for method in ESTIMATORS
-        },
-        "free": {method: at(method, None, None, steps) for method in ESTIMATORS},
+        "num_params": sum(p.numel() for p in build().parameters()),
+        "at": found,
+        "behind": {name: _behind(found["backprop"], found[name]) for name in ("activity", "averaged", "long")},
     }
+
+
+def _behind(first: dict[str, Any] | None, second: dict[str, Any] | None) -> Any:
+    """Return by how many points the accuracy of the second is lower, seed by seed; None where one is missing."""
+    if not first or not second:
+        return None
+    shared = first["accuracies"].keys() & second["accuracies"].keys()
+    return t_interval([first["accuracies"][seed] - second["accuracies"][seed] for seed in sorted(shared)])
 
 
 def _training(runs: list[dict[str, Any]]) -> dict[str, Any]:
     # What diverged has learned nothing.
-    errors = [run["num_test"] if run["status"] == "diverged" else run["test_errors"][-1] for run in runs]
-    first = {key: runs[0][key] for key in ("method", "averaged", "radius", "iterations")}
+    accuracies = {
+        run["seed"]: 0.0 if run["status"] == "diverged" else 100 * (1 - run["test_errors"][-1] / run["num_test"])
+        for run in runs
+    }
+    first = {key: runs[0][key] for key in ("method", "ball", "averaged", "radius", "iterations")}
     return first | {
         "form": {None: "SGD, no constraint", False: "plain", True: "averaged"}[first["averaged"]],
         "num_seeds": len(runs),
-        "accuracy": t_interval([100 * (1 - e / run["num_test"]) for e, run in zip(errors, runs, strict=True)]),
+        "accuracies": accuracies,
+        "accuracy": t_interval(list(accuracies.values())),
         "nonzero": 100 * float(np.mean([run["nonzero"] for run in runs])),
         "holding": 100 * float(np.mean([run["holding"] for run in runs])),
         "norm": float(np.mean([run["norm"] for run in runs])),
@@ -555,7 +575,8 @@ def figures(found: dict[str, Any] | None) -> dict[str, Figure]:
     if runs:
         curves: dict[str, dict[float | None, list[tuple[float, float]]]] = {}
         for run in runs:
-            if run["averaged"] is not False and run["iterations"] == ITERATIONS and run["status"] != "diverged":
+            is_swept = run["averaged"] is not False and run["ball"] != "l2" and run["iterations"] == ITERATIONS
+            if is_swept and run["status"] != "diverged":
                 right = 1 - run["test_errors"][-1] / run["num_test"]
                 curves.setdefault(run["method"], {}).setdefault(run["radius"], []).append((run["holding"], right))
         quantity = f"parameters that hold {100 * HOLDS:g} % of the l1 norm"
