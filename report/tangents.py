@@ -202,10 +202,6 @@ def descend(
     Returns:
         The last values, shape (rates, seeds), infinite where the descent has diverged.
     """
-    draws = [runtime.generator(seed) for seed in seeds]
-
-    def draw() -> Tensor:  # (seeds, K, n)
-        return torch.stack([sample_tangents({"x": start}, num_tangents, "normal", g)["x"] for g in draws])
 
     def step(point: Tensor, rate: Tensor, tangents: Tensor) -> Tensor:
         options = {"num_tangents": num_tangents, "tangents": lambda *_: {"x": tangents}}
@@ -218,10 +214,21 @@ def descend(
     graph = make_fx(grid)(points, rates, torch.ones(len(seeds), num_tangents, *start.shape, dtype=start.dtype))
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    for _ in trange(num_steps, leave=False, unit="step", mininterval=1):
-        points = graph(points, rates, draw())
+    for _, tangents in zip(
+        trange(num_steps, leave=False, unit="step"), _draw(start, num_tangents, seeds), strict=False
+    ):
+        points = graph(points, rates, tangents)
     values = vmap(vmap(function))(points)
     return torch.where(values.isfinite(), values, math.inf)
+
+
+def _draw(start: Tensor, num_tangents: int, seeds: Sequence[int]) -> Iterator[Tensor]:
+    # The tangents of one step after another, (seeds, K, n); many steps are drawn at once, which changes no number.
+    generators = [runtime.generator(seed) for seed in seeds]
+    steps = max(1, 2**14 // (num_tangents * len(start)))
+    while True:
+        drawn = [sample_tangents({"x": start}, steps * num_tangents, "normal", g)["x"] for g in generators]
+        yield from torch.stack(drawn).unflatten(1, (steps, num_tangents)).transpose(0, 1).contiguous()
 
 
 def runs_of(runs: list[dict[str, Any]], problem: str, n: int, method: str) -> list[dict[str, Any]]:
