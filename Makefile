@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help report page only-page site bench test test-browser lint format notebooks wheel lab clean
+.PHONY: help report page site bench test test-browser lint format notebooks wheel lab clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,10 +25,7 @@ report: $(STAMP)  ## run the six notebooks headless and make report/report.html 
 	@$(RUN) -m report.site
 
 page: $(STAMP)  ## draw the figures and the page again from the saved results, and the notebooks' pages
-	@$(MAKE) --no-print-directory -j 2 only-page site
-
-only-page: $(STAMP)
-	@$(RUN) -m report --only-render
+	@$(RUN) -m report.site & site=$$!; $(RUN) -m report --only-render && wait $$site
 
 site: $(STAMP)  ## make report/site: the notebooks as pages, to read without running them
 	@$(RUN) -m report.site

@@ -18,11 +18,12 @@
     return element;
   }
 
+  const latexOf = (math) => math.querySelector("annotation")?.textContent ?? math.textContent;
+
   function textOf(cell) {
     const copy = cell.cloneNode(true);
-    for (const math of copy.querySelectorAll("math")) {
-      math.replaceWith(math.querySelector("annotation")?.textContent ?? math.textContent);
-    }
+    for (const unseen of copy.querySelectorAll(".unseen")) unseen.remove();
+    for (const math of copy.querySelectorAll("math")) math.replaceWith(latexOf(math));
     for (const sub of copy.querySelectorAll("sub")) sub.prepend("_");
     return copy.textContent.trim().replace(/\s+/g, " ");
   }
@@ -52,6 +53,10 @@
       if (!name) return;
       const button = make("button", { type: "button" }, ...header.childNodes);
       header.append(button);
+      for (const math of button.querySelectorAll("math")) { // a formula names no button; its LaTeX does
+        math.after(make("span", { className: "unseen" }, latexOf(math)));
+        math.setAttribute("aria-hidden", "true");
+      }
       button.addEventListener("click", () => {
         const order = { ascending: "descending", descending: null }[header.getAttribute("aria-sort")];
         for (const other of headers) other.removeAttribute("aria-sort");

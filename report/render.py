@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,15 @@ def render(results: claims.Results, output: Path) -> list[Path]:
         (scratch / "figures").mkdir()
         drawn = figures.draw(results, scratch / "figures")
         text = markdown(claims.context(results))
-        (scratch / PAGES[0]).write_text(to_html(text, scratch), encoding="utf-8")
-        (scratch / PAGES[1]).write_bytes(to_pdf(text, scratch))
+        with ThreadPoolExecutor(2) as pool:  # each waits for programs of its own
+            html, pdf = pool.submit(to_html, text, scratch), pool.submit(to_pdf, text, scratch)
+            (scratch / PAGES[0]).write_text(html.result(), encoding="utf-8")
+            (scratch / PAGES[1]).write_bytes(pdf.result())
 
         (output / "figures").mkdir(exist_ok=True)
         for path in drawn:
             path.replace(output / "figures" / path.name)
-        for stale in set((output / "figures").glob("*.svg")) - {output / "figures" / path.name for path in drawn}:
+        for stale in set((output / "figures").glob("*.*")) - {output / "figures" / path.name for path in drawn}:
             stale.unlink()
         for file in PAGES:
             (scratch / file).replace(output / file)

@@ -176,7 +176,7 @@ lang: en
 
 ## Results {#results}
 
-| model | time | steps | share | R~f~ |
+| model | time | $n_k$ | share | R~f~ |
 |:------|-----:|------:|------:|-----:|
 | b, "the second" | 1.05 [1.00, 1.10] ms | 1,234 | 98.2 % | $x^2$ |
 | a10 | 12 s | never | 3.2e-05 | 2 |
@@ -228,6 +228,14 @@ def test_a_table_sorts_by_keyboard_up_down_and_back(table, column):
         assert (state or "original") in said
 
 
+def test_axe_finds_nothing_serious_in_a_sortable_table(table, axe):
+    from selenium.webdriver.common.by import By
+
+    test_axe_finds_nothing_serious(table, axe)
+    button = table.find_elements(By.CSS_SELECTOR, "thead button")[2]
+    assert button.accessible_name == "n_k"  # a formula alone would be no name
+
+
 def test_a_second_column_takes_over(table):
     from selenium.webdriver.common.by import By
 
@@ -253,7 +261,7 @@ def test_a_table_is_saved_as_csv(table, tmp_path):
     path = download(table, table.find_element(By.CSS_SELECTOR, ".tools button"), tmp_path)
     assert path.name == "page-results.csv"
     rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
-    assert rows[0] == ["model", "time", "steps", "share", "R_f"]
+    assert rows[0] == ["model", "time", "n_k", "share", "R_f"]
     assert rows[1] == ["b, \u201cthe second\u201d", "1.05 [1.00, 1.10] ms", "1,234", "98.2 %", "x^2"]
     assert [len(row) for row in rows] == [5] * 5
     assert all(urlsplit(url).scheme in ("file", "blob", "data") for url in requests(table))
