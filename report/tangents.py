@@ -32,7 +32,7 @@ from fwdlib.estimators import Estimator, backprop_gradient, multi_tangent_gradie
 from fwdlib.objectives import as_objective, rosenbrock, sphere, styblinski_tang
 from fwdlib.results import write_json
 from fwdlib.tangents import sample_tangents
-from report.wording import number
+from report.wording import enumerated, number
 
 FILE = Path(__file__).parent / "results" / "tangents.json"
 TUNING_SEEDS = [101, 102, 103]
@@ -49,11 +49,14 @@ class Problem(NamedTuple):
     num_steps: int
     curvature: float  # the largest at the minimum; the best rate of backprop is about 1 / curvature
     sizes: tuple[int, ...]  # n, in the order in which they are measured
+    minimum: float = 0.0  # for each of the n
 
 
 PROBLEMS = {
     "sphere": Problem(sphere, (-1.0, -1.0), 1000, 2.0, (1024, 256, 64, 2, 4, 8, 16, 32, 128, 512)),
-    "styblinski_tang": Problem(styblinski_tang, (0.0, 0.0), 1000, 34.6, (1024, 256, 64, 2, 4, 8, 16, 32, 128, 512)),
+    "styblinski_tang": Problem(
+        styblinski_tang, (0.0, 0.0), 1000, 34.6, (1024, 256, 64, 2, 4, 8, 16, 32, 128, 512), -39.16616570377142
+    ),
     "rosenbrock": Problem(rosenbrock, (-1.0, 0.0), 25_000, 1002.0, (2, 16, 64, 128, 4, 1024, 256, 8, 32, 512)),
 }
 METHODS: dict[str, tuple[Estimator, int]] = {"backprop": (backprop_gradient, 1)}  # and K
@@ -61,8 +64,7 @@ METHODS |= {f"mean, K = {k}": (multi_tangent_gradient, k) for k in (1, 2, 4, 16)
 METHODS |= {f"projection, K = {k}": (projected_gradient, k) for k in (1, 2, 4, 16)}
 
 TITLES = {"sphere": "Sphere", "rosenbrock": "Rosenbrock", "styblinski_tang": "Styblinski-Tang"}
-MINIMA = {"sphere": 0.0, "rosenbrock": 0.0, "styblinski_tang": -39.16616570377142}  # per number
-TINY = 1e-12
+TINY = -12  # the power of ten below which the sphere is taken to be solved
 
 # The best values that the authors' search for learning rates came upon, one run each (github Helmholtz-AI-Energy/frog,
 # commit 344affc, lrs/): problem -> n -> method -> value. Not the five seeds of the paper's own table.
@@ -93,7 +95,7 @@ def measure(problems: Sequence[str], file: Path = FILE) -> dict[str, Any]:
 
     Returns:
         ``settings``, ``environment``, and ``runs``: for each problem, n, method and power of the learning rate the last
-        values with the tuning seeds and with the others, infinite where the descent has diverged.
+        values above the minimum, with the tuning seeds and with the others, infinite where the descent has diverged.
 
     Raises:
         ValueError: if ``file`` holds runs with other settings.
@@ -153,7 +155,8 @@ def _run(name: str, n: int, method: str, powers: list[int]) -> list[dict[str, An
         rates=rates,
         seeds=TUNING_SEEDS + SEEDS,
         num_steps=problem.num_steps,
-    ).tolist()
+    )
+    values = (values - n * problem.minimum).tolist()
     key, split = {"problem": name, "n": n, "method": method}, len(TUNING_SEEDS)
     return [
         key | {"power": power, "learning_rate": rate, "tuning": row[:split], "measured": row[split:]}
@@ -289,7 +292,7 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
     return {
         "tables": [_table(name, sizes) for name, sizes in cases.items() if set(sizes) & set(PUBLISHED[name])],
         "sphere": _sphere(cases.get("sphere", {})),
-        "projection": [_projection(name, sizes) for name, sizes in cases.items()],
+        "projection": list(filter(None, (_projection(name, sizes) for name, sizes in cases.items()))),
         "diverged": [
             f"{TITLES[name]}, n = {n}, {method}"
             for name, sizes in cases.items()
@@ -297,16 +300,11 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
             for method, run in methods.items()
             if not math.isfinite(run["measured"][-1])
         ],
-        "missing": [
-            f"{TITLES[name]} at n = {n}"
-            for name, problem in PROBLEMS.items()
-            for n in sorted(problem.sizes)
-            if set(cases.get(name, {}).get(n, {})) != set(METHODS)
-        ],
+        "missing": list(filter(None, (_missing(name, cases.get(name, {})) for name in PROBLEMS))),
         "settings": found["settings"],
+        "tiny": TINY,
         "num_seeds": len(found["settings"]["seeds"]),
         "num_tuning_seeds": len(found["settings"]["tuning_seeds"]),
-        "tiny": scientific(TINY),
         "environment": found["environment"],
     }
 
@@ -323,9 +321,7 @@ def figures(found: dict[str, Any]) -> dict[str, Figure]:
     panels = {
         TITLES[name]: {
             method.replace("mean", "forward gradient"): {
-                n: [value - MINIMA[name] * n for value in methods[method]["measured"]]
-                for n, methods in sizes.items()
-                if method in methods
+                n: methods[method]["measured"] for n, methods in sizes.items() if method in methods
             }
             for method in METHODS
             if any(method in methods for methods in sizes.values())
@@ -353,18 +349,22 @@ def scientific(value: float) -> str:
 def _table(name: str, sizes: dict[int, dict[str, Any]]) -> dict[str, Any]:
     columns = [n for n in sizes if n in PUBLISHED[name]]
     rows = {
-        method: [_cell(sizes[n].get(method), PUBLISHED[name][n].get(method)) for n in columns]
+        method: [
+            _cell(sizes[n].get(method), n * PROBLEMS[name].minimum, PUBLISHED[name][n].get(method)) for n in columns
+        ]
         for method in METHODS
         if any(method in sizes[n] for n in columns)
     }
     return {"title": TITLES[name], "num_steps": PROBLEMS[name].num_steps, "columns": columns, "rows": rows}
 
 
-def _cell(run: dict[str, Any] | None, published: float | None) -> str:
+def _cell(run: dict[str, Any] | None, minimum: float, published: float | None) -> str:
     # median [range] (published)
     if run is None:
         return ""
-    low, middle, high = (scientific(value) for value in (run["measured"][0], _middle(run), run["measured"][-1]))
+    low, middle, high = (
+        scientific(minimum + value) for value in (run["measured"][0], _middle(run), run["measured"][-1])
+    )
     text = middle if low == middle == high else f"{middle} [{low}, {high}]"
     return text if published is None else f"{text} ({scientific(published)})"
 
@@ -391,7 +391,7 @@ def _sphere(sizes: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
         "factor": math.exp(abs(math.log(over_published[furthest]))),
         "as_suggested": sum(power == 0 for power in powers),
         "num_cases": len(powers),
-        "tiny": bool(many) and max(run["measured"][-1] for run in many) < TINY,
+        "tiny": bool(many) and max(run["measured"][-1] for run in many) < 10.0**TINY,
     }
 
 
@@ -407,16 +407,17 @@ def expected_value(n: int, method: str) -> float:
     return n * problem.start[0] ** 2 * (1 - falls) ** problem.num_steps
 
 
-def _projection(name: str, sizes: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _missing(name: str, sizes: dict[int, dict[str, Any]]) -> str | None:
+    lacking = [str(n) for n in sorted(PROBLEMS[name].sizes) if set(sizes.get(n, {})) != set(METHODS)]
+    return f"{TITLES[name]} at n = {enumerated(lacking)}" if lacking else None
+
+
+def _projection(name: str, sizes: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
     # The projection's last value over the mean's, above the minimum, at the largest n.
     n = max(sizes)
     pairs = [(k, sizes[n].get(f"mean, K = {k}"), sizes[n].get(f"projection, K = {k}")) for k in (1, 2, 4, 16)]
-    ratios = {
-        k: (_middle(projection) - MINIMA[name] * n) / (_middle(mean) - MINIMA[name] * n)
-        for k, mean, projection in pairs
-        if mean and projection
-    }
-    return {"title": TITLES[name], "n": n, "ratios": ratios}
+    ratios = {k: _middle(projection) / _middle(mean) for k, mean, projection in pairs if mean and projection}
+    return {"title": TITLES[name], "n": n, "ratios": ratios} if ratios else None
 
 
 if __name__ == "__main__":

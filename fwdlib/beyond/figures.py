@@ -442,8 +442,9 @@ def plot_dimensions(
                 axes.plot(sizes, middle, linestyle, marker=marker, markersize=3.5, linewidth=1.1, color=color)
                 axes.vlines(sizes, values[:, 0], values.max(1, where=np.isfinite(values), initial=floor), color=color)
             axes.set(title=title, xlabel="dimensions n", xscale="log", yscale="log")
-            axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+            every = sorted({n for ends in methods.values() for n in ends})
+            axes.set_xticks(every[:: max(1, len(every) // 4)], [str(n) for n in every[:: max(1, len(every) // 4)]])
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
         figure.axes[0].set_ylabel(ylabel)
         handles = [
             Line2D([], [], color=METHODS.get(name, {"color": "0.2"})["color"], label=name)
