@@ -112,6 +112,17 @@ def test_typical_growth_in_one_dimension_is_the_integral():
     assert math.log(found) == pytest.approx(exact, abs=5 * 1.5 / math.sqrt(200_000))  # the logarithm spreads by 1.3
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5])
+def test_typical_growth_in_two_dimensions_is_the_integral_over_the_length_of_the_tangent(rate):
+    # with v = r (cos t, sin t) and s = a r^2 / 2 the factor is |1 - s - s e^(-2it)|^2, whose logarithm has by Jensen's
+    # formula the mean 2 log max(|1 - s|, s) over the angle; r^2 / 2 is exponentially distributed
+    a = 2 * rate
+    near = quad(lambda u: math.log(1 - a * u) * math.exp(-u), 0, 1 / (2 * a))[0]
+    far = quad(lambda u: math.log(a * u) * math.exp(-u), 1 / (2 * a), 50)[0]
+    found = growth(torch.tensor([rate]), generator=torch.Generator().manual_seed(0))["typical"]
+    assert math.log(found) == pytest.approx(2 * (near + far), abs=5 * 1.5 / math.sqrt(200_000))
+
+
 def test_measured_growth_is_that_of_the_theory():
     rates = torch.tensor([0.1, 0.25, 0.4], dtype=torch.float64)
     theory = growth(rates, n=3, generator=torch.Generator().manual_seed(0))
