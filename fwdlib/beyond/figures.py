@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
-from matplotlib import ticker
+from matplotlib import patheffects, ticker
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -400,7 +400,8 @@ def plot_sparsity(
                     axes.plot(*means[radius], "*", color=style["color"], markersize=11, markeredgecolor="white")
                 elif name == next(iter(curves)):
                     place = {"xytext": (0, -14 if i % 2 else 7), "textcoords": "offset points", "ha": "center"}
-                    axes.annotate(f"{radius:g}", means[radius], fontsize=8, **place)
+                    halo = [patheffects.withStroke(linewidth=2.5, foreground="white")]
+                    axes.annotate(f"{radius:g}", means[radius], fontsize=8, path_effects=halo, zorder=5, **place)
             line = np.array([mean for radius, mean in means.items() if radius is not None])
             axes.plot(*line.T, marker="o", markersize=5, label=name, **style)
         axes.plot([], [], "*", color="0.3", markersize=11, markeredgecolor="white", label="no constraint")
