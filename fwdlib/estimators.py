@@ -196,8 +196,9 @@ def projected_gradient(
     So a learning rate of :func:`forward_gradient` has to be multiplied by about P/K to suit it.
 
     Cost: K jvps as in :func:`forward_gradient`, and :math:`O(K^2 P + K^3)` for the Gram matrix, that is O(K P) more for
-    each jvp. It is summed and decomposed in float64 whatever the parameters are, and the solution refined once, so that
-    the error is about the condition number of V times the rounding of the jvps, not its square.
+    each jvp: no small part of it where a batch is small. The matrix is summed and decomposed in float64 whatever the
+    parameters are, and for float64 ones the solution is refined once, so that the error is about the condition number
+    of V times the rounding of the jvps, not its square.
 
     Tangents that are repeated, zero or more than P are welcome: the Gram matrix of the tangents, scaled to unit length,
     is inverted through its eigenvalues, and one below 1e-12 of the largest counts as zero. What is left is the
@@ -248,19 +249,18 @@ def _combine(coefficients: Tensor, tangents: Params) -> Params:
 
 def _solve_gram(tangents: Params, jvps: Tensor) -> tuple[Tensor, Tensor]:
     # The least c with V^T V c = d, and the rank of V. By eigenvalues rather than Cholesky, which is faster but neither
-    # tells the rank nor fails reliably where it is short; and without a branch, so that it can be vmapped.
-    def rows(v: Tensor) -> Tensor:
-        return v.reshape(len(jvps), -1).double()
-
-    gram, d = sum(rows(v) @ rows(v).mT for v in tangents.values()), jvps.double()
+    # tells the rank nor fails reliably where it is short; and without a branch on data, so that it can be vmapped.
+    rows, d = [v.reshape(len(jvps), -1) for v in tangents.values()], jvps.double()
+    gram = sum(wide @ wide.mT for wide in map(Tensor.double, rows))
     squares = gram.diagonal()
     scale = torch.where(squares > 0, squares, torch.inf).rsqrt()  # a zero tangent stays zero
     values, vectors = torch.linalg.eigh(scale.unsqueeze(1) * gram * scale)
     kept = values > RANK_TOLERANCE * values[-1]
     root = scale.unsqueeze(1) * vectors * torch.where(kept, values, torch.inf).rsqrt()  # root root^T inverts the matrix
     c = root @ (root.mT @ d)
-    residual = d - sum(rows(v) @ (c @ rows(v)) for v in tangents.values())
-    return c + root @ (root.mT @ residual), kept.sum(dtype=d.dtype)
+    if jvps.dtype == d.dtype:  # else the rounding of the jvps is more than that of c
+        c = c + root @ (root.mT @ (d - sum(wide @ (c @ wide) for wide in map(Tensor.double, rows))))
+    return c, kept.sum(dtype=d.dtype)
 
 
 def _one_block_at_a_time(tangents: Params) -> Params:

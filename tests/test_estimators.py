@@ -277,6 +277,20 @@ def test_what_is_rescaled_is_divided_by_the_rank_not_by_the_number_of_tangents()
     assert torch.equal(project(gradient, torch.zeros(2, 12), rescale="unbiased"), torch.zeros(12, dtype=torch.float64))
 
 
+def test_projection_takes_parameters_of_several_types():
+    params = {"half": torch.zeros(4, dtype=torch.bfloat16), "double": torch.zeros(3, dtype=torch.float64)}
+    estimate = projected_gradient(
+        lambda p: p["half"].sum().double() + 2 * p["double"].sum(),
+        params,
+        num_tangents=9,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert {name: g.dtype for name, g in estimate.grads.items()} == {name: p.dtype for name, p in params.items()}
+    torch.testing.assert_close(
+        flat(estimate.grads).double(), torch.tensor([1.0] * 4 + [2.0] * 3).double(), rtol=0.05, atol=0
+    )
+
+
 def test_projection_in_single_precision_survives_tangents_that_are_nearly_alike():
     # at an angle of 3e-4 their Gram matrix has the condition number 4e7: one in single precision has nothing left of it
     gradient, matrix = randn(50, dtype=torch.float32), randn(2, 50, seed=1, dtype=torch.float32)
