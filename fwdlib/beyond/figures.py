@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
-from matplotlib import patheffects, ticker
+from matplotlib import ticker
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -375,9 +375,9 @@ def plot_reach(distances: Sequence[float], ends: dict[str, np.ndarray], reach: f
 
 
 def plot_sparsity(
-    curves: dict[str, dict[float, Sequence[tuple[float, float]]]], quantity: str, num_test: int
+    curves: dict[str, dict[float | None, Sequence[tuple[float, float]]]], quantity: str, num_test: int
 ) -> Figure:
-    """Draw accuracy against sparsity along a sweep of radii: a line through the means, and a dot for each seed.
+    """Draw accuracy along a sweep of radii, and against sparsity: lines through the means, and a dot for each seed.
 
     Args:
         curves: method, as ``METHODS`` calls it -> radius, None for no constraint -> for each seed the share of the
@@ -386,31 +386,33 @@ def plot_sparsity(
         num_test: size of the test set.
 
     Returns:
-        A figure with one panel, the radii written at the first method's means; stars where there is no constraint.
+        A figure with two panels, over the radius and over the share; a star in the second for no constraint.
     """
     with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(7, 3.5))
-        axes = figure.subplots()
+        figure = Figure(figsize=(8, 3.4))
+        over_radius, over_share = figure.subplots(1, 2, sharey=True)
         for name, radii in curves.items():
-            style = METHODS[name]
-            means = {radius: 100 * np.mean(seeds, axis=0) for radius, seeds in radii.items()}
-            for i, (radius, seeds) in enumerate(radii.items()):
-                axes.scatter(*(100 * np.array(seeds).T), s=9, color=style["color"], alpha=0.4, linewidth=0)
-                if radius is None:
-                    axes.plot(*means[radius], "*", color=style["color"], markersize=11, markeredgecolor="white")
-                elif name == next(iter(curves)):
-                    place = {"xytext": (0, -14 if i % 2 else 7), "textcoords": "offset points", "ha": "center"}
-                    halo = [patheffects.withStroke(linewidth=2.5, foreground="white")]
-                    axes.annotate(f"{radius:g}", means[radius], fontsize=8, path_effects=halo, zorder=5, **place)
-            line = np.array([mean for radius, mean in means.items() if radius is not None])
-            axes.plot(*line.T, marker="o", markersize=5, label=name, **style)
-        axes.plot([], [], "*", color="0.3", markersize=11, markeredgecolor="white", label="no constraint")
-        axes.set(xlabel=f"{quantity} [%]", ylabel=f"correct of {num_test} [%]", xscale="log")
-        axes.set_title("Test accuracy in balls of several radii")
-        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-        axes.margins(y=0.1)
-        figure.legend(loc="outside right center")
+            style, dots = METHODS[name], {"s": 9, "color": METHODS[name]["color"], "alpha": 0.4, "linewidth": 0}
+            swept = {radius: 100 * np.array(seeds) for radius, seeds in radii.items() if radius is not None}
+            means = np.array([values.mean(0) for values in swept.values()])
+            for radius, values in swept.items():
+                over_radius.scatter([radius] * len(values), values[:, 1], **dots)
+                over_share.scatter(*values.T, **dots)
+            over_radius.plot(list(swept), means[:, 1], marker="o", markersize=5, label=name, **style)
+            over_share.plot(*means.T, marker="o", markersize=5, **style)
+            if None in radii:
+                star = {"color": style["color"], "markersize": 11, "markeredgecolor": "white"}
+                over_share.plot(*100 * np.mean(radii[None], axis=0), "*", **star)
+        over_radius.plot([], [], "*", color="0.3", markersize=11, markeredgecolor="white", label="no constraint")
+        over_radius.set(title="Test accuracy by radius", xlabel="radius of the ball")
+        over_radius.set_ylabel(f"correct of {num_test} [%]")
+        over_share.set(title="Test accuracy by sparsity", xlabel=f"{quantity} [%]")
+        for axes in figure.axes:
+            axes.set_xscale("log")
+            axes.margins(x=0.05, y=0.1)
+            axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        figure.legend(*over_radius.get_legend_handles_labels(), loc="outside lower center", ncols=len(curves) + 1)
     return figure
 
 

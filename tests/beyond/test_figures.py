@@ -235,19 +235,19 @@ def test_reach_has_the_theory_and_the_spread_of_the_seeds():
     assert list(averaged.lines[0].get_ydata()) == [1.0, 1.0]
 
 
-def test_sparsity_is_a_line_through_the_means_and_a_dot_for_each_seed():
+def test_sparsity_has_lines_through_the_means_over_radius_and_over_share():
     curves = {"backprop": make_sweep() | {None: [(0.7, 0.92)]}, "activity": make_sweep()}
     figure = plot_sparsity(curves, "parameters", 1000)
-    (axes,) = figure.axes
-    lines = {line.get_label(): line for line in axes.lines}
-    np.testing.assert_allclose(lines["backprop"].get_xydata(), [[3.0, 65.0], [5.0, 85.0]])  # percent
-    assert axes.collections[0].get_offsets().tolist() == [[2.0, 60.0], [4.0, 70.0]]
-    assert sum(len(dots.get_offsets()) for dots in axes.collections) == 4 + 1 + 4
-    stars = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "*"]
-    assert stars[0] == [pytest.approx([70.0, 92.0])]
-    assert [text.get_text() for text in axes.texts] == ["10", "100"]
-    assert axes.get_ylabel() == "correct of 1000 [%]"
-    assert axes.get_xlabel() == "parameters [%]"
+    over_radius, over_share = figure.axes
+    np.testing.assert_allclose(over_radius.lines[0].get_xydata(), [[10.0, 65.0], [100.0, 85.0]])  # percent
+    np.testing.assert_allclose(over_share.lines[0].get_xydata(), [[3.0, 65.0], [5.0, 85.0]])
+    assert over_share.collections[0].get_offsets().tolist() == [[2.0, 60.0], [4.0, 70.0]]
+    assert [sum(len(dots.get_offsets()) for dots in axes.collections) for axes in figure.axes] == [8, 8]
+    (star,) = [line.get_xydata()[0] for line in over_share.lines if line.get_marker() == "*"]
+    assert star.tolist() == pytest.approx([70.0, 92.0])
+    assert over_radius.get_ylabel() == "correct of 1000 [%]"
+    assert [axes.get_xlabel() for axes in figure.axes] == ["radius of the ball", "parameters [%]"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["backprop", "activity", "no constraint"]
 
 
 def test_closed_forms_are_lines_and_what_was_measured_dots():
