@@ -144,7 +144,7 @@ def test_every_requirement_has_a_lower_bound_alone_and_a_reason(name):
 
 def test_what_fwdlib_imports_is_a_dependency():
     # by the name of the import, where it is not that of the package; what a module can do without is left out
-    names = {"sklearn": "scikit-learn"}
+    names = {"sklearn": "scikit-learn", "PIL": "pillow"}
     tools = {"papermill", "nbformat", "psutil", "jupyter_client", "packaging"}  # of batch and of cli's doctor
     optional = {"tensorflow_datasets"}
     given = {dependency.name for dependency in dependencies()}
