@@ -569,9 +569,7 @@ def figures(found: dict[str, Any] | None) -> dict[str, Figure]:
     arrivals = {name: [run["arrival"] for run in runs.values()] for name, runs in trainings.items()}
     goal = f"{100 * GOAL:g} % of the validation points are right"
     return {
-        "scratch-validation": beyond.plot_validation(
-            curves, NUM_POINTS, f"squared error, sum over {NUM_POINTS} points"
-        ),
+        "scratch-validation": beyond.plot_validation(curves, NUM_POINTS, "summed squared error"),
         "scratch-arrivals": beyond.plot_arrivals(arrivals, found["settings"]["num_epochs"], goal),
     }
 
