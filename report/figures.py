@@ -29,7 +29,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         folder: must be there.
 
     Returns:
-        The SVG files: three for the summary, three for each model, and those of the sections whose studies were made.
+        The files: three for the summary, three for each model, and those of the sections whose studies were made.
     """
     figures = {f"summary-{name}": figure for name, figure in plot_summary(results).items()}
     for task, pair in results.records.items():
@@ -42,6 +42,10 @@ def draw(results: Results, folder: Path) -> list[Path]:
         figures |= part.figures(results.parts[name])
     paths = []
     for name, figure in figures.items():
+        if isinstance(figure, bytes):  # an animation, with the name of its file
+            paths.append(folder / name)
+            paths[-1].write_bytes(figure)
+            continue
         paths.append(folder / f"{name}.svg")
         with matplotlib.style.context(plotting.STYLE):  # its hash salt and its fonts count when the file is written
             figure.savefig(paths[-1], metadata={"Date": None, "Creator": None})

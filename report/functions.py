@@ -221,18 +221,21 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def figures(found: dict[str, Any]) -> dict[str, Figure]:
-    """Return the figures by name, without ``.svg``; :func:`animation` is beside them.
+def figures(found: dict[str, Any] | None) -> dict[str, Figure | bytes]:
+    """Return the figures by name, without ``.svg``, and the animation by that of its file.
 
     Args:
         found: as :func:`load` returns it.
     """
+    if found is None:
+        return {}
     growth, descents = found["growth"], _timed(found)
     return {
         "functions-descents": landscapes.plot_descents(descents),
         "functions-paths": landscapes.plot_paths(descents),
         "functions-growth": landscapes.plot_growth(growth["rows"], growth["rates"], growth["theory"]),
         "functions-divergence": landscapes.plot_divergence(found["divergence"]),
+        ANIMATION: animation(found),
     }
 
 

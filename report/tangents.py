@@ -309,15 +309,17 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def figures(found: dict[str, Any]) -> dict[str, Figure]:
+def figures(found: dict[str, Any] | None) -> dict[str, Figure]:
     """Draw where the descents end over the number of dimensions.
 
     Args:
         found: as :func:`load` returns it.
 
     Returns:
-        One figure, ``tangents``.
+        One figure, ``tangents``; none where nothing was measured.
     """
+    if found is None or not found["runs"]:
+        return {}
     panels = {
         TITLES[name]: {
             method.replace("mean", "forward gradient"): {
