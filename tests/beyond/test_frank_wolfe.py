@@ -202,13 +202,26 @@ def test_two_steps_by_hand():
     assert second.tolist() == [1.0, 0.0]  # it is the optimum
 
 
-def test_two_averaged_steps_by_hand():
-    grads = iter([torch.tensor([-4.0, 0.0]), torch.tensor([0.0, 40.0])])
-    _, first, second = run(lambda _: next(grads), torch.zeros(2), 2, ball="l1", radius=1.0)
-    rho = 4 / 9 ** (2 / 3)  # of the second step; the first takes its gradient whole
-    assert 40 * rho > 4 * (1 - rho)
-    torch.testing.assert_close(first, torch.tensor([1 / 4, 0.0]))
-    torch.testing.assert_close(second, first + 2 / 9 * (torch.tensor([0.0, -1.0]) - first))
+def test_averaged_steps_have_the_weights_of_mokhtari_and_others():
+    grads = normal(20, 3)
+    given = iter(grads)
+    points = run(lambda _: next(given), torch.zeros(3).double(), 20, ball="l2", radius=1.0)
+    average = torch.zeros(3).double()
+    for k, (grad, x, following) in enumerate(zip(grads, points[:-1], points[1:], strict=True)):
+        rho = 4 / (k + 8) ** (2 / 3)  # 1 at first: the first gradient counts whole
+        average = (1 - rho) * average + rho * grad
+        torch.testing.assert_close(following, x + 2 / (k + 8) * (-average / average.norm() - x))
+
+
+def test_options_of_the_weights():
+    grads = normal(2, 3)
+    given = iter(grads)
+    options = {"ball": "l2", "radius": 1.0, "offset": 3.0, "power": 0.5}
+    _, first, second = run(lambda _: next(given), torch.zeros(3).double(), 2, **options)
+    rho = (3 / 4) ** 0.5
+    average = (1 - rho) * grads[0] + rho * grads[1]
+    torch.testing.assert_close(first, -2 / 3 * grads[0] / grads[0].norm())
+    torch.testing.assert_close(second, first + 2 / 4 * (-average / average.norm() - first))
 
 
 @pytest.mark.parametrize("ball", BALLS)
