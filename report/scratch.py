@@ -483,7 +483,7 @@ def normal_interval(mean: float, deviation: float, number: int) -> Interval:
         deviation: of the runs.
         number: of runs.
     """
-    half = stats.t.ppf(0.975, number - 1) * deviation / math.sqrt(number)
+    half = float(stats.t.ppf(0.975, number - 1)) * deviation / math.sqrt(number)
     return Interval(mean - half, mean, mean + half)
 
 
@@ -500,6 +500,7 @@ def _factors(trainings: dict[tuple[str, str], dict[int, dict[str, Any]]]) -> dic
         "division_xavier": factor("divided, Xavier", "Xavier"),
         "xavier": factor("Xavier", "as PyTorch"),
         "xavier_divided": factor("divided, Xavier", "divided"),
+        "both": factor("divided, Xavier", "as PyTorch"),
     }
 
 

@@ -111,7 +111,9 @@ def test_the_cause_is_named_if_the_data_name_it(load):
     assert context["factors"]["xavier_divided"].high == 0
     text = section(found)
     assert "**The division is the cause.**" in text
-    assert "20.0 [20.0, 40.0] times as many with Xavier's, never with PyTorch's" in text
+    assert "20.0 [20.0, 40.0] times as many with Xavier's, seed by seed" in text
+    assert "with PyTorch's 6 of 6 seeds do not get there at all" in text
+    assert "it is 10.0 [10.0, 20.0] times as many." in text
     assert "they made up for some of the division" in text
 
 
@@ -121,6 +123,7 @@ def test_another_outcome_is_another_verdict(load):
     assert scratch.context(found)["verdict"] == "unclear"
     text = section(found)
     assert "these seeds do not settle" in text
+    assert "with PyTorch's 0.998 [0.750, 1.43] times as many" in text
     assert "The division is the cause" not in text
     assert "they made up" not in text
 
