@@ -41,7 +41,8 @@ NUM_ITERATIONS = 1000  # of divergence
 SEEDS_OF_GROWTH = 200
 THRESHOLD = 1e-3
 ENOUGH = 0.9  # of the seeds below the threshold
-SECONDS = 30  # of timing
+SECONDS = 30  # of timing, in all
+BLOCK_SECONDS = 0.05  # of a turn: long enough for the ups and downs of a processor
 WRITTEN_OUT = "Rosenbrock, written out"
 
 
@@ -92,14 +93,7 @@ def measure(words: Sequence[str] = (), file: Path = FILE) -> dict[str, Any]:
         ValueError: if ``file`` was made with other settings.
     """
     found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    settings = {
-        "functions": {title: [list(f.start), list(f.minimum)] for title, f in FUNCTIONS.items()},
-        "paper": {title: [p.learning_rate, p.num_iterations] for title, p in PUBLISHED.items()},
-        "seeds": SEEDS,
-        "seeds_of_divergence": SEEDS_OF_DIVERGENCE,
-        "iterations_of_divergence": NUM_ITERATIONS,
-        "seeds_of_growth": SEEDS_OF_GROWTH,
-    }
+    settings = settings_now()
     if found.setdefault("settings", settings) != settings:
         raise ValueError(f"{file} was made with other settings; delete it to start anew")
     found["environment"] = runtime.environment()
@@ -107,6 +101,18 @@ def measure(words: Sequence[str] = (), file: Path = FILE) -> dict[str, Any]:
         found[word] = PARTS[word]()
         write_json(file, found)
     return found
+
+
+def settings_now() -> dict[str, Any]:
+    """Return what the measurements depend on; a file with others is not gone on with."""
+    return {
+        "starts": {title: list(f.start) for title, f in FUNCTIONS.items()},
+        "paper": {title: [p.learning_rate, p.num_iterations] for title, p in PUBLISHED.items()},
+        "seeds": SEEDS,
+        "seeds_of_divergence": SEEDS_OF_DIVERGENCE,
+        "iterations_of_divergence": NUM_ITERATIONS,
+        "seeds_of_growth": SEEDS_OF_GROWTH,
+    }
 
 
 def measure_descents() -> dict[str, Any]:
@@ -163,7 +169,10 @@ def measure_steps() -> dict[str, Any]:
     timed = {title: (FUNCTIONS[title].function, FUNCTIONS[title].points()[0]) for title in PUBLISHED}
     timed[WRITTEN_OUT] = (written_out, timed["Rosenbrock"][1])
     steps = {f"{title}: {name}": step_of(*task, e) for title, task in timed.items() for name, e in METHODS.items()}
-    return {"seconds": interleave(steps, seconds=SECONDS), "environment": runtime.environment()}
+    return {
+        "seconds": interleave(steps, seconds=SECONDS, block_seconds=BLOCK_SECONDS),
+        "environment": runtime.environment(),
+    }
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {

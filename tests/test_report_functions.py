@@ -220,6 +220,11 @@ def test_study_keeps_what_is_done_and_takes_anew_what_is_named(small, tmp_path, 
     assert json.loads(file.read_text())["divergence"] == on_disk["divergence"]
 
 
+def test_settings_survive_the_file(tmp_path):
+    write_json(tmp_path / "settings.json", functions.settings_now())
+    assert json.loads((tmp_path / "settings.json").read_text()) == functions.settings_now()
+
+
 def test_study_refuses_a_file_of_other_settings(small, tmp_path, monkeypatch):
     file = tmp_path / "functions.json"
     write_json(file, {"settings": {"seeds": [1]}})
@@ -229,7 +234,7 @@ def test_study_refuses_a_file_of_other_settings(small, tmp_path, monkeypatch):
 
 def test_steps_are_timed_for_both_methods_and_both_ways_to_write_the_function(monkeypatch):
     seen = {}
-    monkeypatch.setattr(functions, "interleave", lambda steps, seconds: seen.update(steps) or {})
+    monkeypatch.setattr(functions, "interleave", lambda steps, **options: seen.update(steps) or {})
     functions.measure_steps()
     assert set(seen) == {f"{t}: {m}" for t in ("Beale", "Rosenbrock", functions.WRITTEN_OUT) for m in functions.METHODS}
     for step in seen.values():
