@@ -79,6 +79,7 @@ def section(found):
 def test_nothing_is_said_where_a_part_is_missing(tmp_path, load):
     assert functions.load(tmp_path) is None
     assert functions.context(None) is None
+    assert functions.figures(None) == {}
     found = content()
     del found["growth"]
     assert load(found) is None
@@ -163,12 +164,14 @@ def test_other_machine_of_the_times_is_named(load):
     assert "Times of steps: another CPU, 2 cores" in section(load(found))
 
 
-def test_figures_are_those_that_the_section_shows(load):
+def test_figures_are_those_that_the_section_shows(load, monkeypatch):
+    monkeypatch.setattr(functions, "animation", lambda found: b"GIF")
     found = load(content())
     text, drawn = section(found), functions.figures(found)
+    assert drawn.pop(functions.ANIMATION) == b"GIF"
+    assert f'src="figures/{functions.ANIMATION}"' in text
     assert all(f"figures/{name}.svg" in text for name in drawn)
     assert text.count("(figures/") == len(drawn)
-    assert f'src="figures/{functions.ANIMATION}"' in text
     by_second = drawn["functions-descents"].axes[1]
     forward = next(line for line in by_second.lines if line.get_label() == "forward gradient")
     assert list(forward.get_xdata()) == pytest.approx([0.8e-3 * 10, 0.8e-3 * 1000])
