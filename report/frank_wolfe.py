@@ -14,6 +14,7 @@ import functools
 import gc
 import itertools
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -84,6 +85,7 @@ MEMORY = (("mnist-logistic", 256), ("mnist-mlp", 256), ("20x256", 4096), ("paper
 MEMORY_ESTIMATORS = {name: ESTIMATORS[name] for name in ("backprop", "forward gradient")}
 MEMORY_ESTIMATORS["rank-one"] = stacked_forward_gradient
 MEMORY_RADIUS = 1e4
+LESS = 0.9  # of backprop's memory
 
 
 def measure(words: list[str], file: Path = FILE) -> dict[str, Any]:
@@ -539,8 +541,12 @@ def _training(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _memory(items: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each model and estimator, with the bytes of each form of step and their share of backprop's."""
+def _memory(items: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a row for each model and estimator, with the bytes of each form of step and their share of backprop's.
+
+    And ``less``, the models for which averaged Frank-Wolfe by some forward gradient needs clearly less, with the least
+    share of them, and ``not_less``, the others.
+    """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for item in items.values():
         first = {"model": item["model"], "title": item["title"], "batch": item["batch"], "method": item["method"]}
@@ -549,7 +555,17 @@ def _memory(items: dict[str, Any]) -> list[dict[str, Any]]:
     for (model, _), row in rows.items():
         whole = rows.get((model, "backprop"), {"bytes": {}})["bytes"].get("averaged")
         row["share"] = row["bytes"]["averaged"] / whole if whole and "averaged" in row["bytes"] else None
-    return list(rows.values())
+    if not rows:
+        return None
+    least: dict[str, float] = {}
+    for row in rows.values():
+        if row["share"] and row["method"] != "backprop":
+            least[row["title"]] = min(row["share"], least.get(row["title"], math.inf))
+    return {
+        "rows": list(rows.values()),
+        "less": {title: share for title, share in least.items() if share < LESS},
+        "not_less": [title for title, share in least.items() if share >= LESS],
+    }
 
 
 def figures(found: dict[str, Any] | None) -> dict[str, Figure]:
