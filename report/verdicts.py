@@ -79,7 +79,7 @@ class Finding(NamedTuple):
     reason: str
 
 
-VERDICTS = {"holds": "holds", "fails": "does not hold", "unclear": "cannot be told"}
+VERDICTS = {"holds": "holds", "partly": "holds", "fails": "does not hold", "unclear": "cannot be told"}
 
 
 def judge(claim: Claim, context: dict[str, Any]) -> Finding | None:
@@ -95,13 +95,11 @@ def judge(claim: Claim, context: dict[str, Any]) -> Finding | None:
         return None
     outcomes = {case: _outcome(claim.rule, value) for case, value in measured.items()}
     found = set(outcomes.values())
-    if len(found) == 1:
-        (outcome,) = found
-    else:
-        outcome = "partly" if "holds" in found else "unclear"
-    verdict = VERDICTS.get(outcome, "")
-    if outcome == "partly":
-        verdict = f"holds for {wording.enumerated(case for case, one in outcomes.items() if one == 'holds')}"
+    outcome = found.pop() if len(found) == 1 else "partly" if "holds" in found else "fails"
+    verdict = VERDICTS[outcome]
+    if len(set(outcomes.values())) > 1:
+        decisive = "holds" if outcome == "partly" else "fails"
+        verdict += f" for {wording.enumerated(case for case, one in outcomes.items() if one == decisive)}"
     cases = {case: (wording.interval(value, claim.form), outcomes[case]) for case, value in measured.items()}
     return Finding(claim, cases, outcome, verdict, claim.reasons.get(outcome, ""))
 
