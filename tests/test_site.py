@@ -237,7 +237,8 @@ def test_the_committed_pages_are_those_of_the_committed_notebooks():
         said = [cell.source for cell in code]
         said += [out.text for cell in code for out in cell.outputs if out.output_type == "stream"]
         said += [heading for cell in cells for heading in re.findall(r"^## ([\w ,]+)$", cell.source, re.MULTILINE)]
-        pictures = sum("image/png" in out.get("data", {}) for cell in code for out in cell.outputs)
+        shown = [out.get("data", {}) for cell in code for out in cell.outputs]
+        pictures = sum(1 if "image/png" in data else data.get("text/html", "").count("<img") for data in shown)
         if len(made.all("img")) != pictures or not all(" ".join(text.split()) in made.text for text in said):
             stale.append(path.name)
     assert stale == [], "`make site` has not been run since these were changed"
