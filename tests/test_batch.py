@@ -313,7 +313,8 @@ def test_an_interrupted_batch_leaves_nothing_and_can_be_run_again(tmp_path, sent
     results, executed = tmp_path / "results", tmp_path / "executed"
     arguments = {"notebook": notebook, "parameters": {"dataset": str(tmp_path / "gate")}}
     code = (
-        "from pathlib import PosixPath; from fwdlib.batch import Job, run_batch\n"
+        "from pathlib import PosixPath; from fwdlib.batch import Job, run_batch; import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
         f"run_batch([Job(**{arguments!r})], results={results!r}, executed={executed!r}, num_jobs=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)

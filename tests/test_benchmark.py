@@ -355,6 +355,6 @@ def test_an_interrupted_run_leaves_no_file(tiny, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(benchmark, "interleave", interrupted)
-    assert cli.main(["bench", "--models", "penguins-logistic", "--out", str(tmp_path / "bench.json")]) == 1
+    assert cli.main(["bench", "--models", "penguins-logistic", "--out", str(tmp_path / "bench.json")]) == 130
     assert capsys.readouterr().err.endswith("stopped\n")
     assert list(tmp_path.iterdir()) == []
