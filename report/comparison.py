@@ -15,6 +15,7 @@ from report.protocols import METHODS, MODELS, STEPS
 
 TEXT = "as the text says"
 THEIR_TIMER = "their timer"
+JOINT = "one tangent for all tensors"
 TITLES = {"logistic": "Logistic regression", "mlp": "Multilayer perceptron", "cnn": "Convolutional network"}
 
 
@@ -66,7 +67,8 @@ def _model(name: str, content: dict[str, Any], seconds: dict[str, list[float]]) 
     forms = content["published"]
     pairs = [(None, TEXT, TEXT, step)]
     pairs += [(form, form, TEXT, step) for form in forms["backprop"] if form != TEXT]
-    pairs += [(form, TEXT, form, step) for form in forms["forward"] if form != TEXT]
+    joint = paired_ratio(seconds["forward gradient"], seconds["backprop"])
+    pairs += [(form, TEXT, form, joint if form == JOINT else step) for form in forms["forward"] if form != TEXT]
     pairs += [(THEIR_TIMER, TEXT, TEXT, theirs)]
     published = [
         {"departure": departure} | _pair(forms["backprop"][b], forms["forward"][f], time, threshold)
