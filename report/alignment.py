@@ -31,7 +31,7 @@ from fwdlib.data import Dataset
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.results import write_json
-from report.tuning import climb
+from report.tuning import climb, held_out
 
 FOLDER = Path(__file__).parent / "results" / "feedback"
 STEPS = "steps.json"
@@ -132,7 +132,7 @@ def _train(settings: Settings, whole: Dataset, study: Study, key: dict[str, Any]
     rates = {"lr": BASE_RATE * 2 ** key["power"], "b_lr": BASE_RATE * 2 ** key["feedback_power"]}
     settings = Settings(**(asdict(settings) | rates | {"seed": key["seed"]}))
     is_tuning = key["purpose"] == "tuning"
-    data = _held_out(whole) if is_tuning else whole
+    data = held_out(whole, NUM_HELD_OUT) if is_tuning else whole
     steps = len(data.train_targets) // settings.batch_size
     history = experiment.fit(
         settings,
@@ -186,17 +186,6 @@ def _step(settings: Settings) -> Callable[[], object]:
         optimizer.step()
 
     return step
-
-
-def _held_out(data: Dataset) -> Dataset:
-    # The last images of the training set in place of the test set.
-    cut = len(data.train_targets) - NUM_HELD_OUT
-    return data._replace(
-        train_inputs=data.train_inputs[:cut],
-        train_targets=data.train_targets[:cut],
-        test_inputs=data.train_inputs[cut:],
-        test_targets=data.train_targets[cut:],
-    )
 
 
 def main(words: list[str]) -> None:

@@ -40,7 +40,7 @@ from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.results import write_json
 from fwdlib.statistics import median_interval, t_interval
 from fwdlib.training import make_optimizer, train
-from report.tuning import climb
+from report.tuning import climb, held_out
 
 FILE = Path(__file__).parent / "results" / "frank_wolfe.json"
 
@@ -243,7 +243,7 @@ def tuning_jobs(found: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]
     data = load_images("MNIST")
     found["source"] = data.source._asdict()
     for method in ESTIMATORS:
-        yield method, partial(tune, _held_out(data), method)
+        yield method, partial(tune, held_out(data, NUM_HELD_OUT), method)
 
 
 def tune(data: Dataset, method: str) -> dict[str, Any]:
@@ -285,15 +285,6 @@ def _name(key: dict[str, Any]) -> str:
     form = {None: "SGD", False: "plain", True: "averaged"}[key["averaged"]]
     ball = "l2, " if key["ball"] == "l2" else ""
     return f"{key['method']}, {form}, {ball}radius {key['radius']}, {key['iterations']} steps, seed {key['seed']}"
-
-
-def _held_out(data: Dataset) -> Dataset:
-    # The last images of the training set in place of the test set.
-    train_inputs, test_inputs = data.train_inputs.tensor_split([-NUM_HELD_OUT])
-    train_targets, test_targets = data.train_targets.tensor_split([-NUM_HELD_OUT])
-    return data._replace(
-        train_inputs=train_inputs, train_targets=train_targets, test_inputs=test_inputs, test_targets=test_targets
-    )
 
 
 def fit(data: Dataset, optimizer: Callable, key: dict[str, Any]) -> dict[str, Any]:

@@ -255,13 +255,10 @@ def animation(found: dict[str, Any]) -> bytes:
         found: as :func:`load` returns it.
     """
     ten = {
-        title: {name: _first(10, rows) for name, rows in methods.items()} for title, methods in _timed(found).items()
+        title: {name: rows | {"paths": rows["paths"][:10]} for name, rows in methods.items()}
+        for title, methods in found["descents"].items()
     }
     return landscapes.animate_paths(ten)
-
-
-def _first(num: int, rows: dict[str, Any]) -> dict[str, Any]:
-    return rows | {"values": rows["values"][:num], "paths": rows["paths"][:num]}
 
 
 def _timed(found: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fwdlib.data import Dataset
+
 
 def climb(cost: Callable[[int], tuple[float, ...]], power: int) -> int:
     """Return the power of two at the bottom of ``cost``, walking from ``power`` as long as it falls.
@@ -20,3 +22,17 @@ def climb(cost: Callable[[int], tuple[float, ...]], power: int) -> int:
         while cost(power + direction) < cost(power):
             power += direction
     return power
+
+
+def held_out(data: Dataset, number: int) -> Dataset:
+    """Return the data with the last images of the training set in place of the test set.
+
+    Args:
+        data: a data set.
+        number: how many images to hold out.
+    """
+    train_inputs, test_inputs = data.train_inputs.tensor_split([-number])
+    train_targets, test_targets = data.train_targets.tensor_split([-number])
+    return data._replace(
+        train_inputs=train_inputs, train_targets=train_targets, test_inputs=test_inputs, test_targets=test_targets
+    )

@@ -318,7 +318,7 @@ def test_study_refuses_a_file_of_other_settings(small, tmp_path, monkeypatch):
 
 
 def test_sums_of_held_out_images(small):
-    held = frank_wolfe._held_out(small)
+    held = frank_wolfe.held_out(small, frank_wolfe.NUM_HELD_OUT)
     assert (len(held.train_targets), len(held.test_targets)) == (80, 40)
     assert torch.equal(held.test_inputs, small.train_inputs[80:])
 
