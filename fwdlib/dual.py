@@ -310,7 +310,7 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     # The loss, its derivatives (K,), and what each example adds to them, (K, B), where that is known.
     model, inputs = objective.model, objective.inputs
-    own = None if buffers or is_transformed() else own_params(model, params)
+    own = None if buffers or is_transformed() else own_params(dict(model.named_parameters()), params)
     if own is not None:
         with Pass(perturbation, own):
             loss = objective.loss(model(inputs), objective.targets)
@@ -325,9 +325,8 @@ def _evaluate(
     return stack[0], stack[1 : 1 + k], stack[1 + k :].reshape(k, -1) if len(stack) > 1 + k else None
 
 
-def own_params(model: nn.Module, params: Params) -> Params | None:
-    """Return the model's own tensors of these names, if ``params`` are the same memory, seen alike; else None."""
-    own = dict(model.named_parameters())
+def own_params(own: Params, params: Params) -> Params | None:
+    """Return the model's ``own`` tensors of these names, if ``params`` are the same memory, seen alike; else None."""
     if all(name in own and _is_same(p, own[name]) for name, p in params.items()):
         return {name: own[name] for name in params}
     return None

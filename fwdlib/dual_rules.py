@@ -184,7 +184,7 @@ def batch_norm(
         with torch.no_grad():
             # What it does to a channel has a symmetric derivative: the kernel for errors is one for tangents.
             options = primal, scale, *statistics, mean, inverse, True, eps, [True, False, False]
-            rows = [torch.ops.aten.native_batch_norm_backward(row, *options)[0] for row in tangents.unbind()]
+            rows = [torch.ops.aten.native_batch_norm_backward.default(row, *options)[0] for row in tangents]
             tangents = torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
             if run.has_tangents(weight) or run.has_tangents(bias):
                 normed = (primal - mean.reshape(channels)) * inverse.reshape(channels)
@@ -729,7 +729,7 @@ def _max_pool(*functions: Callable, pool: Callable, num_axes: int) -> None:
         stack = run.stack(x)
         kernel, padding, dilation = (_each(value, num_axes) for value in (kernel_size, padding, dilation))
         stride = kernel if stride in (None, (), []) else _each(stride, num_axes)
-        if is_traced() and not (any(padding) or ceil_mode) and math.prod(kernel) <= 9:
+        if is_traced() and not torch.is_grad_enabled() and not (any(padding) or ceil_mode) and math.prod(kernel) <= 9:
             return _maximum_of_slices(stack, kernel, stride, dilation)
         y, where = pool(stack[0], kernel, stride, padding, dilation, ceil_mode)
         if where.dim() == 4 and where.is_contiguous(memory_format=torch.channels_last):
@@ -883,9 +883,10 @@ _constant(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, 
 
 def _dual(primal: Tensor, tangents: Tensor) -> Dual:
     # tangents: broadcastable to (R, *primal.shape)
-    tangents = tangents.detach().expand(-1, *primal.shape)
+    if tangents.shape[1:] != primal.shape:
+        tangents = tangents.expand(-1, *primal.shape)
     if torch.is_grad_enabled():
-        return Dual.of(primal, tangents)
+        return Dual.of(primal, tangents.detach() if tangents.requires_grad else tangents)
     if primal.dim() != 4 or not len(primal):
         return Dual(torch.cat([primal.unsqueeze(0), tangents]))
     # joined along the examples, where torch.cat knows channels_last and keeps it

@@ -7,7 +7,8 @@ of a point and become objectives by :func:`as_objective`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,6 @@ class BatchLoss:
         self.inputs = inputs
         self.targets = targets
         self.loss = loss
-        self._names = dict(model.named_parameters(remove_duplicate=False)).keys()
 
     def __call__(self, params: Params) -> Tensor:
         """Return the scalar loss at ``params``; parameters of the model that are not in it keep their values."""
@@ -98,6 +98,10 @@ class BatchLoss:
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         logits = functional_call(self.model, (params, buffers), (self.inputs,))
         return self.loss(logits, self.targets), buffers
+
+    @functools.cached_property
+    def _names(self) -> Iterable[str]:
+        return dict(self.model.named_parameters(remove_duplicate=False)).keys()
 
     def check_names(self, params: Params) -> None:
         """Refuse parameters that the model has not.

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.func import functional_call
 from tqdm import tqdm
 
 from fwdlib import runtime
@@ -28,9 +30,12 @@ from fwdlib.beyond import experiment
 from fwdlib.beyond.settings import Settings
 from fwdlib.checks import check_choice
 from fwdlib.data import Dataset
+from fwdlib.estimators import Estimator, GradientEstimate
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
+from fwdlib.recording import Recording
 from fwdlib.results import write_json
+from fwdlib.tangents import Params
 from report.tuning import climb, held_out
 
 FOLDER = Path(__file__).parent / "results" / "feedback"
@@ -156,6 +161,9 @@ def _train(settings: Settings, whole: Dataset, study: Study, key: dict[str, Any]
 def measure_steps(folder: Path = FOLDER) -> dict[str, Any]:
     """Time a training step of each mode, taking turns on the same net, with nothing beside them, and save it.
 
+    The feedback rules replay what they have recorded, as ``python -m fwdlib train`` has them do. So FDFA is also timed
+    without, and backprop with that.
+
     Returns:
         ``seconds``: net -> mode -> seconds per step, one number a round; ``environment``.
     """
@@ -165,13 +173,18 @@ def measure_steps(folder: Path = FOLDER) -> dict[str, Any]:
         for mode in EIGHT:
             options = STUDIES[task].options | {"train_mode": MODES[mode]["train_mode"], "lr": 1e-9, "b_lr": 1e-9}
             steps[mode] = _step(Settings(**options))
-            steps[mode]()
+            if mode == "BP":
+                steps["BP, recorded"] = _step(Settings(**options), recorded=True)
+            if mode == "FDFA":
+                steps["FDFA, not recorded"] = _step(Settings(**options), recorded=False)
+        for step in steps.values():
+            step()
         found["seconds"][task] = interleave(steps, seconds=60, min_rounds=15, block_seconds=0.1)
     write_json(folder / STEPS, found)
     return found
 
 
-def _step(settings: Settings) -> Callable[[], object]:
+def _step(settings: Settings, recorded: bool | None = None) -> Callable[[], object]:
     draw = runtime.generator(0, purpose="benchmark")
     inputs = torch.randn(settings.batch_size, 1, 28, 28, generator=draw)
     targets = torch.randint(10, (len(inputs),), generator=draw)
@@ -179,6 +192,10 @@ def _step(settings: Settings) -> Callable[[], object]:
     build = experiment.network(settings, data)
     model = initialise(build, 0)
     estimate = experiment.estimator(settings, build, data, 1)
+    if recorded is not None and settings.train_mode == "BP":
+        estimate = _recorded_backprop()
+    elif recorded is not None:
+        estimate.recorded = recorded
     optimizer = experiment.optimizer(settings.optimizer, settings.lr, 0.0)(list(model.parameters()))
 
     def step() -> None:
@@ -186,6 +203,27 @@ def _step(settings: Settings) -> Callable[[], object]:
         optimizer.step()
 
     return step
+
+
+def _recorded_backprop() -> Estimator:
+    recording = Recording()
+
+    def estimate(objective: BatchLoss, params: Params) -> GradientEstimate:
+        tensors = params | dict(objective.model.named_buffers())
+
+        def evaluate(inputs: Tensor, targets: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+            named = dict(zip(tensors, values, strict=True))
+            leaves = {name: named[name].requires_grad_() for name in params}
+            with torch.enable_grad():
+                loss = objective.loss(functional_call(objective.model, named | leaves, (inputs,)), targets)
+                grads = torch.autograd.grad(loss, list(leaves.values()))
+            return loss.detach(), *grads
+
+        with torch.no_grad():
+            loss, *grads = recording(evaluate, objective.inputs, objective.targets, *tensors.values())
+        return GradientEstimate(loss, dict(zip(params, grads, strict=True)), loss.new_empty(0))
+
+    return estimate
 
 
 def main(words: list[str]) -> None:

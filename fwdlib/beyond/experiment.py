@@ -218,10 +218,11 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
 
     inputs = data.train_inputs[:1]
     model = initialise(build, settings.seed).to(inputs.device)
-    learns = {"optimizer": optimizer("Adam", settings.b_lr, settings.feedback_decay)}
+    recorded = {"recorded": True}  # the networks of this module have no branches
+    learns = {"optimizer": optimizer("Adam", settings.b_lr, settings.feedback_decay), **recorded}
     match settings.train_mode:
         case "DFA":
-            return feedback.DirectFeedbackAlignment(model, inputs)
+            return feedback.DirectFeedbackAlignment(model, inputs, **recorded)
         case "DKP":
             return feedback.DirectKolenPollack(model, inputs, **learns)
         case "FDFA":

@@ -26,6 +26,7 @@ All are estimators by the protocol of :mod:`fwdlib.estimators`, objects because 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from fwdlib.dual_tensor import Pass
 from fwdlib.estimators import GradientEstimate, check_scalar
 from fwdlib.objectives import BatchLoss
 from fwdlib.perturbations import Perturbation
+from fwdlib.recording import Recording
 from fwdlib.tangents import AnyGenerator, Params, check_params, is_transformed, random_signs
 from fwdlib.training import MakeOptimizer, make_optimizer
 
@@ -119,6 +121,8 @@ class DirectFeedbackAlignment:
         model: made of blocks; see :func:`blocks_of`.
         inputs: a batch for it, or a part of one, which tells the shapes of the blocks' outputs.
         seed: of the feedback.
+        recorded: replay the model's kernels instead of calling it in each step; see :mod:`fwdlib.recording`. Faster
+            where layers are small, and only for models without branches on values.
 
     Raises:
         ValueError: if the blocks cannot be told.
@@ -134,12 +138,14 @@ class DirectFeedbackAlignment:
     """
 
     num_tangents = 0
+    alpha = 0.0  # how much of what the feedback fails to predict is added
 
-    def __init__(self, model: nn.Module, inputs: Tensor, *, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, inputs: Tensor, *, seed: int = 0, recorded: bool = False) -> None:
+        self.recorded = recorded
         num_outputs, self._shapes = _shapes_of(model, inputs)
         self._sizes = [shape.numel() for shape in self._shapes]
         self.matrix = nn.Parameter(next(model.parameters()).new_zeros(num_outputs, sum(self._sizes)), False)
-        self._seen: tuple[nn.Module | None, list[_Block]] = (None, [])  # a model, and its blocks
+        self._network: _Network | None = None  # the model that was seen last
         self.reset(seed)
 
     @property
@@ -185,28 +191,73 @@ class DirectFeedbackAlignment:
             TypeError: if the objective is no :class:`BatchLoss`.
             ValueError: if the model is not like the one that this rule was made for, or seeds are stacked.
         """
-        blocks = self._blocks_for(objective)
+        network = self._network_of(objective)
         check_params(params)
-        # What the tape is to end at: the model's own parameters where those are meant, else tensors of their values.
-        own = own_params(objective.model, params)
-        leaves = own or {name: p.detach().requires_grad_() for name, p in params.items()}
-        activation, tangents = objective.inputs, None
-        u = self._draw(len(activation), generator)  # (K, B, all units), K = 0 for rules without tangents
+        u = self._draw(len(objective.inputs), generator)  # (K, B, all units), K = 0 for rules without tangents
+        if self.recorded:
+            found = self._replay(network, objective, params, u)
+        else:
+            # The tape ends at the model's own parameters where those are meant, else at tensors of their values.
+            own = own_params(network.tensors(), params)
+            leaves = own or {name: p.detach().requires_grad_() for name, p in params.items()}
+            batch = objective.inputs, objective.targets, u
+            found = self._evaluate(
+                network, objective.loss, *batch, self.matrix.detach(), self.alpha, leaves, None if own else leaves
+            )
+        loss, along, feedback_gradient, *grads = found
+        self._learn(feedback_gradient)
+        return GradientEstimate(loss, dict(zip(params, grads, strict=True)), along.sum(1))
+
+    def _evaluate(
+        self,
+        network: _Network,
+        loss_of: Callable[[Tensor, Tensor], Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        u: Tensor,
+        matrix: Tensor,
+        alpha: float | Tensor,
+        leaves: Params,
+        tensors: Params | None,
+    ) -> tuple[Tensor, ...]:
+        # The loss; the derivatives of the examples' losses, (K, B); the gradient of the feedback; those of the leaves.
+        activation, tangents = inputs, None
         outputs: list[Tensor] = []  # of each block, with its tape
-        for block, behind in zip(blocks, [*self._by_block(u), None], strict=True):
-            output, tangents = block.run(None if own else leaves, activation, tangents)
+        for block, behind in zip(network.blocks, [*self._by_block(u), None], strict=True):
+            output, tangents = block.run(tensors, activation, tangents)
             outputs.append(output)
             activation = output.detach()
             if behind is not None and len(u):
                 tangents = behind if tangents is None else tangents + behind
-        loss, error = _loss_and_error(objective, activation)
-        along = error.new_zeros(0, len(error)) if tangents is None else (error * tangents).flatten(2).sum(2)
-        deltas = [*self._by_block(self._deltas(error.flatten(1), along, u)), error]
-        grads = _local_gradients(outputs, deltas, leaves)
-        self._learn(error.flatten(1), outputs[:-1], tangents, u)
-        return GradientEstimate(loss, grads, along.sum(1))
+        along = feedback_gradient = activation.new_zeros(0, len(activation))
 
-    def _blocks_for(self, objective: BatchLoss) -> list[_Block]:
+        def deltas(error: Tensor) -> list[Tensor]:
+            nonlocal along, feedback_gradient
+            if tangents is not None:
+                along = (error * tangents).flatten(2).sum(2)
+            error = error.flatten(1)
+            feedback_gradient = self._feedback_gradient(matrix, error, outputs[:-1], tangents, u)
+            return self._by_block(self._deltas(matrix, error, along, u, alpha))
+
+        with torch.enable_grad():
+            loss = check_scalar(loss_of(_Feedback.apply(deltas, outputs[-1], *outputs[:-1]), targets))
+            grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        return loss.detach(), along, feedback_gradient, *grads
+
+    def _replay(self, network: _Network, objective: BatchLoss, params: Params, u: Tensor) -> tuple[Tensor, ...]:
+        tensors = network.tensors() | params
+        names, trained, loss_of = tuple(tensors), tuple(params), objective.loss
+
+        def evaluate(*values: Tensor) -> tuple[Tensor, ...]:
+            batch, named = values[:5], dict(zip(names, values[5:], strict=True))
+            leaves = {name: named[name].detach().requires_grad_() for name in trained}
+            return self._evaluate(network, loss_of, *batch, leaves, named | leaves)
+
+        batch = objective.inputs, objective.targets, u, self.matrix.detach(), torch.as_tensor(self.alpha)
+        key = names, trained, loss_of, tuple([module.training for module in network.modules])
+        return network.recording(evaluate, *batch, *tensors.values(), key=key)
+
+    def _network_of(self, objective: BatchLoss) -> _Network:
         if not isinstance(objective, BatchLoss):
             raise TypeError(
                 f"feedback needs the blocks of a model: pass a BatchLoss(model, inputs, targets), got "
@@ -214,36 +265,45 @@ class DirectFeedbackAlignment:
             )
         if is_transformed():
             raise ValueError("a feedback rule has a state of its own, one for each seed: pass stacked=False")
-        model, blocks = self._seen
-        if model is not objective.model:
-            blocks = [_Block(objective.model, block) for block in blocks_of(objective.model)]
-            self._seen = objective.model, blocks
+        if self._network is None or self._network.model is not objective.model:
+            self._network = _Network(objective.model)
+        blocks = self._network.blocks
         if len(blocks) != len(self._shapes) + 1:
             raise ValueError(
                 f"this rule was made for a model of {len(self._shapes) + 1} blocks, got one of {len(blocks)}"
             )
-        return blocks
+        return self._network
 
     def _by_block(self, rows: Tensor) -> list[Tensor]:
         # (..., all units) -> for each hidden block (..., units...), views
-        pieces = rows.split(self._sizes, -1)
-        return [piece.unflatten(-1, shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+        pieces = rows.split_with_sizes(self._sizes, -1)
+        return [
+            piece if len(shape) == 1 else piece.view(*rows.shape[:-1], *shape)
+            for piece, shape in zip(pieces, self._shapes, strict=True)
+        ]
 
     def _draw(self, num_examples: int, generator: AnyGenerator) -> Tensor:
         return self.matrix.new_zeros(0, num_examples, sum(self._sizes))
 
-    def _deltas(self, error: Tensor, along: Tensor, u: Tensor) -> Tensor:
+    def _deltas(self, matrix: Tensor, error: Tensor, along: Tensor, u: Tensor, alpha: float | Tensor) -> Tensor:
         # What the hidden units are told to be the derivative of the loss by them, (B, all units).
-        return error @ self.matrix
+        return error @ matrix
 
-    def _learn(self, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor) -> None:
+    def _feedback_gradient(
+        self, matrix: Tensor, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor
+    ) -> Tensor:
+        return matrix.new_zeros(0)
+
+    def _learn(self, feedback_gradient: Tensor) -> None:
         pass
 
 
 class _LearnedFeedback(DirectFeedbackAlignment):
-    def __init__(self, model: nn.Module, inputs: Tensor, *, optimizer: MakeOptimizer = ADAM) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Tensor, *, optimizer: MakeOptimizer = ADAM, recorded: bool = False
+    ) -> None:
         self._make_optimizer = optimizer
-        super().__init__(model, inputs)
+        super().__init__(model, inputs, recorded=recorded)
 
     def reset(self, seed: int = 0) -> None:
         """Begin anew: all feedback zero."""
@@ -259,12 +319,9 @@ class _LearnedFeedback(DirectFeedbackAlignment):
         super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _learn(self, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor) -> None:
-        self.matrix.grad = self._feedback_gradient(error, outputs, tangents, u)
+    def _learn(self, feedback_gradient: Tensor) -> None:
+        self.matrix.grad = feedback_gradient
         self.optimizer.step()
-
-    def _feedback_gradient(self, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 class DirectKolenPollack(_LearnedFeedback):
@@ -284,9 +341,12 @@ class DirectKolenPollack(_LearnedFeedback):
         model: made of blocks; see :func:`blocks_of`.
         inputs: a batch for it.
         optimizer: of the feedback: from a list of tensors to an optimizer; default Adam at 1e-4. The decay is its own.
+        recorded: see :class:`DirectFeedbackAlignment`.
     """
 
-    def _feedback_gradient(self, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor) -> Tensor:
+    def _feedback_gradient(
+        self, matrix: Tensor, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor
+    ) -> Tensor:
         return error.t() @ torch.cat([output.detach().flatten(1) for output in outputs], 1)
 
 
@@ -314,6 +374,7 @@ class ForwardDirectFeedbackAlignment(_LearnedFeedback):
         optimizer: of the feedback: from a list of tensors to an optimizer; default Adam at 1e-4, as published.
         num_tangents: K.
         tangents: ``"rademacher"``, which has the least variance and is drawn fastest, or ``"normal"``, as published.
+        recorded: see :class:`DirectFeedbackAlignment`.
 
     Raises:
         ValueError: if ``num_tangents`` is below 1 or ``tangents`` unknown, or the blocks cannot be told.
@@ -327,10 +388,11 @@ class ForwardDirectFeedbackAlignment(_LearnedFeedback):
         optimizer: MakeOptimizer = ADAM,
         num_tangents: int = 1,
         tangents: str = "rademacher",
+        recorded: bool = False,
     ) -> None:
         self.num_tangents = check_count("num_tangents", num_tangents)
         self.tangents = check_choice("tangents", tangents, TANGENTS)
-        super().__init__(model, inputs, optimizer=optimizer)
+        super().__init__(model, inputs, optimizer=optimizer, recorded=recorded)
 
     def _draw(self, num_examples: int, generator: AnyGenerator) -> Tensor:
         shape, like = (self.num_tangents, num_examples, sum(self._sizes)), self.matrix.detach()
@@ -338,9 +400,11 @@ class ForwardDirectFeedbackAlignment(_LearnedFeedback):
             return random_signs(shape, like, generator)
         return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
 
-    def _feedback_gradient(self, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor) -> Tensor:
+    def _feedback_gradient(
+        self, matrix: Tensor, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor
+    ) -> Tensor:
         d = tangents.flatten(2).flatten(0, 1)  # (K B, outputs)
-        return torch.addmm(self.matrix, d.t(), u.flatten(0, 1), alpha=-1 / len(d))
+        return torch.addmm(matrix, d.t(), u.flatten(0, 1), alpha=-1 / len(d))
 
 
 class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
@@ -374,6 +438,7 @@ class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
         alpha: weight of the residual; 0 is FDFA.
         alpha_decay: what alpha is multiplied with after each estimate.
         weights: ``"example"`` or ``"batch"``.
+        recorded: see :class:`DirectFeedbackAlignment`.
 
     Raises:
         ValueError: if an argument is out of its range, or the blocks cannot be told.
@@ -390,11 +455,13 @@ class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
         alpha: float = 1.0,
         alpha_decay: float = 1.0,
         weights: str = "example",
+        recorded: bool = False,
     ) -> None:
         self._first_alpha = check_fraction("alpha", alpha)
         self.alpha_decay = check_fraction("alpha_decay", alpha_decay)
         self.weights = check_choice("weights", weights, WEIGHTS)
-        super().__init__(model, inputs, optimizer=optimizer, num_tangents=num_tangents, tangents=tangents)
+        options = {"optimizer": optimizer, "num_tangents": num_tangents, "tangents": tangents, "recorded": recorded}
+        super().__init__(model, inputs, **options)
 
     def reset(self, seed: int = 0) -> None:
         """Begin anew: all feedback zero, alpha as it was given."""
@@ -410,58 +477,82 @@ class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
         super().load_state_dict(state)
         self.alpha = state["alpha"]
 
-    def _deltas(self, error: Tensor, along: Tensor, u: Tensor) -> Tensor:
-        deltas = super()._deltas(error, along, u)
+    def _deltas(self, matrix: Tensor, error: Tensor, along: Tensor, u: Tensor, alpha: float | Tensor) -> Tensor:
+        deltas = super()._deltas(matrix, error, along, u, alpha)
         residual = along - (deltas * u).sum(2)  # (K, B)
         if self.weights == "batch":
             residual = residual.sum(1, keepdim=True).expand_as(residual)
-        residual = residual * (self.alpha / self.num_tangents)
-        self.alpha *= self.alpha_decay
+        residual = residual * (alpha / self.num_tangents)
         return deltas + (residual.unsqueeze(2) * u).sum(0)
+
+    def _learn(self, feedback_gradient: Tensor) -> None:
+        super()._learn(feedback_gradient)
+        self.alpha *= self.alpha_decay
+
+
+class _Network:
+    """A model as its blocks, and what has been recorded of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = list(model.modules())
+        self.blocks = [_Block(model, block) for block in blocks_of(model)]
+        self.recording = Recording()
+
+    def tensors(self) -> Params:
+        """Return the model's own parameters and buffers by its names for them, without its search for them."""
+        return {name: owner[attribute] for block in self.blocks for name, owner, attribute in block.places.values()}
 
 
 class _Block:
-    """A block, and what its parameters are called in the model."""
+    """A block, and where the model's parameters and buffers are in it."""
 
     def __init__(self, model: nn.Module, block: nn.Module) -> None:
-        names = {id(p): name for name, p in model.named_parameters()}
         self.block = block
-        self.names = {name: names[id(p)] for name, p in block.named_parameters()}
+        names = {id(x): name for name, x in [*model.named_buffers(), *model.named_parameters()]}
+        self.places: dict[str, tuple[str, dict, str]] = {}  # by its name in the block: in the model, and where it is
+        for local, x in [*block.named_parameters(), *block.named_buffers()]:
+            path, _, attribute = local.rpartition(".")
+            owner = block.get_submodule(path)
+            kept = owner._parameters if attribute in owner._parameters else owner._buffers
+            self.places[local] = names[id(x)], kept, attribute
 
-    def run(self, params: Params | None, inputs: Tensor, tangents: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def run(self, tensors: Params | None, inputs: Tensor, tangents: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Push the inputs and their tangents (K, B, ...) through, with the tape on, which begins here.
 
         Args:
-            params: of the model; None for its own.
+            tensors: in place of the model's parameters and buffers of these names; None for its own.
             inputs: constants to the tape.
             tangents: None for no tangents.
         """
         call: Any = self.block
-        if params is not None:
-            own = {local: params[name] for local, name in self.names.items() if name in params}
-            call = lambda inputs: functional_call(self.block, own, (inputs,))  # noqa: E731
-        with torch.enable_grad():
-            if tangents is None:
+        if tensors is not None:
+            given = {local: tensors[name] for local, (name, _, _) in self.places.items() if name in tensors}
+            call = lambda inputs: functional_call(self.block, given, (inputs,))  # noqa: E731
+        if tangents is None:
+            with torch.enable_grad():
                 return call(inputs), None
-            with Pass(Perturbation({}, len(tangents), len(inputs), random_signs), {}):
-                dual = call(Dual.of(inputs, tangents))
+        dual = Dual.of(inputs, tangents)
+        with torch.enable_grad(), Pass(Perturbation({}, len(tangents), len(inputs), random_signs), {}):
+            dual = call(dual)
             return dual.primal, dual.tangents.detach()
 
 
-def _local_gradients(outputs: list[Tensor], deltas: list[Tensor], leaves: Params) -> Params:
-    # The tapes of the blocks have nothing in common but shared parameters, whose gradients add up.
-    kept = [i for i, output in enumerate(outputs) if output.requires_grad]
-    outputs, deltas = [outputs[i] for i in kept], [deltas[i] for i in kept]
-    found = torch.autograd.grad(outputs, list(leaves.values()), deltas, materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
+class _Feedback(torch.autograd.Function):
+    """Hand the blocks their errors where backprop would carry them back; forward, it is the logits.
 
+    ``deltas`` makes of the error of the logits that of each hidden output. As no block's tape reaches the one before,
+    a call to autograd with the loss then finds nothing but local derivatives.
+    """
 
-def _loss_and_error(objective: BatchLoss, logits: Tensor) -> tuple[Tensor, Tensor]:
-    logits = logits.detach().requires_grad_()
-    with torch.enable_grad():
-        loss = check_scalar(objective.loss(logits, objective.targets))
-        (error,) = torch.autograd.grad(loss, logits, materialize_grads=True)
-    return loss.detach(), error
+    @staticmethod
+    def forward(ctx: Any, deltas: Callable[[Tensor], list[Tensor]], logits: Tensor, *hidden: Tensor) -> Tensor:
+        ctx.deltas = deltas
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
+        return None, error, *ctx.deltas(error)
 
 
 def _shapes_of(model: nn.Module, inputs: Tensor) -> tuple[int, list[torch.Size]]:

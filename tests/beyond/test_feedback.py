@@ -1,5 +1,6 @@
 """The feedback rules: exact cases in float64, unbiasedness and second moments within 5 sigma, and what they refuse."""
 
+import copy
 import math
 from functools import partial
 
@@ -332,6 +333,32 @@ def test_the_variance_is_that_of_the_residual(tangents, of_own, num_tangents):
         residual = residuals[name]
         closed_form = residual.shape[1] * total + of_own * residual.square().sum(1)
         assert_within_5_sigma(squares, closed_form / num_tangents)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_recorded_it_does_the_same(rule, norm):
+    # Over several steps, through a change of mode, of the batch's size and of what is trained.
+    model, inputs = mlp(*[nn.BatchNorm1d(5), nn.Dropout(0.2)] * norm)
+    ends = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        learner = copy.deepcopy(model)
+        estimator, draw = RULES[rule](learner, inputs, recorded=recorded), seeded()
+        options = {} if rule in ("DFA", "DKP") else {"generator": draw}
+        seen = []
+        for is_training, size, frozen in [(True, 6, None), (True, 6, None), (True, 5, "0.bias"), (False, 6, None)]:
+            learner.train(is_training)
+            params = {name: p for name, p in params_of(learner).items() if name != frozen}
+            objective = BatchLoss(learner, inputs[:size], TARGETS[:size])
+            estimate = estimator(objective, params, **options)
+            assert not estimate.loss.requires_grad
+            assert estimate.grads.keys() == params.keys()
+            for name, grad in estimate.grads.items():
+                params[name].sub_(0.1 * grad)
+            seen += [estimate.loss, estimate.jvps, *estimate.grads.values()]
+        ends.append([*seen, *estimator.feedback, *learner.state_dict().values()])
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
 
 
 def test_jvps_are_those_of_the_loss():
