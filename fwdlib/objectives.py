@@ -180,7 +180,7 @@ def rosenbrock(point: Tensor, a: float = 1.0, b: float = 100.0) -> Tensor:
     """
     _check_point("rosenbrock", point, at_least=2)
     x, following = point[:-1], point[1:]
-    # b as a factor would be a tensor without a tangent: for such a one forward mode takes as long as for all the rest
+    # alpha, for as a factor b is a tensor without a tangent: for such a one forward mode takes as long as for the rest
     return torch.add((a - x) ** 2, (following - x**2) ** 2, alpha=b).sum()
 
 
@@ -232,7 +232,8 @@ def styblinski_tang(point: Tensor) -> Tensor:
         tensor(-39.1662)
     """
     _check_point("styblinski_tang", point)
-    return (point**4 - 16 * point**2 + 5 * point).sum() / 2
+    quartic = torch.add(point**4, point**2, alpha=-16)  # alpha, as above
+    return torch.add(quartic, point, alpha=5).sum() / 2
 
 
 def _check_point(name: str, point: Tensor, at_least: int = 1, exactly: int | None = None) -> None:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from fwdlib import runtime
 from fwdlib.checks import check_choice
 from fwdlib.data import PENGUIN_FEATURES, Dataset
 from fwdlib.history import History, Run
@@ -22,7 +23,8 @@ from fwdlib.statistics import Interval, paired_ratio
 
 CURVES = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # for what is no method; never in one figure with METHODS
 QUANTITIES = ("test loss", "test accuracy", "misclassifications")
-STYLE = Path(__file__).with_name("fwdlib.mplstyle")
+# In quick mode without the layout, half the time of a figure: nobody looks at those.
+STYLE = [Path(__file__).with_name("fwdlib.mplstyle"), {"figure.constrained_layout.use": not runtime.is_quick()}]
 
 # One colour and one line style per method, in every figure. Okabe and Ito's palette: told apart by colour-blind
 # readers.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 
 class Interval(NamedTuple):
@@ -18,7 +18,9 @@ class Interval(NamedTuple):
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Return the median and its distribution-free interval from order statistics (scipy's ``quantile_test``).
+    """Return the median and its distribution-free interval between order statistics, that of the sign test.
+
+    (Conover 1999, *Practical Nonparametric Statistics*, section 3.2.)
 
     Infinite values are welcome: the number of iterations of a seed that never reached the threshold is infinite, and
     the median is still a number as long as half the seeds arrived. Fewer than 6 values have no 95 % interval: its ends
@@ -40,8 +42,11 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interv
     ordered = np.sort(values)
     low_mid, high_mid = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     middle = (low_mid + high_mid) / 2
-    interval = stats.quantile_test(values, q=0.0, p=0.5).confidence_interval(confidence)
-    return Interval(float(interval.low), float(middle), float(interval.high))
+    # As many values on each side as the median leaves outside by chance in no more than half of the rest.
+    outside = int((special.bdtr(np.arange(len(ordered)), len(ordered), 0.5) <= (1 - confidence) / 2).sum())
+    if not outside:
+        return Interval(float("nan"), float(middle), float("nan"))
+    return Interval(float(ordered[outside - 1]), float(middle), float(ordered[-outside]))
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -64,6 +69,8 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
         return Interval(float("nan"), mean, float("nan"))
     if np.ptp(values) == 0:  # BCa divides by the spread and returns nan
         return Interval(mean, mean, mean)
+    from scipy import stats  # half a second to import
+
     result = stats.bootstrap((values,), np.mean, confidence_level=confidence, rng=np.random.default_rng(0))
     return Interval(float(result.confidence_interval.low), mean, float(result.confidence_interval.high))
 
@@ -88,7 +95,7 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     mean = float(values.mean())
     if len(values) == 1:
         return Interval(float("nan"), mean, float("nan"))
-    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    half = special.stdtrit(len(values) - 1, (1 + confidence) / 2) * values.std(ddof=1) / np.sqrt(len(values))
     return Interval(float(mean - half), mean, float(mean + half))
 
 

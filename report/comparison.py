@@ -7,9 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import numpy as np
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
+from fwdlib import plotting
 from fwdlib.statistics import Interval, mean_interval, median_interval, paired_ratio
 from report.protocols import METHODS, MODELS, STEPS
 
@@ -43,6 +46,7 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
     models = {name: _model(name, content, found["steps"]["seconds"][name]) for name, content in found["models"].items()}
     return {
         "models": models,
+        "num_seeds": sorted({model["settings"]["num_seeds"] for model in models.values() if model["threshold"]}),
         "environment": next(iter(found["models"].values()))["environment"],
         "timing_environment": found["steps"]["environment"],
         "culprits": [
@@ -55,8 +59,42 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def figures(found: dict[str, Any]) -> dict[str, Figure]:
-    """Return no figure: this section is tables."""
-    return {}
+    """Return the figure of the report's first screen, by name; none where nothing was measured.
+
+    Args:
+        found: as :func:`load` returns it.
+    """
+    measured = context(found)
+    return {"answer": plot_tuned(measured["models"])} if measured else {}
+
+
+def plot_tuned(models: dict[str, Any]) -> Figure:
+    """Draw what step and training take, with tuned learning rates, over backprop's: a panel for each model.
+
+    Args:
+        models: of :func:`context`; those that train to a threshold are drawn.
+    """
+    models = {name: model for name, model in models.items() if model["threshold"] is not None}
+    methods = [method for method in METHODS if method != "backprop"]
+    with matplotlib.style.context(plotting.STYLE):
+        figure = Figure(figsize=(7.2, 2.1))
+        panels = figure.subplots(1, len(models), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, model in zip(panels, models.values(), strict=True):
+            axes.axvline(1, **plotting.METHODS["backprop"], linewidth=1.2)
+            for place, method in enumerate(methods):
+                color = plotting.METHODS[method.partition(",")[0]]["color"]
+                row = model["fair"][method]
+                for ratio, face in ((row["step"], "white"), (row["against"]["total"], color)):
+                    axes.plot([ratio.low, ratio.high], [place, place], color=color, linewidth=2.2, zorder=2)
+                    axes.plot(ratio.estimate, place, "o", color=color, markerfacecolor=face, markersize=6, zorder=3)
+            axes.set_title(model["title"])
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.grid(visible=False, axis="y")
+        panels[0].set_yticks(range(len(methods)), methods)
+        panels[0].set_ylim(len(methods) - 0.5, -0.5)
+        figure.supxlabel("time over backprop's: of a step (hollow), of the training (filled)", fontsize=9)
+    return figure
 
 
 def _model(name: str, content: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
@@ -74,6 +112,7 @@ def _model(name: str, content: dict[str, Any], seconds: dict[str, list[float]]) 
         {"departure": departure} | _pair(forms["backprop"][b], forms["forward"][f], time, threshold)
         for departure, b, f, time in pairs
     ]
+    fair = {method: _tuned(content, method, seconds, threshold) for method in METHODS if method != "backprop"}
     return {
         "title": TITLES[name],
         "threshold": threshold,
@@ -84,8 +123,10 @@ def _model(name: str, content: dict[str, Any], seconds: dict[str, list[float]]) 
         "published": published,
         "step": step,
         "their_step": theirs,
-        "fair": {method: _tuned(content, method, seconds, threshold) for method in METHODS},
+        "fair": {"backprop": _tuned(content, "backprop", seconds, threshold)} | fair,
         "equal": {method: _runs(content["equal"][method]["0"], threshold) for method in METHODS},
+        "slower": all(row["against"]["total"].low > 1 for row in fair.values()),
+        "best": min(fair, key=lambda method: fair[method]["against"]["total"].estimate),
         "edge": [method for method in METHODS if _best(content, method) in (settings["grid"][0], settings["grid"][-1])],
     }
 

@@ -42,6 +42,7 @@ def context(measured: dict[str, Any]) -> dict[str, Any]:
         return {"bench": None}
     found: dict[str, Any] = {"bench": [_model(entry) for entry in bench["models"].values()]}
     found["environment"] = bench["environment"]
+    found["rank_one"] = [m["structured"]["rank-one"]["ratio"] for m in found["bench"]]
     found["all_faster"] = [m["title"] for m in found["bench"] if m["structured"]["rank-one"]["ratio"].high < 1]
     found["graph_faster"] = [m["title"] for m in found["bench"] if m["over_one_graph"] and m["over_one_graph"].high < 1]
     found["textbook_slower"] = [m["title"] for m in found["bench"] if m["textbook"].low > 1]

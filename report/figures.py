@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import matplotlib.style
 import numpy as np
+import torch
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from fwdlib import plotting
@@ -31,25 +36,44 @@ def draw(results: Results, folder: Path) -> list[Path]:
     Returns:
         The files: three for the summary, three for each model, and those of the sections whose studies were made.
     """
-    figures = {f"summary-{name}": figure for name, figure in plot_summary(results).items()}
-    for task, pair in results.records.items():
-        for quantity in plotting.QUANTITIES:
-            figure = plotting.plot_quantity(list(pair.values()), quantity)
-            figures[f"{task}-{quantity.replace(' ', '-')}"] = figure
-    for figure in figures.values():
-        figure.set_size_inches(PANEL)
-    for name, part in PARTS.items():
-        figures |= part.figures(results.parts[name])
+    groups = sorted(["summary", *TASKS, *PARTS], key="functions".__ne__)  # the animation first, it takes longest
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return [path for name in groups for path in _draw_group(results, folder, name)]
+    context = multiprocessing.get_context("fork")
+    # One thread for torch: OpenMP does not survive a fork.
+    options = {"mp_context": context, "initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(2, **options) as pool:
+        return [path for paths in pool.map(partial(_draw_group, results, folder), groups) for path in paths]
+
+
+def _draw_group(results: Results, folder: Path, name: str) -> list[Path]:
     paths = []
-    for name, figure in figures.items():
+    for stem, figure in _figures_of(results, name).items():
         if isinstance(figure, bytes):  # an animation, with the name of its file
-            paths.append(folder / name)
+            paths.append(folder / stem)
             paths[-1].write_bytes(figure)
             continue
-        paths.append(folder / f"{name}.svg")
+        paths.append(folder / f"{stem}.svg")
         with matplotlib.style.context(plotting.STYLE):  # its hash salt and its fonts count when the file is written
-            figure.savefig(paths[-1], metadata={"Date": None, "Creator": None})
+            # as savefig() does, which draws twice to find out whether the layout moves
+            FigureCanvasSVG(figure).print_svg(paths[-1], metadata={"Date": None, "Creator": None})
     return paths
+
+
+def _figures_of(results: Results, name: str) -> dict[str, Figure | bytes]:
+    if name in PARTS:
+        return PARTS[name].figures(results.parts[name])
+    if name == "summary":
+        figures = {f"summary-{quantity}": figure for quantity, figure in plot_summary(results).items()}
+    else:
+        pair = list(results.records[name].values())
+        figures = {
+            f"{name}-{quantity.replace(' ', '-')}": plotting.plot_quantity(pair, quantity)
+            for quantity in plotting.QUANTITIES
+        }
+    for figure in figures.values():
+        figure.set_size_inches(PANEL)
+    return figures
 
 
 def plot_summary(results: Results) -> dict[str, Figure]:

@@ -116,3 +116,43 @@ def test_t_interval_is_student_s():
     assert math.isnan(low)
     assert math.isnan(high)
     assert t_interval([2.0, 2.0]) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.9, 0.95, 0.99])
+def test_median_interval_is_scipy_s(confidence):
+    for n in range(1, 130):
+        values = np.random.default_rng(n).normal(size=n)
+        expected = stats.quantile_test(values, q=0.0, p=0.5).confidence_interval(confidence)
+        assert median_interval(values, confidence)[::2] == pytest.approx(tuple(expected), abs=0, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "draw", "size", "num_samples"),
+    [
+        pytest.param(mean_interval, lambda g, size: g.normal(3, 2, size), 40, 400, id="bootstrap"),
+        pytest.param(mean_interval, lambda g, size: g.gamma(9, 1 / 3, size), 40, 400, id="bootstrap, skewed"),
+        pytest.param(t_interval, lambda g, size: g.normal(3, 2, size), 5, 4000, id="Student"),
+    ],
+)
+def test_intervals_cover_the_mean_at_the_nominal_rate(make, draw, size, num_samples):
+    rng = np.random.default_rng(1)
+    intervals = [make(draw(rng, size)) for _ in range(num_samples)]
+    coverage = np.mean([interval.low <= 3 <= interval.high for interval in intervals])
+    assert abs(coverage - 0.95) <= 4 * math.sqrt(0.95 * 0.05 / num_samples)
+
+
+@pytest.mark.parametrize("size", [6, 11, 100])
+def test_median_intervals_cover_the_median_at_least_at_the_nominal_rate(size):
+    # and at exactly the rate that the binomial law gives
+    rng, num_samples = np.random.default_rng(2), 4000
+    intervals = [median_interval(rng.exponential(size=size)) for _ in range(num_samples)]
+    coverage = np.mean([interval.low <= math.log(2) <= interval.high for interval in intervals])
+    outside = max(k for k in range(size) if stats.binom.cdf(k, size, 0.5) <= 0.025)
+    expected = 1 - 2 * stats.binom.cdf(outside, size, 0.5)
+    assert expected >= 0.95
+    assert abs(coverage - expected) <= 4 * math.sqrt(expected * (1 - expected) / num_samples)
+
+
+@pytest.mark.parametrize("make", [mean_interval, t_interval, median_interval])
+def test_a_sample_without_spread_is_a_point(make):
+    assert make([0.1] * 7) == pytest.approx((0.1, 0.1, 0.1), rel=1e-12)

@@ -117,6 +117,7 @@ def animate_paths(descents: Descents, num_frames: int = 40, dpi: int = 72) -> by
         canvas, moving = FigureCanvasAgg(figure), []
         for axes, (title, methods) in zip(np.ravel(figure.subplots(1, len(descents))), descents.items(), strict=True):
             _draw_map(axes, title)
+            axes.set_title(title)
             for name, found in reversed(methods.items()):
                 look = {"color": METHODS[name]["color"], "marker": "o", "markersize": 5}
                 look["linewidth"] = 1.8 if len(found["paths"]) == 1 else 0.8
@@ -126,13 +127,21 @@ def animate_paths(descents: Descents, num_frames: int = 40, dpi: int = 72) -> by
         _legend(figure, methods)
         canvas.draw()
         figure.set_layout_engine("none")  # laid out once: nothing may jump
-        images = []
+        for axes, line, _, title, _ in moving:  # the rest is drawn once, too
+            line.set_animated(True)
+            axes.set_title(title, animated=True)
+        canvas.draw()
+        still, images = canvas.copy_from_bbox(figure.bbox), []
         for part in np.linspace(0, 1, num_frames):
+            canvas.restore_region(still)
+            heads = {}
             for axes, line, path, title, steps in moving:
                 now = round(part * (len(path) - 1))
                 line.set_data(*path[: now + 1].T)
-                axes.set_title(f"{title}, iteration {steps[now]:,}")
-            canvas.draw()
+                axes.draw_artist(line)
+                heads[axes] = axes.set_title(f"{title}, iteration {steps[now]:,}")
+            for axes, head in heads.items():
+                axes.draw_artist(head)
             images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
     return _gif(images, ["black", *(METHODS[name]["color"] for name in methods)])
 
