@@ -40,6 +40,7 @@ from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.results import write_json
 from fwdlib.statistics import median_interval, t_interval
 from fwdlib.training import make_optimizer, train
+from report import quoted
 from report.tuning import climb, held_out
 
 FILE = Path(__file__).parent / "results" / "frank_wolfe.json"
@@ -420,6 +421,7 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
         "training": _trainings(found.get("training", {}), settings),
         "rates": {method: tuned["learning_rate"] for method, tuned in found.get("tuning", {}).items()},
         "memory": _memory(found.get("memory", {})),
+        "quoted": quoted.load()["frank_wolfe"],
     }
 
 
