@@ -12,7 +12,6 @@ be interrupted, and several processes can share the work.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -36,7 +35,7 @@ from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.recording import Recording
 from fwdlib.results import write_json
 from fwdlib.tangents import Params
-from report.tuning import climb, held_out
+from report.studies import climb, held_out, reopen
 
 FOLDER = Path(__file__).parent / "results" / "feedback"
 STEPS = "steps.json"
@@ -105,10 +104,7 @@ def measure(task: str, mode: str, folder: Path = FOLDER) -> dict[str, Any]:
     described = {name: value for name, value in asdict(settings).items() if name not in (*experiment.PASSING, "lr")}
     described |= {"tuning_steps": study.tuning_steps, "num_held_out": NUM_HELD_OUT}
     file = path_of(task, mode, folder)
-    found = json.loads(file.read_text()) if file.is_file() else {"task": task, "mode": mode, "runs": []}
-    if found.setdefault("settings", described) != described:
-        raise ValueError(f"{file} was made with other settings; delete it to start anew")
-    found |= {"source": whole.source._asdict(), "environment": runtime.environment()}
+    found = reopen(file, described, task=task, mode=mode, runs=[]) | {"source": whole.source._asdict()}
 
     def run(power: int, feedback_power: int, seed: int, purpose: str) -> dict[str, Any]:
         key = {"power": power, "feedback_power": feedback_power, "seed": seed, "purpose": purpose}

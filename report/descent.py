@@ -9,7 +9,6 @@ else this machine did in the hour that this takes. Every finished training is ke
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +25,7 @@ from fwdlib.dual import stacked_forward_gradient
 from fwdlib.estimators import Estimator, backprop_gradient
 from fwdlib.results import write_json
 from fwdlib.training import train
-from report.tuning import climb
+from report.studies import climb, reopen
 
 FILE = Path(__file__).parent / "results" / "descent.json"
 THRESHOLD = 0.5
@@ -68,7 +67,6 @@ def measure(methods: list[str], file: Path = FILE) -> dict[str, Any]:
     Raises:
         ValueError: if ``file`` holds trainings with other settings.
     """
-    found = json.loads(file.read_text()) if file.is_file() else {"runs": []}
     data = load_images("MNIST", num_test=200)
     settings = {
         "model": "784-1024-1024-10",
@@ -79,9 +77,7 @@ def measure(methods: list[str], file: Path = FILE) -> dict[str, Any]:
         "evaluate_every": EVALUATE_EVERY,
         "data": data.source._asdict(),
     }
-    if found.setdefault("settings", settings) != settings:
-        raise ValueError(f"{file} was made with other settings; delete it to start anew")
-    found["environment"] = runtime.environment()
+    found = reopen(file, settings, runs=[])
 
     def run(method: str, power: int, seed: int, purpose: str, max_iterations: int) -> dict[str, Any]:
         key = {"method": method, "power": power, "seed": seed, "purpose": purpose}

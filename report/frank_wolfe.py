@@ -41,7 +41,7 @@ from fwdlib.results import write_json
 from fwdlib.statistics import median_interval, t_interval
 from fwdlib.training import make_optimizer, train
 from report import quoted
-from report.tuning import climb, held_out
+from report.studies import climb, held_out, reopen
 
 FILE = Path(__file__).parent / "results" / "frank_wolfe.json"
 
@@ -102,11 +102,7 @@ def measure(words: list[str], file: Path = FILE) -> dict[str, Any]:
     Raises:
         ValueError: if the file was made with other settings.
     """
-    found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    settings = settings_now()
-    if found.setdefault("settings", settings) != settings:
-        raise ValueError(f"{file} was made with other settings; delete it to start anew")
-    found["environment"] = runtime.environment()
+    found = reopen(file, settings_now())
     for word in words:
         done = found.setdefault(word, {})
         for name, job in tqdm(list(PARTS[word](found)), desc=word, unit="item"):

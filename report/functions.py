@@ -30,6 +30,7 @@ from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.objectives import beale, rosenbrock, sphere, styblinski_tang
 from fwdlib.results import write_json
 from fwdlib.statistics import Interval, median_interval, paired_ratio
+from report.studies import reopen
 from report.tangents import scientific
 
 FILE = Path(__file__).parent / "results" / "functions.json"
@@ -92,11 +93,7 @@ def measure(words: Sequence[str] = (), file: Path = FILE) -> dict[str, Any]:
     Raises:
         ValueError: if ``file`` was made with other settings.
     """
-    found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    settings = settings_now()
-    if found.setdefault("settings", settings) != settings:
-        raise ValueError(f"{file} was made with other settings; delete it to start anew")
-    found["environment"] = runtime.environment()
+    found = reopen(file, settings_now())
     for word in tqdm(list(words) or [part for part in PARTS if part not in found], desc="functions", unit="part"):
         found[word] = PARTS[word]()
         write_json(file, found)

@@ -13,7 +13,6 @@ Iterations are counted here; what an iteration takes is measured apart, all form
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -38,6 +37,7 @@ from fwdlib.results import write_json
 from fwdlib.tangents import AnyGenerator, Params, normal
 from fwdlib.training import train
 from report.published import published_backprop_step, published_step
+from report.studies import reopen
 
 FOLDER = Path(__file__).parent / "results" / "protocols"
 STEPS = "steps.json"
@@ -172,12 +172,9 @@ def measure(name: str, folder: Path = FOLDER) -> dict[str, Any]:
     """
     model, file = MODELS[name], folder / f"{name}.json"
     data = model.load()
-    found = json.loads(file.read_text()) if file.is_file() else {}
     settings = {key: value for key, value in model._asdict().items() if key not in ("build", "load")}
     settings |= {"grid": list(GRID), "first_seed": FIRST_SEED, "first_tuning_seed": FIRST_TUNING_SEED}
-    if found.setdefault("settings", settings) != settings:
-        raise ValueError(f"{file} was made with other settings; delete it to start anew")
-    found |= {"source": data.source._asdict(), "environment": runtime.environment()}
+    found = reopen(file, settings) | {"source": data.source._asdict()}
     found["num_test"], found["num_train"] = len(data.test_targets), len(data.train_targets)
 
     def run(part: str, method: str, form: str, training: Training, num_seeds: int, first: int) -> dict[str, Any]:

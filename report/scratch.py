@@ -36,6 +36,7 @@ from fwdlib.checks import check_choice
 from fwdlib.data import load_disc
 from fwdlib.results import write_json
 from fwdlib.statistics import Interval, median_interval, paired_ratio, t_interval
+from report.studies import reopen
 
 FILE = Path(__file__).parent / "results" / "scratch.json"
 
@@ -341,14 +342,11 @@ def measure(parts: list[str], file: Path = FILE) -> dict[str, Any]:
     Raises:
         ValueError: if it was made with other settings.
     """
-    found = json.loads(file.read_text()) if file.is_file() else {}
     settings = {
         **{"sizes": list(SIZES), "num_points": NUM_POINTS, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE},
         **{"num_epochs": NUM_EPOCHS, "goal": GOAL, "agreement_steps": AGREEMENT_STEPS},
     }
-    if found.setdefault("settings", settings) != settings:
-        raise ValueError(f"{file} was made with other settings; delete it to start anew")
-    found |= {"environment": runtime.environment(), "source": load_disc().source._asdict()}
+    found = reopen(file, settings) | {"source": load_disc().source._asdict()}
     jobs = [job for part in parts for job in _jobs(part)]
     done = [run["key"] for run in found.setdefault("runs", [])]
     for key in tqdm(jobs, desc="scratch", unit="run"):

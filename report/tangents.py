@@ -32,6 +32,7 @@ from fwdlib.estimators import Estimator, backprop_gradient, multi_tangent_gradie
 from fwdlib.objectives import as_objective, rosenbrock, sphere, styblinski_tang
 from fwdlib.results import write_json
 from fwdlib.tangents import sample_tangents
+from report.studies import reopen
 from report.wording import enumerated, number
 
 FILE = Path(__file__).parent / "results" / "tangents.json"
@@ -100,7 +101,6 @@ def measure(problems: Sequence[str], file: Path = FILE) -> dict[str, Any]:
     Raises:
         ValueError: if ``file`` holds runs with other settings.
     """
-    found = json.loads(file.read_text()) if file.is_file() else {"runs": []}
     settings = {
         "seeds": SEEDS,
         "tuning_seeds": TUNING_SEEDS,
@@ -113,9 +113,7 @@ def measure(problems: Sequence[str], file: Path = FILE) -> dict[str, Any]:
             for name, problem in PROBLEMS.items()
         },
     }
-    if found.setdefault("settings", settings) != settings:
-        raise ValueError(f"{file} was made with other settings; delete it to start anew")
-    found["environment"] = runtime.environment()
+    found = reopen(file, settings, runs=[])
     rounds = zip(*(PROBLEMS[name].sizes for name in problems), strict=True)
     cases = [(name, n, m) for sizes in rounds for name, n in zip(problems, sizes, strict=True) for m in METHODS]
     for name, n, method in (bar := tqdm(cases, desc="tangents", unit="case")):

@@ -1,10 +1,36 @@
-"""How learning rates are tuned in the report's studies: on a grid of powers of two, uphill from a first guess."""
+"""What the report's studies have in common: a file that a study goes on from, and how learning rates are tuned."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+from fwdlib import runtime
 from fwdlib.data import Dataset
+
+
+def reopen(file: Path, settings: dict[str, Any], **begin: Any) -> dict[str, Any]:
+    """Return what a study has kept in its file so far, with ``settings`` and the present ``environment``.
+
+    Args:
+        file: there or not.
+        settings: of the study, as JSON gives them back.
+        begin: what an empty file would hold beside them.
+
+    Raises:
+        ValueError: if the file was made with other settings.
+    """
+    found = json.loads(file.read_text("utf-8")) if file.is_file() else begin
+    kept = found.setdefault("settings", settings)
+    if kept != settings:
+        name = next(name for name in kept | settings if kept.get(name) != settings.get(name))
+        raise ValueError(
+            f"{file} was made with other settings: {name} was {kept.get(name)!r} and is {settings.get(name)!r} now. "
+            f"Delete the file to start anew."
+        )
+    return found | {"environment": runtime.environment()}
 
 
 def climb(cost: Callable[[int], tuple[float, ...]], power: int) -> int:
