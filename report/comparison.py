@@ -89,10 +89,24 @@ def plot_tuned(models: dict[str, Any]) -> Figure:
                     axes.plot(ratio.estimate, place, "o", color=color, markerfacecolor=face, markersize=6, zorder=3)
             axes.set_title(model["title"])
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
             axes.grid(visible=False, axis="y")
+            axes.annotate(
+                "backprop",
+                (1, 1),
+                (-4, -2),
+                ("data", "axes fraction"),
+                "offset points",
+                ha="right",
+                va="top",
+                fontsize=8,
+                color=plotting.METHODS["backprop"]["color"],
+            )
         panels[0].set_yticks(range(len(methods)), methods)
-        panels[0].set_ylim(len(methods) - 0.5, -0.5)
+        panels[0].set_ylim(len(methods) - 0.5, -0.7)
+        panels[0].set_xlim(left=0.45)
         figure.supxlabel("time over backprop's: of a step (hollow), of the training (filled)", fontsize=9)
     return figure
 
