@@ -43,6 +43,11 @@ METHODS = {
 COST_MARKS = {"": ("o", 0.0), "channels_last": ("s", -0.22), "one graph": ("D", 0.22)}  # and where in its row
 
 
+def style_of(method: str) -> dict[str, Any]:
+    """Return the colour and line style of a method; dark grey for what is none."""
+    return METHODS.get(method, {"color": "0.2"})
+
+
 def plot_training(records: Record | Sequence[Record]) -> Figure:
     """Draw test loss, test accuracy and misclassifications over the iterations: the median over the seeds, with a band.
 
@@ -237,7 +242,7 @@ def plot_durations(seconds: dict[str, Sequence[float]]) -> Figure:
         axes = figure.subplots()
         for row, (name, values) in enumerate(seconds.items()):
             low, middle, high = 1e3 * np.quantile(values, (0.25, 0.5, 0.75))
-            color = METHODS.get(name.partition(", ")[0], {"color": "0.2"})["color"]
+            color = style_of(name.partition(", ")[0])["color"]
             axes.plot([low, high], [row, row], color=color, linewidth=4, alpha=0.4)
             axes.plot(middle, row, "o", color=color)
             axes.annotate(f"{middle:.3g} ms", (middle, row), (8, 4), textcoords="offset points", fontsize=8)
@@ -264,7 +269,7 @@ def plot_over_time(curves: dict[str, tuple[float, Run]]) -> Figure:
         figure = Figure(figsize=(7, 3))
         axes = figure.subplots()
         for name, (seconds, run) in curves.items():
-            axes.plot(seconds * _steps_of(run), run.train_loss[1:], label=name, **METHODS.get(name, {"color": "0.2"}))
+            axes.plot(seconds * _steps_of(run), run.train_loss[1:], label=name, **style_of(name))
         axes.set(xlabel="time spent in steps [s]", ylabel="training loss [nats]", xscale="log", yscale="log")
         plain_ticks(axes)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -287,7 +292,7 @@ def plot_histories(histories: dict[str, History]) -> Figure:
         loss, error = figure.subplots(1, 2)
         for name, history in histories.items():
             method, _, form = name.partition(", ")
-            style = METHODS.get(method, {"color": "0.2"}) | ({"linestyle": ":"} if form else {})
+            style = style_of(method) | ({"linestyle": ":"} if form else {})
             steps = _steps_of(history.runs[0])
             losses = np.array([run.train_loss[1:] for run in history.runs])
             errors = 100 / history.num_test * np.array([run.test_errors[1:] for run in history.runs])

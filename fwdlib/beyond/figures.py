@@ -11,7 +11,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fwdlib.plotting import CURVES, METHODS, STYLE, plain_ticks, plot_mean
+from fwdlib.plotting import CURVES, METHODS, STYLE, plain_ticks, plot_mean, style_of
 from fwdlib.statistics import median_interval
 
 
@@ -69,7 +69,7 @@ def plot_accuracies(curves: dict[str, dict[str, Sequence[Sequence[float]]]]) -> 
             for name, seeds in methods.items():
                 errors = 100 * np.array(seeds)[:, 1:]
                 epochs = np.arange(1, errors.shape[1] + 1)
-                plot_mean(axes, epochs, errors, METHODS.get(name, {"color": "0.2"}), label=name, marker=".")
+                plot_mean(axes, epochs, errors, style_of(name), label=name, marker=".")
             axes.set(title=title, xlabel="epoch", ylabel="test error [%]", yscale="log")
             axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
             plain_ticks(axes)
@@ -225,7 +225,7 @@ def plot_closed_forms(
         for axes, (title, methods) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
             for name, (measured, theory) in methods.items():
                 method, _, form = name.partition(", ")
-                color = METHODS.get(method, {"color": "0.2"})["color"]
+                color = style_of(method)["color"]
                 values = np.array([theory(k) for k in where])
                 axes.plot(where, np.where(values > 0, values, np.nan), color=color, linewidth=1, alpha=0.7)
                 shown = [value if value > 1e-12 else np.nan for value in measured]  # zero, up to rounding, has no place
@@ -262,7 +262,7 @@ def plot_values(panels: dict[str, dict[str, np.ndarray]], ylabel: str, floor: fl
             top = 100 * max(values[:, 0].max() for values in methods.values())
             for name, values in methods.items():
                 method, _, form = name.partition(", ")
-                style = {"color": METHODS.get(method, {"color": "0.2"})["color"], "linestyle": looks[form]}
+                style = {"color": style_of(method)["color"], "linestyle": looks[form]}
                 low, middle, high = (
                     np.where((row < top) & (row > floor), row, np.nan)
                     for row in np.quantile(values, (0, 0.5, 1), axis=0, method="inverted_cdf")
@@ -272,7 +272,7 @@ def plot_values(panels: dict[str, dict[str, np.ndarray]], ylabel: str, floor: fl
             axes.set(title=title, xlabel="iteration", yscale="log")
         figure.axes[0].set_ylabel(ylabel)
         methods = dict.fromkeys(name.partition(", ")[0] for name in names)
-        handles = [Line2D([], [], color=METHODS.get(name, {"color": "0.2"})["color"], label=name) for name in methods]
+        handles = [Line2D([], [], color=style_of(name)["color"], label=name) for name in methods]
         handles += [Line2D([], [], color="0.4", linestyle=looks[form], label=form) for form in forms if form]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
@@ -438,7 +438,7 @@ def plot_dimensions(
         for axes, (title, methods) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
             for name, ends in methods.items():
                 method, _, form = name.partition(", ")
-                color, (linestyle, marker) = METHODS.get(method, {"color": "0.2"})["color"], looks[form]
+                color, (linestyle, marker) = style_of(method)["color"], looks[form]
                 sizes = sorted(ends)
                 values = np.maximum(np.array([np.sort(ends[n]) for n in sizes], dtype=float), floor)
                 middle = np.where(np.isfinite(values), values, np.nan)[:, values.shape[1] // 2]
@@ -450,7 +450,7 @@ def plot_dimensions(
             axes.xaxis.set_minor_locator(ticker.NullLocator())
         figure.axes[0].set_ylabel(ylabel)
         handles = [
-            Line2D([], [], color=METHODS.get(name, {"color": "0.2"})["color"], label=name)
+            Line2D([], [], color=style_of(name)["color"], label=name)
             for name in dict.fromkeys(name.partition(", ")[0] for name in names)
         ]
         grey = {"color": "0.4", "markersize": 3.5, "linewidth": 1.1}
