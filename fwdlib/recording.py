@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+MOST = 16
+"""Recordings that are kept; the oldest goes for a new one. A key that is new in each step would fill the memory else."""
+
 
 class Recording:
     """Functions of tensors, recorded at the first call for each key and each shape, and from then on replayed.
@@ -43,6 +46,8 @@ class Recording:
         """
         key = key, tuple([(x.shape, x.dtype, x.device) for x in tensors])
         if key not in self._graphs:
+            if len(self._graphs) == MOST:
+                del self._graphs[next(iter(self._graphs))]
             self._graphs[key] = _record(function, tensors)
         return self._graphs[key].forward(*tensors)
 

@@ -7,7 +7,7 @@ import torch
 from torch.func import functional_call
 
 from fwdlib.models import fully_connected
-from fwdlib.recording import Recording
+from fwdlib.recording import MOST, Recording
 
 
 def test_replays_a_backward_pass_at_other_values_and_shapes():
@@ -54,3 +54,15 @@ def test_a_branch_belongs_in_the_key(is_double):
     is_double = not is_double
     assert torch.equal(recording(maybe_double, x, key=is_double)[0], 3 - first[0])
     assert torch.equal(recording(maybe_double, x, key=not is_double)[0], first[0])
+
+
+def test_old_recordings_make_room():
+    recording, calls = Recording(), []
+
+    def function(x):
+        calls.append(x.shape)
+        return (x + 1,)
+
+    for key in [*range(MOST + 1), MOST, 0]:
+        recording(function, torch.ones(1), key=key)
+    assert len(calls) == MOST + 2  # the first one made room, and is recorded again
