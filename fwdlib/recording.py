@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 MOST = 16
-"""Recordings that are kept; the oldest goes for a new one. A key that is new in each step would fill the memory else."""
+"""Recordings that are kept; the oldest goes for a new one, or a key that is new in each step would fill the memory."""
 
 
 class Recording:

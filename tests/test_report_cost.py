@@ -209,5 +209,5 @@ def test_descents_are_kept_one_by_one_and_not_run_twice(tmp_path, monkeypatch):
     again = descent.measure(["backprop"], tmp_path / "descent.json")
     assert len(again["runs"]) == len(first["runs"])
     monkeypatch.setattr(descent, "THRESHOLD", 0.1)
-    with pytest.raises(ValueError, match="made with other settings: .* Delete the file to start anew"):
+    with pytest.raises(ValueError, match=r"made with other settings: .* Delete the file to start anew"):
         descent.measure(["backprop"], tmp_path / "descent.json")

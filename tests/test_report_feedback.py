@@ -140,7 +140,7 @@ def test_study_tunes_then_trains_and_keeps_what_is_done(small, tmp_path, monkeyp
 def test_study_refuses_a_file_of_other_settings(small, tmp_path, monkeypatch):
     alignment.measure("small", "BP", tmp_path)
     monkeypatch.setitem(alignment.STUDIES, "small", alignment.STUDIES["small"]._replace(epochs=3))
-    with pytest.raises(ValueError, match="made with other settings: .* Delete the file to start anew"):
+    with pytest.raises(ValueError, match=r"made with other settings: .* Delete the file to start anew"):
         alignment.measure("small", "BP", tmp_path)
 
 

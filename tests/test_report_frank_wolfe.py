@@ -313,7 +313,7 @@ def test_study_refuses_a_file_of_other_settings(small, tmp_path, monkeypatch):
     file = tmp_path / "frank_wolfe.json"
     frank_wolfe.measure(["tuning"], file)
     monkeypatch.setattr(frank_wolfe, "BATCH_SIZE", 30)
-    with pytest.raises(ValueError, match="made with other settings: .* Delete the file to start anew"):
+    with pytest.raises(ValueError, match=r"made with other settings: .* Delete the file to start anew"):
         frank_wolfe.measure(["tuning"], file)
 
 

@@ -231,7 +231,7 @@ def test_settings_survive_the_file(tmp_path):
 def test_study_refuses_a_file_of_other_settings(small, tmp_path, monkeypatch):
     file = tmp_path / "functions.json"
     write_json(file, {"settings": {"seeds": [1]}})
-    with pytest.raises(ValueError, match="was made with other settings: .* Delete the file to start anew"):
+    with pytest.raises(ValueError, match=r"was made with other settings: .* Delete the file to start anew"):
         functions.measure(file=file)
 
 

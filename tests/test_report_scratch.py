@@ -231,7 +231,7 @@ def test_the_study_keeps_what_is_done(short, tmp_path, monkeypatch):
     monkeypatch.setattr(scratch, "train", None)  # nothing is trained again
     assert scratch.measure(["training"], file) == found == json.loads(file.read_text())
     monkeypatch.setattr(scratch, "NUM_EPOCHS", 3)
-    with pytest.raises(ValueError, match="made with other settings: .* Delete the file to start anew"):
+    with pytest.raises(ValueError, match=r"made with other settings: .* Delete the file to start anew"):
         scratch.measure(["training"], file)
 
 

@@ -206,7 +206,7 @@ def test_study_keeps_what_is_done_and_draws_the_same_again(small, tmp_path, monk
     monkeypatch.setattr(tangents, "descend", None)  # nothing is measured again
     assert tangents.measure(["sphere"], file)["runs"] == on_disk["runs"]
     monkeypatch.setattr(tangents, "SEEDS", [1, 2, 3])
-    with pytest.raises(ValueError, match="was made with other settings: .* Delete the file to start anew"):
+    with pytest.raises(ValueError, match=r"was made with other settings: .* Delete the file to start anew"):
         tangents.measure(["sphere"], file)
 
 
