@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help report page site bench test test-browser lint format notebooks wheel lab clean
+.PHONY: help report page site evidence bench test test-browser lint format notebooks wheel lab clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ page: $(STAMP)  ## draw the figures and the page again from the saved results, a
 
 site: $(STAMP)  ## make report/site: the notebooks as pages, to read without running them
 	@$(RUN) -m report.site
+
+evidence: $(STAMP)  ## run every study of the report again in a short form, into evidence/: half an hour
+	@$(RUN) -m report.evidence $(ARGS)
 
 bench: $(STAMP)  ## measure time and memory of a training step, alone on the machine (ARGS="--quick", "--device cuda")
 	@$(RUN) -m fwdlib bench $(ARGS)

@@ -35,11 +35,11 @@ from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.recording import Recording
 from fwdlib.results import write_json
 from fwdlib.tangents import Params
-from report.studies import climb, held_out, reopen
+from report.studies import RESULTS, climb, either, held_out, reopen
 
-FOLDER = Path(__file__).parent / "results" / "feedback"
+FOLDER = RESULTS / "feedback"
 STEPS = "steps.json"
-SEEDS = [1, 2, 3]
+SEEDS = either([1, 2, 3], [1, 2])
 TUNING_SEED = 100
 NUM_HELD_OUT = 10_000
 BASE_RATE = 1e-4  # times a power of two
@@ -69,9 +69,11 @@ MODES: dict[str, dict[str, Any]] = {  # with the power of the first guess of the
 }
 EIGHT = tuple(MODES)[:8]
 STUDIES = {
-    "MNIST-2x800": Study({"dataset": "MNIST"}, 10, 800, tuple(MODES)),
-    "FashionMNIST-2x800": Study({"dataset": "FashionMNIST"}, 10, 800, ("BP", "FDFA")),
-    "MNIST-cnn": Study({"dataset": "MNIST", "conv": True}, 3, 200, EIGHT),
+    "MNIST-2x800": Study({"dataset": "MNIST"}, *either((10, 800, tuple(MODES)), (1, 100, EIGHT))),
+    "FashionMNIST-2x800": Study({"dataset": "FashionMNIST"}, *either((10, 800), (1, 100)), ("BP", "FDFA")),
+    "MNIST-cnn": Study(
+        {"dataset": "MNIST", "conv": True}, *either((3, 200, EIGHT), (1, 30, ("BP", "FDFA", "FG-RANK1")))
+    ),
 }
 LEARNED = ("FDFA", "DKP", "FG-CV")  # train modes whose feedback has a learning rate
 

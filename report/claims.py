@@ -18,7 +18,7 @@ from torch import nn
 from fwdlib.models import CNN, MLP, LogisticRegression
 from fwdlib.results import Record, iterations, load_run
 from fwdlib.statistics import Interval, median_interval, paired_difference, paired_ratio
-from report import comparison, cost, feedback, frank_wolfe, functions, quoted, scratch, tangents, verdicts
+from report import comparison, cost, feedback, frank_wolfe, functions, quoted, scratch, studies, tangents, verdicts
 
 METHODS = {"backprop": "backprop", "forward": "forward gradient"}  # key -> as records and timings call it
 TIMINGS = "timings.json"
@@ -121,6 +121,7 @@ def context(results: Results) -> dict[str, Any]:
         **{name: part.context(results.parts[name]) for name, part in PARTS.items()},
         "barely": BARELY,
         "quoted": published,
+        "short": studies.IS_SHORT,
         "quick": any(record.quick for record in records),
         "substitutes": [source for source in sources if source["substitute_for"]],
         # an iteration holds an evaluation: it cannot be the shorter of the two, unless others had the processor

@@ -41,9 +41,9 @@ from fwdlib.results import write_json
 from fwdlib.statistics import median_interval, t_interval
 from fwdlib.training import make_optimizer, train
 from report import quoted
-from report.studies import climb, held_out, reopen
+from report.studies import RESULTS, climb, either, held_out, reopen
 
-FILE = Path(__file__).parent / "results" / "frank_wolfe.json"
+FILE = RESULTS / "frank_wolfe.json"
 
 # The distance to a point c, in a ball of radius 1 around zero. Where c is tells where the optimum is.
 NUM_PARAMS = 20
@@ -54,20 +54,20 @@ FORMS = {  # whether the gradient is the exact one, and whether it is averaged
     "plain": (False, False),
     "averaged": (False, True),
 }
-NUM_STEPS = 1_000_000
+NUM_STEPS = either(1_000_000, 100_000)
 FIRST = 100  # the slopes are taken from here on
 RECORDS_A_DECADE = 4
 SEEDS = list(range(10))
 CHUNK = 1000
 
 # MNIST
-RADII = (10, 30, 100, 300, 1000)
-TRAINING_SEEDS = [1, 2, 3, 4, 5]
+RADII = either((10, 30, 100, 300, 1000), (30, 100, 300))
+TRAINING_SEEDS = either([1, 2, 3, 4, 5], [1, 2])
 BATCH_SIZE = 256
-ITERATIONS = 2_000
+ITERATIONS = either(2_000, 500)
 MIDDLE = 100  # the radius of plain Frank-Wolfe, and of the long trainings
 MIDDLE_L2 = 30  # of the l2 ball, for comparison
-LONG = 10_000  # steps with the averaged forward gradient, for which 2,000 are too few
+LONG = either(10_000, 1_000)  # steps with the averaged forward gradient, for which 2,000 are too few
 EVALUATIONS = 10
 TUNING_SEED = 100
 NUM_HELD_OUT = 10_000

@@ -30,19 +30,19 @@ from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.objectives import beale, rosenbrock, sphere, styblinski_tang
 from fwdlib.results import write_json
 from fwdlib.statistics import Interval, median_interval, paired_ratio
-from report.studies import reopen
+from report.studies import RESULTS, either, reopen
 from report.tangents import scientific
 
-FILE = Path(__file__).parent / "results" / "functions.json"
+FILE = RESULTS / "functions.json"
 ANIMATION = "functions.gif"  # beside the figures
 METHODS: dict[str, Estimator] = {"backprop": backprop_gradient, "forward gradient": forward_gradient}
 SEEDS = list(range(20))  # of the descents, twice as many as in the paper; backprop draws nothing and runs once
-SEEDS_OF_DIVERGENCE = list(range(50))
+SEEDS_OF_DIVERGENCE = list(range(either(50, 20)))
 NUM_ITERATIONS = 1000  # of divergence
 SEEDS_OF_GROWTH = 200
 THRESHOLD = 1e-3
 ENOUGH = 0.9  # of the seeds below the threshold
-SECONDS = 30  # of timing, in all
+SECONDS = either(30, 10)  # of timing, in all
 BLOCK_SECONDS = 0.05  # of a turn: long enough for the ups and downs of a processor
 WRITTEN_OUT = "Rosenbrock, written out"
 

@@ -37,9 +37,9 @@ from fwdlib.results import write_json
 from fwdlib.tangents import AnyGenerator, Params, normal
 from fwdlib.training import train
 from report.published import published_backprop_step, published_step
-from report.studies import reopen
+from report.studies import RESULTS, either, reopen
 
-FOLDER = Path(__file__).parent / "results" / "protocols"
+FOLDER = RESULTS / "protocols"
 STEPS = "steps.json"
 WARM_UP = 60  # iterations that the published CNN had been trained for with backprop before the run that was reported
 
@@ -58,9 +58,9 @@ class Model(NamedTuple):
 
 
 MODELS = {
-    "logistic": Model(LogisticRegression, load_penguins, 0.2, 0.3, 2_000, "parameter", 100, 20),
-    "mlp": Model(MLP, load_penguins, 0.05, 0.2, 1_000, "parameter", 100, 20),
-    "cnn": Model(CNN, load_kmnist, 0.001, None, 100, "joint", 20, 5),
+    "logistic": Model(LogisticRegression, load_penguins, 0.2, 0.3, 2_000, "parameter", *either((100, 20), (20, 6))),
+    "mlp": Model(MLP, load_penguins, 0.05, 0.2, 1_000, "parameter", *either((100, 20), (20, 6))),
+    "cnn": Model(CNN, load_kmnist, 0.001, None, 100, "joint", *either((20, 5), (6, 1))),
 }
 GRID = range(-2, 9)  # learning rates of the fair protocol: powers of two times the published one
 FIRST_SEED, FIRST_TUNING_SEED = 1, 1001
@@ -142,7 +142,7 @@ def published(name: str) -> dict[str, dict[str, Training]]:
             ("Adam, double softmax, warm start", with_double_softmax, WARM_UP),
         ):
             options = for_each | {"max_iterations": 499 * (model.max_iterations + skipped)}
-            found["backprop"][form] = Training(lambda data, e=estimator: e, rate, options, 6, skipped)
+            found["backprop"][form] = Training(lambda data, e=estimator: e, rate, options, either(6, 1), skipped)
     return found
 
 

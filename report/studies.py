@@ -1,14 +1,26 @@
-"""What the report's studies have in common: a file that a study goes on from, and how learning rates are tuned."""
+"""What the report's studies have in common: where results are, how a study goes on, how learning rates are tuned."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fwdlib import runtime
 from fwdlib.data import Dataset
+
+T = TypeVar("T")
+VARIABLE = "FWDLIB_EVIDENCE"
+"""Set by :mod:`report.evidence`: the folder of results of a rebuild of all studies, each in a short form."""
+IS_SHORT = bool(os.environ.get(VARIABLE))
+RESULTS = Path(os.environ.get(VARIABLE) or Path(__file__).parent / "results")
+
+
+def either(whole: T, short: T) -> T:
+    """Return the first, or in a rebuild in short form the second."""
+    return short if IS_SHORT else whole
 
 
 def reopen(file: Path, settings: dict[str, Any], **begin: Any) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+"""``python -m report.evidence``: all that the report rests on, from nothing, in half an hour on two cores.
+
+The studies of the report take some twenty hours of a core. Here each runs in a short form, with fewer seeds, steps and
+cases (:func:`report.studies.either`), two at a time; then, with nothing beside them, what takes times; then the six
+notebooks, and the page. It all goes into a folder of its own, so that no committed result is touched. At the end each
+claim's verdict stands beside the committed one. A short form has wider intervals: what it cannot tell is no objection,
+what it turns round is one.
+
+    python -m report.evidence              # into evidence/
+    python -m report.evidence elsewhere
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from report import claims, studies
+
+HERE = Path(__file__).parent
+FOLDER = HERE.parent / "evidence"
+REPORT = [sys.executable, "-m", "report"]
+TOGETHER = [  # modules and their words, the longest first
+    *(["protocols", "cnn"], ["alignment", "MNIST-2x800"], ["tangents"], ["alignment", "MNIST-cnn"]),
+    *(["frank_wolfe", "tuning", "training", "convergence"], ["protocols", "logistic", "mlp"]),
+    *(["functions", "descents", "divergence", "growth"], ["scratch", "agreement", "training"], ["descent"]),
+    ["alignment", "FashionMNIST-2x800"],
+]
+ALONE = [
+    ["frank_wolfe", "memory"],
+    ["functions", "steps"],
+    ["scratch", "steps"],
+    ["protocols", "steps"],
+    ["alignment", "steps"],
+]
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class StudyError(Exception):
+    """A study ended with an error; the text says which, and its last words."""
+
+
+def rebuild(folder: Path = FOLDER) -> None:
+    """Run all studies in short form, the notebooks and the page, and print the verdicts beside the committed ones.
+
+    Args:
+        folder: for all of it. What an interrupted rebuild has finished there is kept.
+
+    Raises:
+        StudyError: if a study fails.
+        OSError: if the folder cannot be written.
+    """
+    start, folder = time.monotonic(), folder.expanduser().resolve()
+    results, logs = folder / "results", folder / "logs"
+    for each in (results, logs):
+        each.mkdir(parents=True, exist_ok=True)
+    studies_of = [[*REPORT[:2], f"report.{module}", *words] for module, *words in TOGETHER]
+    run(studies_of, results, logs, at_once=2)
+    timed = [[*REPORT[:2], f"report.{module}", *words] for module, *words in ALONE]
+    bench = [sys.executable, "-m", "fwdlib", "bench", "--quick", "--out", str(results / "bench-cpu.json")]
+    run([*timed, bench, [*REPORT, "--output", str(folder)]], results, logs, at_once=1)
+    say(f"rebuilt in {(time.monotonic() - start) / 60:.1f} minutes: {folder / 'report.html'}")
+    short = subprocess.run(
+        [*REPORT[:2], "report.evidence", "verdicts"], env=_environment(results), check=True, capture_output=True
+    )
+    print(*compare(verdicts_of(HERE / "results"), json.loads(short.stdout)), sep="\n")
+
+
+def run(commands: Iterable[list[str]], results: Path, logs: Path, *, at_once: int) -> None:
+    """Run commands, so many at once, each with a log of its own; when one fails, or at Ctrl-C, end the others.
+
+    Args:
+        commands: in the order in which they start.
+        results: folder that the studies write to.
+        logs: folder for what the commands print.
+        at_once: how many run beside each other; above 1, each is held to one thread.
+
+    Raises:
+        StudyError: if one ends with an error.
+    """
+    waiting, running = list(commands), []
+    environment = _environment(results) | (ONE_THREAD if at_once > 1 else {})
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                command = waiting.pop(0)
+                name = " ".join(word for word in command[2:] if not word.startswith(("-", "/")))
+                log = logs / (re.sub(r"[^\w.]+", "-", name)[:80] + ".txt")
+                say(f"started  {name}")
+                with log.open("w") as stream:
+                    process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+                running.append((name, log, time.monotonic(), process))
+            for entry in [entry for entry in running if entry[3].poll() is not None]:
+                running.remove(entry)
+                name, log, begun, process = entry
+                if process.returncode:
+                    last = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
+                    raise StudyError(f"{name} ended with code {process.returncode}; the end of {log}:\n{last}")
+                say(f"done     {name} in {time.monotonic() - begun:.0f} s")
+            time.sleep(0.2)
+    finally:
+        for *_, process in running:
+            process.terminate()
+        for *_, process in running:
+            process.wait()
+
+
+def verdicts_of(results: Path) -> dict[str, str]:
+    """Return the outcome of each claim that can be judged by the results in a folder.
+
+    Args:
+        results: the folder.
+    """
+    return {finding.claim.text: finding.outcome for finding in claims.context(claims.load(results))["claims"]}
+
+
+def compare(committed: dict[str, str], short: dict[str, str]) -> Iterator[str]:
+    """Give a line for each claim, and one that sums up.
+
+    Args:
+        committed: outcomes by claim.
+        short: those of the rebuild.
+    """
+    turned = 0
+    for text, outcome in committed.items():
+        again = short.get(text, "not judged")
+        is_turned = {outcome, again} == {"holds", "fails"}
+        turned += is_turned
+        yield f"{'!' if is_turned else ' '} {outcome:8} {again:10} {text}"
+    same = sum(short.get(text) == outcome for text, outcome in committed.items())
+    yield f"{same} of {len(committed)} verdicts come out the same in short form; {turned} the other way round."
+
+
+def say(text: str) -> None:
+    """Print a line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _environment(results: Path) -> dict[str, str]:
+    return os.environ | {studies.VARIABLE: str(results)}
+
+
+def main(words: list[str]) -> int:
+    """Rebuild into the folder that ``words`` name; return the exit code: 0, 1 with a message, 130 if interrupted."""
+    if words == ["verdicts"]:
+        print(json.dumps(verdicts_of(studies.RESULTS)))
+        return 0
+    try:
+        rebuild(*map(Path, words[:1]))
+    except KeyboardInterrupt:
+        say("\nStopped. What was finished is kept; the same command goes on from there.")
+        return 130
+    except (StudyError, OSError) as error:
+        say(f"\nreport.evidence: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
