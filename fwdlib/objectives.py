@@ -180,7 +180,7 @@ def rosenbrock(point: Tensor, a: float = 1.0, b: float = 100.0) -> Tensor:
     """
     _check_point("rosenbrock", point, at_least=2)
     x, following = point[:-1], point[1:]
-    # alpha, for as a factor b is a tensor without a tangent: for such a one forward mode takes as long as for the rest
+    # By alpha: as a factor, b would be a tensor without a tangent, and that takes forward mode as long as all the rest.
     return torch.add((a - x) ** 2, (following - x**2) ** 2, alpha=b).sum()
 
 

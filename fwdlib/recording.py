@@ -17,12 +17,12 @@ MOST = 16
 
 
 class Recording:
-    """Functions of tensors, recorded at the first call for each key and each shape, and from then on replayed.
+    """Functions of tensors, recorded at the first call for each key and each layout, and from then on replayed.
 
     What is replayed are torch's kernels, one after the other, those of a backward pass among them. Random numbers are
-    drawn anew, and what is changed in place is changed again. What Python decides on the way stays as it was: whatever
-    a branch depends on, other than shapes, belongs in the key, and a branch on the values of a tensor cannot be
-    recorded faithfully.
+    drawn anew, and what is changed in place is changed again. Everything that Python supplies on the way stays as it
+    was: which branch was taken, numbers such as a dropout's p or an option of the loss, hooks, modes such as autocast.
+    What of it may change belongs in the key. A branch on the values of a tensor cannot be recorded: torch raises.
 
     Example:
         >>> recording = Recording()
@@ -42,9 +42,9 @@ class Recording:
         Args:
             function: looked at only where its recording is missing.
             tensors: its arguments.
-            key: of the recording, beside the shapes, dtypes and devices of the tensors.
+            key: of the recording, beside shapes, strides, dtypes and devices of the tensors.
         """
-        key = key, tuple([(x.shape, x.dtype, x.device) for x in tensors])
+        key = key, tuple([(x.shape, x.stride(), x.dtype, x.device) for x in tensors])
         if key not in self._graphs:
             if len(self._graphs) == MOST:
                 del self._graphs[next(iter(self._graphs))]
@@ -58,10 +58,15 @@ def _record(function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, 
     # On copies, and with random numbers of its own: recording runs the function, and is not yet the call.
     devices = {x.device for x in tensors if x.is_cuda}
     with torch.random.fork_rng(devices):
-        graph = make_fx(function)(*[x.clone() for x in tensors])
+        graph = make_fx(function)(*map(_copy, tensors))
     for node in graph.graph.nodes:
         if node.target is torch.ops.aten.alias.default:  # what detach() leaves: a call that computes nothing
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     graph.recompile()
     return graph
+
+
+def _copy(x: Tensor) -> Tensor:
+    # With its strides: a flatten() that is a view of this layout may not be one of another.
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)

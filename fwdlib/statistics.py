@@ -42,7 +42,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interv
     ordered = np.sort(values)
     low_mid, high_mid = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     middle = (low_mid + high_mid) / 2
-    # As many values on each side as the median leaves outside by chance in no more than half of the rest.
+    # The largest number k of values on each side for which P(Binomial(n, 1/2) < k) <= (1 - confidence) / 2.
     outside = int((special.bdtr(np.arange(len(ordered)), len(ordered), 0.5) <= (1 - confidence) / 2).sum())
     if not outside:
         return Interval(float("nan"), float(middle), float("nan"))

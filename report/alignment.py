@@ -159,8 +159,8 @@ def _train(settings: Settings, whole: Dataset, study: Study, key: dict[str, Any]
 def measure_steps(folder: Path = FOLDER) -> dict[str, Any]:
     """Time a training step of each mode, taking turns on the same net, with nothing beside them, and save it.
 
-    The feedback rules replay what they have recorded, as ``python -m fwdlib train`` has them do. So FDFA is also timed
-    without, and backprop with that.
+    The feedback rules replay what they have recorded, as ``python -m fwdlib train`` has them do. For a fair comparison
+    FDFA is also timed without recording, and backprop with it.
 
     Returns:
         ``seconds``: net -> mode -> seconds per step, one number a round; ``environment``.

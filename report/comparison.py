@@ -140,7 +140,8 @@ def _model(name: str, content: dict[str, Any], seconds: dict[str, list[float]]) 
         "fair": {"backprop": _tuned(content, "backprop", seconds, threshold)} | fair,
         "equal": {method: _runs(content["equal"][method]["0"], threshold) for method in METHODS},
         "slower": all(row["against"]["total"].low > 1 for row in fair.values()),
-        "best": min(fair, key=lambda method: fair[method]["against"]["total"].estimate),
+        "faster": any(row["against"]["total"].high < 1 for row in fair.values()),
+        "best": min(set(fair) - {"forward gradient"}, key=lambda method: fair[method]["against"]["total"].estimate),
         "edge": [method for method in METHODS if _best(content, method) in (settings["grid"][0], settings["grid"][-1])],
     }
 

@@ -8,10 +8,13 @@ what it turns round is one.
 
     python -m report.evidence              # into evidence/
     python -m report.evidence elsewhere
+
+What an interrupt leaves is gone on from, by the same code; by other code nothing would be seen of the change.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -21,6 +24,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import fwdlib
 from report import claims, studies
 
 HERE = Path(__file__).parent
@@ -60,15 +64,20 @@ def rebuild(folder: Path = FOLDER) -> None:
     results, logs = folder / "results", folder / "logs"
     for each in (results, logs):
         each.mkdir(parents=True, exist_ok=True)
+    stamp, code = folder / "code.txt", fingerprint()
+    if stamp.is_file() and stamp.read_text() != code:
+        raise StudyError(f"{folder} was begun with other code, and says nothing about this one: delete it")
+    stamp.write_text(code)
     studies_of = [[*REPORT[:2], f"report.{module}", *words] for module, *words in TOGETHER]
     run(studies_of, results, logs, at_once=2)
     timed = [[*REPORT[:2], f"report.{module}", *words] for module, *words in ALONE]
     bench = [sys.executable, "-m", "fwdlib", "bench", "--quick", "--out", str(results / "bench-cpu.json")]
     run([*timed, bench, [*REPORT, "--output", str(folder)]], results, logs, at_once=1)
     say(f"rebuilt in {(time.monotonic() - start) / 60:.1f} minutes: {folder / 'report.html'}")
-    short = subprocess.run(
-        [*REPORT[:2], "report.evidence", "verdicts"], env=_environment(results), check=True, capture_output=True
-    )
+    command = [*REPORT[:2], "report.evidence", "verdicts"]
+    short = subprocess.run(command, env=_environment(results), check=False, stdout=subprocess.PIPE)
+    if short.returncode:
+        raise StudyError(f"the results in {results} cannot be judged; why stands above")
     print(*compare(verdicts_of(HERE / "results"), json.loads(short.stdout)), sep="\n")
 
 
@@ -117,7 +126,15 @@ def verdicts_of(results: Path) -> dict[str, str]:
     Args:
         results: the folder.
     """
-    return {finding.claim.text: finding.outcome for finding in claims.context(claims.load(results))["claims"]}
+    findings = claims.context(claims.load(results))["claims"]
+    return {f"{finding.claim.text} ({finding.claim.source})": finding.outcome for finding in findings}
+
+
+def fingerprint() -> str:
+    """Return a hash of all code that results depend on."""
+    package = Path(fwdlib.__file__).parent
+    sources = sorted([*package.rglob("*.py"), *HERE.glob("*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def compare(committed: dict[str, str], short: dict[str, str]) -> Iterator[str]:
@@ -151,6 +168,9 @@ def main(words: list[str]) -> int:
     if words == ["verdicts"]:
         print(json.dumps(verdicts_of(studies.RESULTS)))
         return 0
+    if len(words) > 1 or any(word.startswith("-") for word in words):
+        say(__doc__)
+        return 0 if words in (["-h"], ["--help"]) else 2
     try:
         rebuild(*map(Path, words[:1]))
     except KeyboardInterrupt:

@@ -131,4 +131,9 @@ def _steps(steps: dict[str, Any]) -> dict[str, Any]:
         net: {mode: paired_ratio(seconds, taken["BP"]) for mode, seconds in taken.items()}
         for net, taken in steps["seconds"].items()
     }
-    return {"rows": rows, "environment": steps["environment"]}
+    both = {
+        net: paired_ratio(taken["FDFA"], taken["BP, recorded"])
+        for net, taken in steps["seconds"].items()
+        if "BP, recorded" in taken
+    }
+    return {"rows": rows, "both_recorded": both, "environment": steps["environment"]}

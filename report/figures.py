@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import sys
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -37,12 +39,14 @@ def draw(results: Results, folder: Path) -> list[Path]:
         The files: three for the summary, three for each model, and those of the sections whose studies were made.
     """
     groups = sorted(["summary", *TASKS, *PARTS], key="functions".__ne__)  # the animation first, it takes longest
-    if "fork" not in multiprocessing.get_all_start_methods():
+    if sys.platform != "linux":  # elsewhere a process with threads is not to be forked
         return [path for name in groups for path in _draw_group(results, folder, name)]
     context = multiprocessing.get_context("fork")
     # One thread for torch: OpenMP does not survive a fork.
     options = {"mp_context": context, "initializer": torch.set_num_threads, "initargs": (1,)}
-    with ProcessPoolExecutor(2, **options) as pool:
+    with warnings.catch_warnings(), ProcessPoolExecutor(2, **options) as pool:
+        # Python 3.12 and later warn of any fork with threads; those here are torch's, and idle.
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         return [path for paths in pool.map(partial(_draw_group, results, folder), groups) for path in paths]
 
 
@@ -55,7 +59,7 @@ def _draw_group(results: Results, folder: Path, name: str) -> list[Path]:
             continue
         paths.append(folder / f"{stem}.svg")
         with matplotlib.style.context(plotting.STYLE):  # its hash salt and its fonts count when the file is written
-            # as savefig() does, which draws twice to find out whether the layout moves
+            # what savefig() comes to, without its drawing of all that it then draws
             FigureCanvasSVG(figure).print_svg(paths[-1], metadata={"Date": None, "Creator": None})
     return paths
 

@@ -37,10 +37,12 @@ def reopen(file: Path, settings: dict[str, Any], **begin: Any) -> dict[str, Any]
     found = json.loads(file.read_text("utf-8")) if file.is_file() else begin
     kept = found.setdefault("settings", settings)
     if kept != settings:
-        name = next(name for name in kept | settings if kept.get(name) != settings.get(name))
+        missing = "not there"
+        before, now = ({name: of.get(name, missing) for name in kept | settings} for of in (kept, settings))
+        name = next(name for name in before if before[name] != now[name])
         raise ValueError(
-            f"{file} was made with other settings: {name} was {kept.get(name)!r} and is {settings.get(name)!r} now. "
-            f"Delete the file to start anew."
+            f"{file} was made with other settings: {name} was {before[name]!r} and is {now[name]!r} now. Delete the "
+            f"file to start anew."
         )
     return found | {"environment": runtime.environment()}
 

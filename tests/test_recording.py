@@ -66,3 +66,16 @@ def test_old_recordings_make_room():
     for key in [*range(MOST + 1), MOST, 0]:
         recording(function, torch.ones(1), key=key)
     assert len(calls) == MOST + 2  # the first one made room, and is recorded again
+
+
+def test_another_layout_is_another_recording():
+    recording = Recording()
+    wide = torch.arange(48.0).reshape(2, 3, 8)
+    for x in (
+        wide[:, :, ::2],
+        wide[:, :, :4].contiguous(),
+        wide[:, :, :4].contiguous().transpose(1, 2),
+        wide[:, :, :4],
+    ):
+        (found,) = recording(lambda x: (x.flatten(1) + 1,), x)
+        assert torch.equal(found, x.flatten(1) + 1)

@@ -121,8 +121,9 @@ class DirectFeedbackAlignment:
         model: made of blocks; see :func:`blocks_of`.
         inputs: a batch for it, or a part of one, which tells the shapes of the blocks' outputs.
         seed: of the feedback.
-        recorded: replay the model's kernels instead of calling it in each step; see :mod:`fwdlib.recording`. Faster
-            where layers are small, and only for models without branches on values.
+        recorded: replay the model's kernels instead of calling it in each step. Faster where layers are small; but
+            what else than parameters, buffers, ``train()`` and ``eval()`` changes in model or loss, a dropout's p for
+            example, is not seen any more: see :class:`fwdlib.recording.Recording`.
 
     Raises:
         ValueError: if the blocks cannot be told.
@@ -138,7 +139,7 @@ class DirectFeedbackAlignment:
     """
 
     num_tangents = 0
-    alpha = 0.0  # how much of what the feedback fails to predict is added
+    alpha, weights = 0.0, WEIGHTS[0]  # how much of what the feedback fails to predict is added, and how weighted
 
     def __init__(self, model: nn.Module, inputs: Tensor, *, seed: int = 0, recorded: bool = False) -> None:
         self.recorded = recorded
@@ -253,8 +254,11 @@ class DirectFeedbackAlignment:
             leaves = {name: named[name].detach().requires_grad_() for name in trained}
             return self._evaluate(network, loss_of, *batch, leaves, named | leaves)
 
-        batch = objective.inputs, objective.targets, u, self.matrix.detach(), torch.as_tensor(self.alpha)
-        key = names, trained, loss_of, tuple([module.training for module in network.modules])
+        alpha = torch.tensor(self.alpha, dtype=torch.float64)  # without axes: no dtype is promoted by it
+        inputs = _dense(objective.inputs)
+        batch = inputs, objective.targets.contiguous(), u, self.matrix.detach(), alpha
+        modes = tuple([module.training for module in network.modules])
+        key = names, trained, loss_of, modes, self.weights, torch.is_autocast_enabled(inputs.device.type)
         return network.recording(evaluate, *batch, *tensors.values(), key=key)
 
     def _network_of(self, objective: BatchLoss) -> _Network:
@@ -553,6 +557,12 @@ class _Feedback(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
         return None, error, *ctx.deltas(error)
+
+
+def _dense(x: Tensor) -> Tensor:
+    # Without gaps or overlaps: an expanded batch cannot be recorded.
+    is_channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if is_channels_last else x.contiguous()
 
 
 def _shapes_of(model: nn.Module, inputs: Tensor) -> tuple[int, list[torch.Size]]:

@@ -361,6 +361,31 @@ def test_recorded_it_does_the_same(rule, norm):
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_recorded_it_does_the_same_on_images_in_any_layout(rule):
+    model, inputs = cnn()
+    plain, recorded = (RULES[rule](model, inputs, recorded=recorded) for recorded in (False, True))
+    tall = torch.cat([inputs, inputs], 2)
+    layouts = [inputs, tall[:, :, ::2], inputs.transpose(2, 3), inputs[:1].expand(6, -1, -1, -1)]
+    for x in [*layouts, inputs.to(memory_format=torch.channels_last)]:
+        options = [{} if rule in ("DFA", "DKP") else {"generator": seeded()} for _ in range(2)]
+        expected = grads_of(plain, model, x, **options[0])
+        torch.testing.assert_close(grads_of(recorded, model, x, **options[1]), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("num_tangents", [1, 3])
+def test_recorded_the_control_variate_follows_alpha_and_weights(num_tangents):
+    model, inputs = mlp()
+    options = {"alpha": 0.9, "alpha_decay": 0.9, "num_tangents": num_tangents}
+    rules = [ControlVariateForwardGradient(model, inputs, **options, recorded=r) for r in (False, True)]
+    for weights in ("example", "example", "batch"):
+        found = []
+        for rule in rules:
+            rule.weights = weights
+            found.append(grads_of(rule, model, inputs, generator=seeded()))
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
 def test_jvps_are_those_of_the_loss():
     model, inputs = mlp()
     estimator = ForwardDirectFeedbackAlignment(model, inputs, num_tangents=2)
