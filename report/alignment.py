@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 from tqdm import tqdm
@@ -31,7 +32,7 @@ from fwdlib.checks import check_choice
 from fwdlib.data import Dataset
 from fwdlib.estimators import Estimator, GradientEstimate
 from fwdlib.models import initialise
-from fwdlib.objectives import BatchLoss, assign_gradients, params_of
+from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.recording import Recording
 from fwdlib.results import write_json
 from fwdlib.tangents import Params
@@ -39,6 +40,7 @@ from report.studies import RESULTS, climb, either, held_out, reopen
 
 FOLDER = RESULTS / "feedback"
 STEPS = "steps.json"
+PLAIN = "loss.backward()"
 SEEDS = either([1, 2, 3], [1, 2])
 TUNING_SEED = 100
 NUM_HELD_OUT = 10_000
@@ -157,7 +159,7 @@ def _train(settings: Settings, whole: Dataset, study: Study, key: dict[str, Any]
 
 
 def measure_steps(folder: Path = FOLDER) -> dict[str, Any]:
-    """Time a training step of each mode, taking turns on the same net, with nothing beside them, and save it.
+    """Time a training step of each mode, as ``train()`` takes it, in turns on the same net, and save it.
 
     The feedback rules replay what they have recorded, as ``python -m fwdlib train`` has them do. For a fair comparison
     FDFA is also timed without recording, and backprop with it.
@@ -173,6 +175,7 @@ def measure_steps(folder: Path = FOLDER) -> dict[str, Any]:
             steps[mode] = _step(Settings(**options))
             if mode == "BP":
                 steps["BP, recorded"] = _step(Settings(**options), recorded=True)
+                steps[PLAIN] = _plain_step(Settings(**options))
             if mode == "FDFA":
                 steps["FDFA, not recorded"] = _step(Settings(**options), recorded=False)
         for step in steps.values():
@@ -183,10 +186,7 @@ def measure_steps(folder: Path = FOLDER) -> dict[str, Any]:
 
 
 def _step(settings: Settings, recorded: bool | None = None) -> Callable[[], object]:
-    draw = runtime.generator(0, purpose="benchmark")
-    inputs = torch.randn(settings.batch_size, 1, 28, 28, generator=draw)
-    targets = torch.randint(10, (len(inputs),), generator=draw)
-    data = Dataset(inputs, targets, inputs, targets, tuple("0123456789"), None)
+    inputs, targets, data = _batch(settings)
     build = experiment.network(settings, data)
     model = initialise(build, 0)
     estimate = experiment.estimator(settings, build, data, 1)
@@ -194,13 +194,37 @@ def _step(settings: Settings, recorded: bool | None = None) -> Callable[[], obje
         estimate = _recorded_backprop()
     elif recorded is not None:
         estimate.recorded = recorded
-    optimizer = experiment.optimizer(settings.optimizer, settings.lr, 0.0)(list(model.parameters()))
+    params, objective = params_of(model), BatchLoss(model, inputs, targets)
+    optimizer = experiment.optimizer(settings.optimizer, settings.lr, 0.0)(list(params.values()))
 
     def step() -> None:
-        assign_gradients(model, estimate(BatchLoss(model, inputs, targets), params_of(model)).grads)
+        grads = estimate(objective, params).grads
+        for name, p in params.items():
+            p.grad = grads[name]
         optimizer.step()
 
     return step
+
+
+def _plain_step(settings: Settings) -> Callable[[], object]:
+    # Backprop as everyone writes it.
+    inputs, targets, data = _batch(settings)
+    model = initialise(experiment.network(settings, data), 0)
+    optimizer = experiment.optimizer(settings.optimizer, settings.lr, 0.0)(list(model.parameters()))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+    return step
+
+
+def _batch(settings: Settings) -> tuple[Tensor, Tensor, Dataset]:
+    draw = runtime.generator(0, purpose="benchmark")
+    inputs = torch.randn(settings.batch_size, 1, 28, 28, generator=draw)
+    targets = torch.randint(10, (len(inputs),), generator=draw)
+    return inputs, targets, Dataset(inputs, targets, inputs, targets, tuple("0123456789"), None)
 
 
 def _recorded_backprop() -> Estimator:

@@ -10,13 +10,14 @@ from matplotlib.figure import Figure
 
 from fwdlib.beyond.figures import plot_accuracies
 from fwdlib.statistics import Interval, paired_ratio, t_interval
-from report.alignment import LEARNED, MODES, STEPS, STUDIES, path_of
+from report.alignment import LEARNED, MODES, PLAIN, STEPS, STUDIES, path_of
 
 TITLES = {
     "MNIST-2x800": "MNIST, 2 x 800",
     "FashionMNIST-2x800": "Fashion-MNIST, 2 x 800",
     "MNIST-cnn": "MNIST, CNN",
 }
+RECORDED = "BP, recorded"
 METHODS = {"BP": "backprop", "FG": "forward gradient", "FG-RANK1": "rank-one", "FG-A": "activity"}  # in the figures
 
 
@@ -72,6 +73,7 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
     return {
         "studies": studies,
         "sources": list({content["source"]["fingerprint"]: content["source"] for content in contents}.values()),
+        "modes": tuple(MODES),
         "steps": _steps(found["steps"]) if found["steps"] else None,
         "environment": contents[0]["environment"],
     }
@@ -131,9 +133,8 @@ def _steps(steps: dict[str, Any]) -> dict[str, Any]:
         net: {mode: paired_ratio(seconds, taken["BP"]) for mode, seconds in taken.items()}
         for net, taken in steps["seconds"].items()
     }
-    both = {
-        net: paired_ratio(taken["FDFA"], taken["BP, recorded"])
+    against = {
+        net: {other: paired_ratio(taken["FDFA"], taken[other]) for other in (PLAIN, RECORDED) if other in taken}
         for net, taken in steps["seconds"].items()
-        if "BP, recorded" in taken
     }
-    return {"rows": rows, "both_recorded": both, "environment": steps["environment"]}
+    return {"rows": rows, "fdfa": against, "environment": steps["environment"]}

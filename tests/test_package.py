@@ -17,6 +17,7 @@ PACKAGE = REPOSITORY / "fwdlib"
 # Bottom up: a module imports only from what stands before it. A new one goes to its place here.
 LAYERS = (
     "checks",
+    "recording",
     "files",
     "runtime",
     "archives",
