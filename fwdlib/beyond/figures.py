@@ -64,7 +64,7 @@ def plot_accuracies(curves: dict[str, dict[str, Sequence[Sequence[float]]]]) -> 
         A figure with a panel for each title, the error in percent on a logarithmic axis.
     """
     with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(3.4 * len(curves), 3.6))
+        figure = Figure(figsize=(3.4 * len(curves), 3.8))
         for axes, (title, methods) in zip(np.ravel(figure.subplots(1, len(curves))), curves.items(), strict=True):
             for name, seeds in methods.items():
                 errors = 100 * np.array(seeds)[:, 1:]
@@ -73,7 +73,11 @@ def plot_accuracies(curves: dict[str, dict[str, Sequence[Sequence[float]]]]) -> 
             axes.set(title=title, xlabel="epoch", ylabel="test error [%]", yscale="log")
             axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
             plain_ticks(axes)
-            axes.legend(fontsize=6.5, ncols=2)
+        labels: dict[str, Any] = {}  # one legend of all that is in some panel
+        for axes in figure.axes:
+            handles, names = axes.get_legend_handles_labels()
+            labels = dict(zip(names, handles, strict=True)) | labels
+        figure.legend(labels.values(), labels, loc="outside lower center", ncols=8, fontsize=8)
     return figure
 
 
