@@ -14,7 +14,6 @@ What an interrupt leaves is gone on from, by the same code; by other code nothin
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,8 +23,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import fwdlib
 from report import claims, studies
+from report.__main__ import fingerprint, say, sha256
 
 HERE = Path(__file__).parent
 FOLDER = HERE.parent / "evidence"
@@ -64,7 +63,7 @@ def rebuild(folder: Path = FOLDER) -> None:
     results, logs = folder / "results", folder / "logs"
     for each in (results, logs):
         each.mkdir(parents=True, exist_ok=True)
-    stamp, code = folder / "code.txt", fingerprint()
+    stamp, code = folder / "code.txt", fingerprint({path.name: sha256(path) for path in sorted(HERE.glob("*.py"))})
     if stamp.is_file() and stamp.read_text() != code:
         raise StudyError(f"{folder} was begun with other code, and says nothing about this one: delete it")
     stamp.write_text(code)
@@ -130,13 +129,6 @@ def verdicts_of(results: Path) -> dict[str, str]:
     return {f"{finding.claim.text} ({finding.claim.source})": finding.outcome for finding in findings}
 
 
-def fingerprint() -> str:
-    """Return a hash of all code that results depend on."""
-    package = Path(fwdlib.__file__).parent
-    sources = sorted([*package.rglob("*.py"), *HERE.glob("*.py")])
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-
-
 def compare(committed: dict[str, str], short: dict[str, str]) -> Iterator[str]:
     """Give a line for each claim, and one that sums up.
 
@@ -152,11 +144,6 @@ def compare(committed: dict[str, str], short: dict[str, str]) -> Iterator[str]:
         yield f"{'!' if is_turned else ' '} {outcome:8} {again:10} {text}"
     same = sum(short.get(text) == outcome for text, outcome in committed.items())
     yield f"{same} of {len(committed)} verdicts come out the same in short form; {turned} the other way round."
-
-
-def say(text: str) -> None:
-    """Print a line of progress."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _environment(results: Path) -> dict[str, str]:
