@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fwdlib.files import write_bytes
+from fwdlib.workers import ALONE, Workers
 
 FORMAT = 1
 NAMED = 4  # so many differences are named; a net of another depth has a hundred
@@ -41,12 +42,20 @@ class Checkpoint:
         path: of the file.
         about: what the run is, name -> value in words; a file that says otherwise is not loaded.
         parts: what is saved and loaded, by name.
+        workers: the processes that the run has; the first writes and reads the file for all of them.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, str], parts: Mapping[str, Part]) -> None:
+    def __init__(
+        self, path: Path, about: Mapping[str, str], parts: Mapping[str, Part], workers: Workers = ALONE
+    ) -> None:
         self.path = path
         self.about = dict(about)
         self.parts = parts
+        self.workers = workers
+
+    def exists(self) -> bool:
+        """Tell whether there is a file to go on from."""
+        return self.workers.from_first(self.path.exists)
 
     def pack(self, progress: dict[str, Any]) -> memoryview:
         """Return the content of the file as it would be now; :meth:`write` writes it, or you forget it.
@@ -65,15 +74,17 @@ class Checkpoint:
         Raises:
             OSError: if that fails. The old file is still there, and there is no part of a new one.
         """
-        write_bytes(self.path, packed, "the checkpoint before this one, if there was one, is as it was")
+        if self.workers.rank == 0:
+            write_bytes(self.path, packed, "the checkpoint before this one, if there was one, is as it was")
 
     def load(self) -> dict[str, Any]:
         """Bring all parts into the state of the file, and return its progress.
 
         Raises:
             ValueError: if the file is damaged, is no checkpoint, or is one of something else. No part has changed then.
+            ToldElsewhereError: the same, in all processes but the first.
         """
-        content = _read(self.path)
+        content = self.workers.from_first(partial(_read, self.path))
         there = content["about"]
         names = [name for name in {**there, **self.about} if there.get(name) != self.about.get(name)]
         if names:
@@ -82,10 +93,11 @@ class Checkpoint:
                 for name in names[:NAMED]
             ]
             more = f"; and {len(names) - NAMED} more differ" if len(names) > NAMED else ""
-            raise ValueError(
+            error = ValueError(
                 f"{self.path} is the checkpoint of something else: {'; '.join(lines)}{more}. To go on from it, give "
                 f"the settings that it was made with; to start anew, another place for the checkpoint"
             )
+            raise self.workers.told(error)
         for name, part in self.parts.items():
             part.load_state_dict(content[name])
         return content["progress"]

@@ -41,7 +41,10 @@ def main(args: list[str] | None = None) -> int:
     Raises:
         SystemExit: after printing help (code 0), or if the words make no command (code 2).
     """
-    command = tyro.cli(COMMANDS, args=args, prog=PROG, description=ABOUT, config=(tyro.conf.OmitSubcommandPrefixes,))
+    return _run(tyro.cli(COMMANDS, args=args, prog=PROG, description=ABOUT, config=(tyro.conf.OmitSubcommandPrefixes,)))
+
+
+def _run(command: Doctor | ListData | FetchData | Train | Bench | Run) -> int:
     code = 1
     try:
         return command.run()
@@ -168,27 +171,62 @@ class Train:
         """Train, and say what came out.
 
         Raises:
+            ValueError: if a setting is out of its range.
             KeyboardInterrupt: if it is stopped; the message says how to go on.
         """
         asked = settings.Settings(**vars(self.task), **vars(self.method), **vars(self.steps), **vars(self.running))
 
-        from fwdlib import runtime
+        from fwdlib import runtime, workers
         from fwdlib.beyond import experiment
 
+        if asked.processes > 1:
+            if workers.num_started() == 1:
+                return self._start(asked)
+            if asked.processes != workers.num_started():
+                raise ValueError(f"--processes {asked.processes}, but torchrun has started {workers.num_started()}")
         runtime.keep_freed_memory()
         if asked.device.startswith("cuda"):
             runtime.use_determinism()
         try:
             record = experiment.run(asked)
+        except workers.ToldElsewhereError:
+            return 1
         except KeyboardInterrupt:
-            again = "" if asked.dry_run else "; the same command with --resume goes on from the last whole epoch"
-            raise KeyboardInterrupt(f"stopped{again}") from None
+            if workers.num_started() > 1 and not workers.is_first():
+                return 130
+            raise KeyboardInterrupt(self._stopped(asked)) from None
+        if not workers.is_first():
+            return 0
         accuracy = f"test accuracy {100 * record['epochs'][-1]['test_accuracy']:.2f} %"
         if asked.dry_run:
             print(f"It works: one step, {accuracy} of {record['num_test']} images. Nothing was written.")
         else:
             print(f"{accuracy} after epoch {record['epochs'][-1]['epoch']}; files in {experiment.folder_of(asked)}")
         return 0
+
+    def _start(self, asked: settings.Settings) -> int:
+        # The same in several processes, which say themselves what is wrong.
+        from fwdlib.beyond import distributed
+
+        try:
+            distributed.start(asked.processes, _exit_with, self)
+        except distributed.ChildError as end:
+            if end.code > 0:
+                return end.code
+            raise OSError(f"{end}; {self._stopped(asked)}") from end
+        except KeyboardInterrupt:
+            return 130
+        return 0
+
+    @staticmethod
+    def _stopped(asked: settings.Settings) -> str:
+        return "stopped" + (
+            "" if asked.dry_run else "; the same command with --resume goes on from the last whole epoch"
+        )
+
+
+def _exit_with(command: Train) -> None:
+    sys.exit(_run(command))
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------

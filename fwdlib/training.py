@@ -31,6 +31,7 @@ from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.perturbations import Gradients
 from fwdlib.stacking import keep_rows, single_estimate, stacked_estimate
 from fwdlib.tangents import Params
+from fwdlib.workers import ALONE, Workers
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -111,6 +112,7 @@ def train(
     checkpoint: Path | None = None,
     resume: bool = False,
     settings: Mapping[str, object] | None = None,
+    workers: Workers = ALONE,
     progress: str | None = "training",
     progress_every: int = 1,
 ) -> History:
@@ -153,6 +155,8 @@ def train(
         checkpoint: the file, for a single seed.
         resume: go on from the file, where there is one.
         settings: what else the run depends on, name -> value; a checkpoint with others is not gone on from.
+        workers: the processes that train the model together; each calls this function with the same arguments. A batch
+            is then the examples of all of them, of which each takes its share, and so is the whole training part.
         progress: what the progress bar is called; None for no bar.
         progress_every: steps between two updates of the bar.
 
@@ -187,6 +191,9 @@ def train(
         raise ValueError(f"a checkpoint is of a single seed, got {len(seeds)}: train them one by one, a file for each")
     if resume and not checkpoint:
         raise ValueError("resume=True needs the checkpoint to go on from: name its file")
+    if (batch_size or len(data.train_targets)) % workers.size:
+        batch = f"batch_size {batch_size}" if batch_size else f"the batch of all {len(data.train_targets)} examples"
+        raise workers.told(ValueError(f"{batch} must be a multiple of the {workers.size} processes that share it"))
     device = runtime.resolve_device(device)
     data = Dataset(*(part.to(device) if isinstance(part, Tensor) else part for part in data))
     models = [initialise(build, seed).to(device) for seed in seeds]
@@ -205,6 +212,7 @@ def train(
         checkpoint=checkpoint,
         resume=resume,
         settings=settings or {},
+        workers=workers,
         progress_every=progress_every,
     )
     obstacle = _why_not_stacked(models[0], elementwise, task)
@@ -221,7 +229,7 @@ def train(
     histories = []
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        tqdm(total=limit, desc=progress, leave=False, disable=progress is None, **counting) as bar,
+        tqdm(total=limit, desc=progress, leave=False, disable=progress is None or workers.rank > 0, **counting) as bar,
     ):
         for group in groups:
             histories.append(
@@ -255,6 +263,7 @@ class _Task:
     checkpoint: Path | None
     resume: bool
     settings: Mapping[str, object]
+    workers: Workers
     progress_every: int
 
     @property
@@ -265,10 +274,10 @@ class _Task:
 def _train_group(
     models: list[nn.Module], seeds: Sequence[int], generators: list[torch.Generator], task: _Task, bar: tqdm
 ) -> tuple[list[Run], list[Params], float]:
-    model, data, max_iterations = models[0], task.data, task.max_iterations
+    model, data, max_iterations, workers = models[0], task.data, task.max_iterations, task.workers
     many = len(models) > 1
     params = {name: p.detach() for name, p in stack_module_state(models)[0].items()} if many else params_of(model)
-    objective = BatchLoss(model, data.train_inputs, data.train_targets)
+    objective = BatchLoss(model, data.train_inputs, data.train_targets, workers.loss)
     make_estimate = stacked_estimate if many else single_estimate
     estimate_rows = make_estimate(task.estimator, objective, generators)
     evaluate_all = partial(evaluate, model)
@@ -285,14 +294,17 @@ def _train_group(
         if _has_state(task.estimator):
             task.estimator.reset(seeds[0])
         # for Dropout and crops, which only know torch's global generator; train() puts that back
-        torch.manual_seed(runtime.generator(seeds[0], purpose="dropout").initial_seed())
+        purpose = f"dropout of process {workers.rank}" if workers.rank else "dropout"
+        torch.manual_seed(runtime.generator(seeds[0], purpose=purpose).initial_seed())
 
     batches = _Batches(task, runtime.generator(seeds[0], purpose="batches"))
     recent: list[list[float]] = []  # training losses since the last evaluation
     first, checkpoint = 0, None
+    about = _about(task, seeds[0], model, optimizer, scheduler)
+    workers.check_alike(about)
     if task.checkpoint:
-        checkpoint = _checkpoint_of(task, seeds[0], model, optimizer, scheduler, batches, generators[0])
-        if task.resume and task.checkpoint.exists():
+        checkpoint = _checkpoint_of(task, about, model, optimizer, scheduler, batches, generators[0])
+        if task.resume and checkpoint.exists():
             first, runs[0], recent, clock.total = _resume(checkpoint, max_iterations)
             bar.initial = bar.n = first * task.examples_a_step
     shown = first
@@ -300,6 +312,8 @@ def _train_group(
     for iteration in range(first, max_iterations + 1):
         is_last = iteration == max_iterations
         is_due = iteration % task.evaluate_every == 0 or is_last
+        if is_due:
+            workers.settle(model)
         if is_due and checkpoint:  # as things are before this evaluation, so that it is made again by who goes on
             packed = checkpoint.pack(
                 {"iteration": iteration, "run": vars(runs[0]), "recent": recent, "seconds": clock.total}
@@ -381,9 +395,11 @@ class _Batches:
         if self._task.batch_size is not None:
             if self._position == len(self._order):
                 self._shuffle()
-            rows = self._order[self._position]
+            rows = self._task.workers.share(self._order[self._position])
             self._position += 1
             inputs, targets = inputs.index_select(0, rows), targets.index_select(0, rows)
+        else:
+            inputs, targets = map(self._task.workers.share, (inputs, targets))
         return (augment(inputs) if augment else inputs), targets
 
     def _shuffle(self) -> None:
@@ -403,35 +419,47 @@ class _Batches:
             self._position = state["position"]
 
 
+def _about(
+    task: _Task, seed: int, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None
+) -> dict[str, str]:
+    # What makes the run what it is, in words.
+    data = task.data
+    named = {**task.settings, "seed": seed, "batch_size": task.batch_size, "evaluate_every": task.evaluate_every}
+    about = {name: repr(value) for name, value in named.items()}
+    about["the number of processes"] = str(task.workers.size)
+    about["the device"] = data.train_inputs.device.type
+    about["the number of training images"] = str(len(data.train_targets))
+    about["the data"] = data.source.fingerprint if data.source else str(tuple(data.train_inputs.shape))
+    return about | describe(model, optimizer, scheduler, task.estimator)
+
+
 def _checkpoint_of(
     task: _Task,
-    seed: int,
+    about: dict[str, str],
     model: nn.Module,
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
     batches: _Batches,
     generator: torch.Generator,
 ) -> Checkpoint:
-    device = task.data.train_inputs.device
+    randomness = Randomness({"tangents": generator}, task.data.train_inputs.device)
     parts: dict[str, Part] = {"model": model, "optimizer": optimizer, "batches": batches}
-    parts["random numbers"] = Randomness({"tangents": generator}, device)
+    parts["random numbers"] = task.workers.each(randomness)
     if scheduler:
         parts["scheduler"] = scheduler
     if _has_state(task.estimator):
         parts["estimator"] = task.estimator
-    named = {**task.settings, "seed": seed, "batch_size": task.batch_size, "evaluate_every": task.evaluate_every}
-    about = {name: repr(value) for name, value in named.items()}
-    about["the device"] = device.type
-    about["the data"] = task.data.source.fingerprint if task.data.source else str(tuple(task.data.train_inputs.shape))
-    return Checkpoint(task.checkpoint, about | describe(model, optimizer, scheduler, task.estimator), parts)
+    return Checkpoint(task.checkpoint, about, parts, task.workers)
 
 
 def _resume(checkpoint: Checkpoint, max_iterations: int) -> tuple[int, Run, list[list[float]], float]:
     progress = checkpoint.load()
     if progress["iteration"] > max_iterations:
-        raise ValueError(
-            f"{checkpoint.path} is of a run after {progress['iteration']} iterations, so max_iterations must be at "
-            f"least that, got {max_iterations}"
+        raise checkpoint.workers.told(
+            ValueError(
+                f"{checkpoint.path} is of a run after {progress['iteration']} iterations, so max_iterations must be at "
+                f"least that, got {max_iterations}"
+            )
         )
     return progress["iteration"], Run(**progress["run"]), progress["recent"], progress["seconds"]
 

@@ -33,6 +33,7 @@ LAYERS = (
     "exercises",
     "statistics",
     "history",
+    "workers",
     "checkpoint",
     "stacking",
     "training",

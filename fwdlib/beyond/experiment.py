@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 from fwdlib import runtime
-from fwdlib.beyond.settings import Settings
+from fwdlib.beyond.settings import SHARED_MODES, Settings, why_not_shared
 from fwdlib.data import Dataset, fetch, load_images
 from fwdlib.dual import stacked_forward_gradient
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
@@ -33,6 +35,7 @@ from fwdlib.history import History, Run
 from fwdlib.models import alexnet, fully_connected, initialise, num_parameters, shallow_cnn
 from fwdlib.results import write_json, write_text
 from fwdlib.training import Augment, MakeOptimizer, make_optimizer, train
+from fwdlib.workers import ALONE, Workers, num_restarts, num_started
 
 FORMAT = 1
 ALEXNET_SIZE = 224
@@ -41,7 +44,7 @@ COLUMNS = ("epoch", "train_loss", "test_loss", "test_accuracy", "seconds", "imag
 # What of the settings a checkpoint depends on; batch, seed, optimizer and learning rates train() notes by itself.
 BELONGS = ("dataset", "train_mode", "num_tangents", "b_lr", "feedback_decay", "alpha", "alpha_decay")
 
-PASSING = ("log_dir", "resume", "dry_run", "log_interval")  # make no difference to what comes out
+PASSING = ("log_dir", "resume", "dry_run", "log_interval", "processes")  # make no difference to what comes out
 
 
 def folder_of(settings: Settings) -> Path:
@@ -65,20 +68,35 @@ def run(settings: Settings, *, progress: bool = True) -> dict[str, Any]:
         FileNotFoundError: if the data set cannot be had; no other takes its place.
         DamagedFileError: if its archive is not the published one.
         OSError: if a file cannot be written.
+        ToldElsewhereError: if several processes train together, and the first of them has raised one of these.
     """
-    device = runtime.resolve_device(settings.device)
-    folder = folder_of(settings)
+    device = runtime.resolve_device(device_name(settings))
+    with together(settings, device) as workers:
+        return _run(settings, device, workers, progress)
+
+
+def _run(settings: Settings, device: torch.device, workers: Workers, progress: bool) -> dict[str, Any]:
+    folder, is_first = folder_of(settings), workers.rank == 0
     checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists() and not (settings.resume or settings.dry_run):
-        raise ValueError(
-            f"{checkpoint} is there from an earlier run. To go on from it, add --resume; to begin anew, delete it or "
-            f"name another --log-dir"
-        )
-    data = load(settings, device)
+    resume = settings.resume or num_restarts() > 0
+    loaded: list[Dataset] = []
+
+    def prepare() -> None:
+        if checkpoint.exists() and not (resume or settings.dry_run):
+            raise ValueError(
+                f"{checkpoint} is there from an earlier run. To go on from it, add --resume; to begin anew, delete it "
+                f"or name another --log-dir"
+            )
+        loaded.append(load(settings, device))
+
+    workers.from_first(prepare)  # if it has to be downloaded, then once
+    data = loaded[0] if loaded else load(settings, device)
     steps = len(data.train_targets) // settings.batch_size
     if not steps:
-        raise ValueError(
-            f"batch_size must be at most the {len(data.train_targets)} training images, got {settings.batch_size}"
+        raise workers.told(
+            ValueError(
+                f"batch_size must be at most the {len(data.train_targets)} training images, got {settings.batch_size}"
+            )
         )
     record = {
         "format": FORMAT,
@@ -87,11 +105,13 @@ def run(settings: Settings, *, progress: bool = True) -> dict[str, Any]:
         "num_params": num_parameters(network(settings, data)()),
         "num_train": len(data.train_targets),
         "num_test": len(data.test_targets),
+        "num_processes": workers.size,
         "steps_per_epoch": steps,
         "source": data.source._asdict(),
         "environment": runtime.environment(device),
     }
-    if not settings.dry_run:
+    writes = is_first and not settings.dry_run
+    if writes:
         for left in folder.glob(".*.part"):  # of a run that was killed while it wrote
             left.unlink()
     history = fit(
@@ -100,10 +120,11 @@ def run(settings: Settings, *, progress: bool = True) -> dict[str, Any]:
         max_iterations=1 if settings.dry_run else steps * settings.epochs,
         evaluate_every=1 if settings.dry_run else steps,
         device=device,
-        on_evaluation=None if settings.dry_run else partial(write_logs, folder, record),
+        on_evaluation=partial(write_logs, folder, record) if writes else None,
         checkpoint=None if settings.dry_run else checkpoint,
-        resume=settings.resume and not settings.dry_run,
+        resume=resume and not settings.dry_run,
         settings={name: getattr(settings, name) for name in BELONGS},
+        workers=workers,
         progress=f"{settings.train_mode} on {settings.dataset}" if progress else None,
         progress_every=settings.log_interval,
     )
@@ -112,14 +133,40 @@ def run(settings: Settings, *, progress: bool = True) -> dict[str, Any]:
         kept = (
             f"; the checkpoint of epoch {(end.iterations - 1) // steps} in {folder} is intact" if end.iterations else ""
         )
-        raise ValueError(
-            f"the training diverged: its loss was {end.train_loss[-1]} after {end.iterations} steps, in epoch "
-            f"{-(-end.iterations // steps)}. Try a lower --lr than {settings.lr:g}{kept}"
+        raise workers.told(
+            ValueError(
+                f"the training diverged: its loss was {end.train_loss[-1]} after {end.iterations} steps, in epoch "
+                f"{-(-end.iterations // steps)}. Try a lower --lr than {settings.lr:g}{kept}"
+            )
         )
     record = finished(record, end)
-    if not settings.dry_run:
+    if writes:
         draw(folder, record)
     return record
+
+
+def device_name(settings: Settings) -> str:
+    """Return the device of this process: of several GPUs that with its number on this machine."""
+    shares = settings.device == "cuda" and num_started() > 1
+    return f"cuda:{os.environ['LOCAL_RANK']}" if shares else settings.device
+
+
+@contextmanager
+def together(settings: Settings, device: torch.device) -> Iterator[Workers]:
+    """Join the processes that were started with this one, for the time of a ``with`` block.
+
+    Raises:
+        ValueError: if there are others, and the train mode has no use for them.
+    """
+    if num_started() == 1:
+        yield ALONE
+        return
+    from fwdlib.beyond import distributed  # takes a second to import
+
+    with distributed.processes(device) as workers:
+        if settings.train_mode not in SHARED_MODES:
+            raise workers.told(ValueError(why_not_shared(settings.train_mode)))
+        yield workers
 
 
 def fit(settings: Settings, data: Dataset, /, **options: Any) -> History:
@@ -207,7 +254,11 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
     tangents = {"num_tangents": settings.num_tangents}
     match settings.train_mode:
         case "BP":
-            return backprop_gradient
+            if num_started() == 1:
+                return backprop_gradient
+            from fwdlib.beyond.distributed import DataParallelGradient
+
+            return DataParallelGradient()
         case "FG":
             return partial(forward_gradient, **tangents)
         case "FG-RANK1":

@@ -19,6 +19,7 @@ OptimizerName = Literal["Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SGD", "RMS
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 TRAIN_MODES: tuple[str, ...] = get_args(TrainMode)
 OPTIMIZER_NAMES: tuple[str, ...] = get_args(OptimizerName)
+SHARED_MODES = ("BP", "FG", "FG-RANK1")  # several processes can share a batch
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,9 @@ class Running:
 
     device: str = "cpu"
     """cpu, cuda or cuda:1; the images live there, too."""
+    processes: int = 1
+    """Processes on this machine that share each batch, for BP, FG and FG-RANK1. Those that torchrun has started need no
+    saying."""
     log_dir: Annotated[Path | None, conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder for the files. (default: results/train/DATASET-MODE-NETWORK-seedN)"""
     resume: bool = False
@@ -112,9 +116,19 @@ class Settings(Task, Method, Steps, Running):
         check_choice("dataset", self.dataset, DATASETS)
         check_choice("train_mode", self.train_mode, TRAIN_MODES)
         check_choice("optimizer", self.optimizer, OPTIMIZER_NAMES)
-        for name in ("n_layers", "num_tangents", "epochs", "batch_size", "test_batch_size", "log_interval"):
+        for name in (
+            "n_layers",
+            "num_tangents",
+            "epochs",
+            "batch_size",
+            "test_batch_size",
+            "log_interval",
+            "processes",
+        ):
             check_count(name, getattr(self, name))
         check_count("seed", self.seed, minimum=0)
+        if self.processes > 1 and self.train_mode not in SHARED_MODES:
+            raise ValueError(why_not_shared(self.train_mode))
         for name in ("lr", "b_lr", "gamma"):
             check_positive(name, getattr(self, name))
         for name in ("weight_decay", "feedback_decay"):
@@ -139,3 +153,11 @@ class Settings(Task, Method, Steps, Running):
     def name(self) -> str:
         """What the run is called, for its folder."""
         return f"{self.dataset}-{self.train_mode}-{self.network}-seed{self.seed}"
+
+
+def why_not_shared(train_mode: str) -> str:
+    """Return what to tell who wants several processes for a train mode that has no use for them."""
+    return (
+        f"several processes can train together by {', '.join(SHARED_MODES)} only, not by {train_mode}, whose updates "
+        f"are made from what each example does in each layer: to share them would take as many numbers as backprop's"
+    )
