@@ -21,6 +21,7 @@ from fwdlib.beyond.settings import Settings
 from fwdlib.data import Dataset
 from fwdlib.dual import stacked_forward_gradient
 from fwdlib.estimators import backprop_gradient, forward_gradient
+from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.training import train
 from fwdlib.workers import ALONE, ToldElsewhereError
@@ -91,7 +92,7 @@ def exchanged(workers) -> dict:
 
 
 def settled(workers) -> dict:
-    model = with_batch_norm()
+    model = initialise(with_batch_norm, 0)
     model[1].running_mean += workers.rank
     workers.settle(model)
     history = trained(workers, "rank-one", with_batch_norm, max_iterations=20, evaluate_every=10)
@@ -134,7 +135,7 @@ def refused(workers, **options) -> tuple[str, str]:
 
 
 def drifted(workers) -> str:
-    model = build()
+    model = initialise(build, 0)
     with torch.no_grad():
         model[0].weight += 1e-7 * workers.rank
     try:

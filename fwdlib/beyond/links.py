@@ -1,0 +1,120 @@
+"""Links that are slow on purpose: processes in network namespaces of their own, joined by a switch, on one machine.
+
+Each process gets a namespace with one interface, through which a token bucket lets so many bits a second in either
+direction. The kernel does all of it, so what runs there needs no change. Linux alone has it, and only root may ask.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from fwdlib.checks import check_count, check_positive
+
+PORT = 29500
+DEVICE = "eth0"
+DELAY = "200ms"  # that a packet waits at most before it is dropped
+
+
+def obstacle() -> str:
+    """Return why links cannot be slowed here, or nothing."""
+    if not sys.platform.startswith("linux"):
+        return "network namespaces are a thing of Linux"
+    if os.geteuid() != 0:
+        return "only root may make network namespaces"
+    lacking = [name for name in ("ip", "tc") if not shutil.which(name)]
+    if lacking:
+        return f"there is no program {' or '.join(lacking)}; Debian's package iproute2 has both"
+    try:
+        with slowed(1, 100):
+            return ""
+    except OSError as error:
+        return str(error)
+
+
+@contextmanager
+def slowed(count: int, megabits: float | None) -> Iterator[list[str]]:
+    """Make namespaces for the time of a ``with`` block, and give their names.
+
+    Args:
+        count: how many.
+        megabits: a second, that each can send, and as many that it can receive; None for what the machine gives.
+
+    Raises:
+        OSError: if the system refuses; the message is its.
+        ValueError: if a number is out of its range.
+    """
+    check_count("count", count)
+    if megabits is not None:
+        check_positive("megabits", megabits)
+    hub = f"fwdlib-{os.getpid()}-hub"
+    names = [f"fwdlib-{os.getpid()}-{rank}" for rank in range(count)]
+    with ExitStack() as undo:
+        for name in (hub, *names):
+            _run("ip", "netns", "add", name)
+            undo.callback(subprocess.run, ["ip", "netns", "del", name], check=False, capture_output=True)
+            _run("ip", "-n", name, "link", "set", "lo", "up")
+        _run("ip", "-n", hub, "link", "add", "switch", "type", "bridge")
+        _run("ip", "-n", hub, "link", "set", "switch", "up")
+        for rank, name in enumerate(names):
+            plug = f"port{rank}"
+            _run("ip", "-n", hub, "link", "add", plug, "type", "veth", "peer", "name", DEVICE, "netns", name)
+            _run("ip", "-n", hub, "link", "set", plug, "master", "switch", "up")
+            _run("ip", "-n", name, "address", "add", f"{address(rank)}/24", "dev", DEVICE)
+            _run("ip", "-n", name, "link", "set", DEVICE, "up")
+            for where, device in ((hub, plug), (name, DEVICE)):
+                if megabits is not None:
+                    bucket = f"{max(64, megabits * 1.25):.0f}kb"  # a hundredth of a second, or one large packet
+                    shape = ("rate", f"{megabits}mbit", "burst", bucket, "latency", DELAY)
+                    _run("tc", "-n", where, "qdisc", "add", "dev", device, "root", "tbf", *shape)
+        yield names
+
+
+def address(rank: int) -> str:
+    """Return the address of a process in its namespace."""
+    return f"10.77.0.{rank + 1}"
+
+
+def run(command: Sequence[str], count: int, megabits: float | None, timeout: float = 600) -> None:
+    """Run a command once in each of several namespaces, with the variables that torchrun would set.
+
+    Args:
+        command: the words.
+        count: how many processes.
+        megabits: as in :func:`slowed`.
+        timeout: seconds.
+
+    Raises:
+        OSError: if the system refuses.
+        RuntimeError: if one of them fails; the message has its last words.
+        TimeoutExpired: if they take longer.
+    """
+    processes: list[subprocess.Popen] = []
+    with slowed(count, megabits) as names:
+        try:
+            for rank, name in enumerate(names):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+                place |= {"MASTER_ADDR": address(0), "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": DEVICE}
+                prefix = ["ip", "netns", "exec", name]
+                env = {"OMP_NUM_THREADS": "1", **os.environ, **place}
+                streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+                processes.append(subprocess.Popen([*prefix, *command], env=env, cwd=Path.cwd(), **streams))
+            outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+        if process.returncode:
+            raise RuntimeError(f"process {rank} ended with code {process.returncode}: {output[-2000:]}")
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"`{' '.join(command)}`: {done.stderr.strip()}")
