@@ -18,7 +18,19 @@ from torch import nn
 from fwdlib.models import CNN, MLP, LogisticRegression
 from fwdlib.results import Record, iterations, load_run
 from fwdlib.statistics import Interval, median_interval, paired_difference, paired_ratio
-from report import comparison, cost, feedback, frank_wolfe, functions, quoted, scratch, studies, tangents, verdicts
+from report import (
+    comparison,
+    cost,
+    feedback,
+    frank_wolfe,
+    functions,
+    quoted,
+    scaling,
+    scratch,
+    studies,
+    tangents,
+    verdicts,
+)
 
 METHODS = {"backprop": "backprop", "forward": "forward gradient"}  # key -> as records and timings call it
 TIMINGS = "timings.json"
@@ -53,6 +65,7 @@ PARTS: dict[str, Any] = {
     "tangents": tangents,
     "feedback": feedback,
     "frank_wolfe": frank_wolfe,
+    "scaling": scaling,
     "scratch": scratch,
 }
 

@@ -41,6 +41,7 @@ ALONE = [
     ["scratch", "steps"],
     ["protocols", "steps"],
     ["alignment", "steps"],
+    ["scaling"],
 ]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 

@@ -60,7 +60,7 @@ class Model(NamedTuple):
 MODELS = {
     "logistic": Model(LogisticRegression, load_penguins, 0.2, 0.3, 2_000, "parameter", *either((100, 20), (20, 6))),
     "mlp": Model(MLP, load_penguins, 0.05, 0.2, 1_000, "parameter", *either((100, 20), (20, 6))),
-    "cnn": Model(CNN, load_kmnist, 0.001, None, 100, "joint", *either((20, 5), (6, 1))),
+    "cnn": Model(CNN, load_kmnist, 0.001, None, 100, "joint", *either((20, 3), (6, 1))),
 }
 GRID = range(-2, 9)  # learning rates of the fair protocol: powers of two times the published one
 FIRST_SEED, FIRST_TUNING_SEED = 1, 1001

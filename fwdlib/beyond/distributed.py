@@ -40,11 +40,14 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fwdlib import runtime
 from fwdlib.checkpoint import Part
+from fwdlib.data import Dataset
 from fwdlib.dual import Dual, register_rule
 from fwdlib.dual_tensor import Pass
-from fwdlib.estimators import GradientEstimate
+from fwdlib.estimators import Estimator, GradientEstimate
+from fwdlib.history import History
 from fwdlib.objectives import BatchLoss
 from fwdlib.tangents import Params
+from fwdlib.training import train
 from fwdlib.workers import ALONE, ToldElsewhereError, Workers, num_started
 
 T = TypeVar("T")
@@ -388,6 +391,36 @@ class ChildError(RuntimeError):
 def _start(rank: int, count: int, meeting: str, function: Callable[..., None], args: tuple) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), MEETING: meeting}
     function(*args)
+
+
+def train_together(
+    count: int, build: Callable[[], nn.Module], data: Dataset, estimator: Estimator, **options: Any
+) -> list[History]:
+    """Train a model in several new processes on this machine, which share each batch.
+
+    Args:
+        count: of processes.
+        build: makes the model; like the estimator, something that can be imported or is made of such things by
+            ``functools.partial``: the processes know nothing of a notebook's cells.
+        data: the data set.
+        estimator: see :func:`fwdlib.training.train`.
+        options: what else that takes.
+
+    Returns:
+        The history of each process: all the same, the times apart.
+
+    Raises:
+        ChildError: as :func:`start`.
+    """
+    with tempfile.TemporaryDirectory(prefix="fwdlib-") as folder:
+        start(count, _train, folder, build, data, estimator, options)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def _train(folder: str, build: Callable, data: Dataset, estimator: Estimator, options: dict[str, Any]) -> None:
+    with processes(torch.device(options.get("device", "cpu"))) as workers:
+        history = train(build, data, estimator, workers=workers, **options)
+        torch.save(history, Path(folder) / f"{workers.rank}.pt")
 
 
 # --- counting --------------------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,11 +199,12 @@ def cost(num_tangents: int, count: int, compute: float, num_params: int) -> Cost
 
 
 def num_steps(num_tangents: int, num_params: int) -> float:
-    """Return how many steps of the best length descend as far as one along the exact gradient.
+    """Return how many steps of the best length descend as far as one along the exact gradient, on a round bowl.
 
     The descent of such a step is that along the gradient times the squared cosine between estimate and gradient. For
-    tangents of unit variance and least second moment, rank-one ones among them, the squares of cosines have the mean
-    1 / (1 + (P - 1)/K). All processes draw the same tangents, so their number does not change it.
+    tangents of unit variance and least second moment, rank-one ones among them, that is 1 / (1 + (P - 1)/K) on average.
+    All processes draw the same tangents, so their number does not change it. Where the loss curves in few directions
+    only, as those of networks do, most of the noise is harmless, and it takes fewer.
 
     Args:
         num_tangents: K; 0 for backprop.
@@ -211,24 +213,76 @@ def num_steps(num_tangents: int, num_params: int) -> float:
     return 1 + (num_params - 1) / num_tangents if num_tangents else 1.0
 
 
-def even_bandwidth(backprop: Cost, forward: Cost, latency: float, num_params: int, num_tangents: int) -> float:
-    """Return the bits per second at which both methods descend equally fast; below it forward gradients are ahead.
+def even_bandwidth(backprop: Cost, forward: Cost, latency: float, ratio: float) -> float:
+    """Return the bits per second at which both methods get as far in the same time; below it the other is ahead.
 
-    0 where backprop is ahead over any link; infinite where forward gradients are.
+    0 where backprop is ahead over any link: where its gradients are fewer bytes than the scalars of all the steps that
+    it spares. Infinite where forward gradients are.
 
     Args:
         backprop: its step.
         forward: that of forward gradients.
         latency: seconds.
-        num_params: P.
-        num_tangents: K.
+        ratio: steps of forward gradients for one of backprop's.
     """
-    ratio = num_steps(num_tangents, num_params)
     fixed = ratio * forward.over(Link(latency, math.inf)) - backprop.over(Link(latency, math.inf))
     bits = 8 * (backprop.num_bytes - ratio * forward.num_bytes)
     if bits <= 0:
         return 0.0
     return bits / fixed if fixed > 0 else math.inf
+
+
+def predictions(rows: Sequence[dict[str, Any]]) -> dict[tuple[int, float], dict[str, float]]:
+    """Return what the model says of the slowed links among measurements, from those that are not slowed.
+
+    These tell how long each number of processes computes, and how long a message between two of them takes.
+
+    Args:
+        rows: as :func:`measure` returns them; what lacks its row without a limit, or that of two processes, is left
+            out.
+
+    Returns:
+        (count, megabits) -> method -> seconds of a step.
+    """
+    plain = {row["count"]: row for row in rows if not row["megabits"]}
+    if 2 not in plain:
+        return {}
+    latency = statistics.median(plain[2]["exchange"])
+    return {
+        (row["count"], row["megabits"]): {
+            name: _cost(plain[row["count"]], name, row["count"]).over(Link(latency, 1e6 * row["megabits"]))
+            for name in METHODS
+        }
+        for row in rows
+        if row["megabits"] and row["count"] in plain
+    }
+
+
+def on_paper(
+    rows: Sequence[dict[str, Any]], counts: Sequence[int], gigabits: Sequence[float], latency: float
+) -> list[dict[str, Any]]:
+    """Carry the model to more processes, each with a whole batch of its own and as fast as one is here.
+
+    Args:
+        rows: as :func:`measure` returns them, that of one process among them.
+        counts: numbers of processes.
+        gigabits: a second, that their links carry.
+        latency: seconds of a message.
+
+    Returns:
+        A dict for each: ``count``, ``gigabits``, and by method ``costs`` and ``seconds`` of a step.
+    """
+    alone, found = next(row for row in rows if row["count"] == 1), []
+    for rate in gigabits:
+        for count in counts:
+            costs = {name: _cost(alone, name, count) for name in METHODS}
+            seconds = {name: each.over(Link(latency, 1e9 * rate)) for name, each in costs.items()}
+            found.append({"count": count, "gigabits": rate, "costs": costs, "seconds": seconds})
+    return found
+
+
+def _cost(row: dict[str, Any], name: str, count: int) -> Cost:
+    return cost(METHODS[name], count, statistics.median(row["methods"][name]["alone"]), row["num_params"])
 
 
 if __name__ == "__main__":
