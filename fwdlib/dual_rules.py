@@ -184,7 +184,8 @@ def batch_norm(
         with torch.no_grad():
             # What it does to a channel has a symmetric derivative: the kernel for errors is one for tangents.
             options = primal, scale, *statistics, mean, inverse, True, eps, [True, False, False]
-            rows = [torch.ops.aten.native_batch_norm_backward.default(row, *options)[0] for row in tangents]
+            backward = torch.ops.aten.native_batch_norm_backward.default
+            rows = [backward(tangents[k], *options)[0] for k in range(len(tangents))]
             tangents = torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
             if run.has_tangents(weight) or run.has_tangents(bias):
                 normed = (primal - mean.reshape(channels)) * inverse.reshape(channels)

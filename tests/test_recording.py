@@ -79,3 +79,24 @@ def test_another_layout_is_another_recording():
     ):
         (found,) = recording(lambda x: (x.flatten(1) + 1,), x)
         assert torch.equal(found, x.flatten(1) + 1)
+
+
+def test_what_computes_nothing_is_left_out_and_nothing_else():
+    recording, drawn = Recording(), torch.zeros(2, 3)
+
+    def function(x, drawn):
+        drawn.copy_(torch.rand(2, 3))  # of no use to the result, and still to be done
+        torch.rand(5)
+        x.new_zeros(4)
+        across = x.t()
+        return across.t().view(2, 3).unsqueeze(0)[0], across, x.view(3, 2), x.detach().view(6) + torch.rand(6)
+
+    x = torch.randn(2, 3)
+    for _ in range(2):
+        torch.manual_seed(0)
+        expected, expected_drawn = function(x, other := torch.zeros(2, 3)), other
+        torch.manual_seed(0)
+        found = recording(function, x, drawn)
+        assert [(y.shape, y.stride()) for y in found] == [(y.shape, y.stride()) for y in expected]
+        assert all(map(torch.equal, (*found, drawn), (*expected, expected_drawn)))
+        x = x + 1

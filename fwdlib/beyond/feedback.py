@@ -25,6 +25,7 @@ All are estimators by the protocol of :mod:`fwdlib.estimators`, objects because 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -245,21 +246,28 @@ class DirectFeedbackAlignment:
             grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return loss.detach(), along, feedback_gradient, *grads
 
-    def _replay(self, network: _Network, objective: BatchLoss, params: Params, u: Tensor) -> tuple[Tensor, ...]:
+    def _replay(self, network: _Network, objective: BatchLoss, params: Params, u: Tensor) -> tuple[Any, ...]:
         tensors = network.tensors() | params
         names, trained, loss_of = tuple(tensors), tuple(params), objective.loss
+        state, options = self._learning()
+        num_others = 5 + len(state)
 
         def evaluate(*values: Tensor) -> tuple[Tensor, ...]:
-            batch, named = values[:5], dict(zip(names, values[5:], strict=True))
+            batch, named = values[:5], dict(zip(names, values[num_others:], strict=True))
             leaves = {name: named[name].detach().requires_grad_() for name in trained}
-            return self._evaluate(network, loss_of, *batch, leaves, named | leaves)
+            found = self._evaluate(network, loss_of, *batch, leaves, named | leaves)
+            if not state:
+                return found
+            loss, along, feedback_gradient, *grads = found
+            self._step(batch[3], feedback_gradient, dict(zip(state, values[5:num_others], strict=True)))
+            return loss, along, *grads
 
-        alpha = torch.tensor(self.alpha, dtype=torch.float64)  # without axes: no dtype is promoted by it
         inputs = _dense(objective.inputs)
-        batch = inputs, objective.targets.contiguous(), u, self.matrix.detach(), alpha
+        batch = inputs, objective.targets.contiguous(), u, self.matrix.detach(), _number(self.alpha)
         modes = tuple([module.training for module in network.modules])
-        key = names, trained, loss_of, modes, self.weights, torch.is_autocast_enabled(inputs.device.type)
-        return network.recording(evaluate, *batch, *tensors.values(), key=key)
+        key = names, trained, loss_of, modes, self.weights, torch.is_autocast_enabled(inputs.device.type), *options
+        found = network.recording(evaluate, *batch, *state.values(), *tensors.values(), key=key)
+        return (*found[:2], None, *found[2:]) if state else found
 
     def _network_of(self, objective: BatchLoss) -> _Network:
         if not isinstance(objective, BatchLoss):
@@ -298,7 +306,11 @@ class DirectFeedbackAlignment:
     ) -> Tensor:
         return matrix.new_zeros(0)
 
-    def _learn(self, feedback_gradient: Tensor) -> None:
+    def _learning(self) -> tuple[Params, tuple]:
+        # What a recorded step of the feedback's optimizer changes, and what it depends on; nothing where it has none.
+        return {}, ()
+
+    def _learn(self, feedback_gradient: Tensor | None) -> None:
         pass
 
 
@@ -323,9 +335,25 @@ class _LearnedFeedback(DirectFeedbackAlignment):
         super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _learn(self, feedback_gradient: Tensor) -> None:
-        self.matrix.grad = feedback_gradient
-        self.optimizer.step()
+    def _learning(self) -> tuple[Params, tuple]:
+        # A fused optimizer is nothing but kernels, from its second step on: in the first it makes its tensors.
+        group, state = self.optimizer.param_groups[0], self.optimizer.state.get(self.matrix)
+        if not (state and group.get("fused")):
+            return {}, ()
+        return state, tuple([value for name, value in group.items() if name != "params"])
+
+    def _step(self, matrix: Tensor, feedback_gradient: Tensor, state: Params) -> None:
+        # The optimizer's next step, on these tensors in place of its own.
+        optimizer = self._make_optimizer([matrix])
+        optimizer.param_groups[0] |= self.optimizer.param_groups[0] | {"params": [matrix]}
+        optimizer.state[matrix] = state
+        matrix.grad = feedback_gradient
+        optimizer.step()
+
+    def _learn(self, feedback_gradient: Tensor | None) -> None:
+        if feedback_gradient is not None:  # else the recording has done it
+            self.matrix.grad = feedback_gradient
+            self.optimizer.step()
 
 
 class DirectKolenPollack(_LearnedFeedback):
@@ -489,7 +517,7 @@ class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
         residual = residual * (alpha / self.num_tangents)
         return deltas + (residual.unsqueeze(2) * u).sum(0)
 
-    def _learn(self, feedback_gradient: Tensor) -> None:
+    def _learn(self, feedback_gradient: Tensor | None) -> None:
         super()._learn(feedback_gradient)
         self.alpha *= self.alpha_decay
 
@@ -557,6 +585,11 @@ class _Feedback(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
         return None, error, *ctx.deltas(error)
+
+
+@functools.lru_cache(maxsize=1)
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)  # without axes: no dtype is promoted by it
 
 
 def _dense(x: Tensor) -> Tensor:

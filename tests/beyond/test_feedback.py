@@ -361,6 +361,34 @@ def test_recorded_it_does_the_same(rule, norm):
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Adam", {"weight_decay": 0.1}), ("Adam", {"amsgrad": True}), ("SGD", {"momentum": 0.9}), ("SGD", {})],
+)
+@pytest.mark.parametrize("rule", ["DKP", "FDFA", "FG-CV"])
+def test_recorded_the_feedback_learns_the_same(rule, name, options):
+    # Through another rate, a state that is loaded, and a new beginning: a fused optimizer's steps are recorded.
+    model, inputs = mlp(nn.BatchNorm1d(5))
+    make = make_optimizer(name, 0.01, fused=True, **options)
+    ends = []
+    for recorded in (False, True):
+        learner, draw, seen = copy.deepcopy(model), seeded(), []
+        estimator = RULES[rule](learner, inputs, optimizer=make, recorded=recorded)
+        for change in (None, None, "rate", "state", None, "reset", None):
+            if change == "rate":
+                estimator.optimizer.param_groups[0]["lr"] = 0.02
+            elif change == "state":
+                state, estimator = estimator.state_dict(), RULES[rule](learner, inputs, optimizer=make)
+                estimator.recorded = recorded
+                estimator.load_state_dict(state)
+            elif change == "reset":
+                estimator.reset(0)
+            grads_of(estimator, learner, inputs, generator=draw)
+            seen.append(estimator.matrix.detach().clone())
+        ends.append([*seen, *estimator.optimizer.state.get(estimator.matrix, {}).values()])
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_recorded_it_does_the_same_on_images_in_any_layout(rule):
     model, inputs = cnn()
