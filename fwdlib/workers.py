@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from fwdlib.checkpoint import Part
 
 T = TypeVar("T")
 
@@ -38,7 +35,7 @@ class Workers:
         """Return this process's part of the examples of a batch."""
         return rows
 
-    def each(self, part: Part) -> Part:
+    def each(self, part: T) -> T:
         """Return a part of a checkpoint that holds what every process has of it."""
         return part
 
