@@ -87,7 +87,7 @@ class Cluster:
         """Give the connection up; what still runs for it is ended by the workers."""
         self._pings.cancel()
         if self._is_gone():  # we have said so, or shall; Dask would add the traceback of its attempts to get it back
-            logging.getLogger("distributed").setLevel(logging.CRITICAL)
+            logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
         self.client.close(timeout=5)
 
     def start(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> Worker:
