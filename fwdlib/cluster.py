@@ -195,6 +195,7 @@ class _Remote(Worker):
         super().remove()
 
 
+NO_DATA = "it has no {} (if this machine alone could download that: set FWDLIB_OFFLINE=1 here)"
 GONE = (
     "the Dask scheduler at {} is gone. Everything finished so far is kept; when it is back, the same command runs what "
     "is missing"
@@ -282,7 +283,7 @@ def _difference(wanted: dict[str, Any], variables: dict[str, str]) -> str:
     if not texts:  # only then is there a fwdlib that can be asked
         lacking = set(_lacking_data(tuple(variables.items())))
         missing, surplus = sorted(lacking - {*wanted["data"]}), sorted({*wanted["data"]} - lacking)
-        texts += [f"it has no {', '.join(missing)}"] if missing else []
+        texts += [NO_DATA.format(", ".join(missing))] if missing else []
         texts += [f"it has {', '.join(surplus)}, which this machine has not"] if surplus else []
         if texts:
             _lacking_data.cache_clear()  # somebody will mend it

@@ -37,6 +37,16 @@ KILL = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def light(tmp_path_factory):
+    """Spare each process the 1.7 s in which jsonschema builds a grammar for URLs, where that package is installed."""
+    folder = tmp_path_factory.mktemp("light")
+    (folder / "rfc3987_syntax.py").write_text("raise ImportError")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield
+
+
 def write_notebook(path: Path, *sources: str) -> Path:
     cells = [nbformat.v4.new_code_cell("seed = 0\ngate = ''", metadata={"tags": ["parameters"]})]
     cells += [nbformat.v4.new_code_cell(source) for source in sources]
@@ -314,7 +324,7 @@ def test_differences_are_named(monkeypatch):
         return subprocess.CompletedProcess(command, 0, stdout=b'a warning\n["KMNIST", "MNIST"]\n')
 
     monkeypatch.setattr(cluster.subprocess, "run", run)
-    assert cluster._difference(wanted, {"FWDLIB_OFFLINE": "1"}) == "it has no MNIST"
+    assert cluster._difference(wanted, {"FWDLIB_OFFLINE": "1"}) == cluster.NO_DATA.format("MNIST")
     assert cluster._difference(wanted | {"data": ["KMNIST", "MNIST"]}, {"FWDLIB_OFFLINE": "1"}) == ""
     assert cluster._difference(wanted | {"data": ["KMNIST", "MNIST"]}, {"FWDLIB_OFFLINE": "1"}) == ""
     assert asked == ["1", "1"]  # anew after a refusal, then never again
