@@ -25,6 +25,7 @@ import time
 import uuid
 from collections import deque
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ class Cluster:
         self._pings.cancel()
         if self._is_gone():  # we have said so, or shall; Dask would add the traceback of its attempts to get it back
             logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
-        self.client.close(timeout=5)
+        with suppress(TimeoutError):
+            self.client.close(timeout=5)
 
     def start(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> Worker:
         """Send a job. On a cluster each has one thread; and there is one bar, that of all jobs."""
@@ -127,8 +129,9 @@ class Cluster:
     async def _ping(self) -> None:
         # A connection that breaks is noticed by itself; this is for a scheduler that hangs, or a network that is cut.
         while True:
-            await self.client.scheduler.identity(n_workers=0)
-            self._heard = time.monotonic()
+            with suppress(OSError):  # once is no silence
+                await self.client.scheduler.identity(n_workers=0)
+                self._heard = time.monotonic()
             await asyncio.sleep(PING_SECONDS)
 
     def _on_start(self, event: tuple[float, dict[str, str]]) -> None:
