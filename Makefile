@@ -20,7 +20,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-report: $(STAMP)  ## run the six notebooks headless and make report/report.html and report.pdf (ARGS="--jobs 4 --no-resume")
+report: $(STAMP)  ## run the six notebooks headless and make report/report.html and report.pdf (ARGS="--jobs 4 --no-resume", "--scheduler tcp://...")
 	@$(RUN) -m report $(ARGS)
 	@$(RUN) -m report.site
 
@@ -30,7 +30,7 @@ page: $(STAMP)  ## draw the figures and the page again from the saved results, a
 site: $(STAMP)  ## make report/site: the notebooks as pages, to read without running them
 	@$(RUN) -m report.site
 
-evidence: $(STAMP)  ## run every study of the report again in a short form, into evidence/: half an hour
+evidence: $(STAMP)  ## run every study of the report again in a short form, into evidence/: half an hour (ARGS="--scheduler tcp://...")
 	@$(RUN) -m report.evidence $(ARGS)
 
 bench: $(STAMP)  ## measure time and memory of a training step, alone on the machine (ARGS="--quick", "--device cuda")

@@ -3,6 +3,9 @@
 One loop starts, watches and collects the workers; it needs no threads, because all that passes between it and a worker
 lies in the worker's folder. A worker holds the read end of a pipe whose write end only this process has. When the pipe
 closes - we closed it, or we are dead, by whatever signal - the worker ends its kernel, removes its folder and exits.
+
+Where the workers are is up to a :class:`Place`: here, or on a cluster (:mod:`fwdlib.cluster`). What they leave is
+collected here in either case, so that the rules of results, stamps and resuming are the same.
 """
 
 from __future__ import annotations
@@ -11,16 +14,18 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import nbformat
 import papermill
@@ -34,6 +39,7 @@ from fwdlib.parameters import check_parameter, defaults_of
 # results and runtime are imported where they are used: a worker has no use for the two seconds that torch takes.
 START_RETRIES = 2  # kernels that start at the same time can race for ports
 STAGGER = 0.5  # seconds between two starts, to make that rare
+JOBS_BAR = "{n_fmt} of {total_fmt} jobs |{bar:20}| {elapsed}"
 BAR = "{desc}: cell {n_fmt} of {total_fmt} |{bar:20}| {elapsed}"
 
 
@@ -62,11 +68,35 @@ class Outcome:
     """What became of a job."""
 
     job: Job
-    status: str  # "done", "reused" or "failed"
+    status: str  # "done", "reused", "failed", or "lost": the notebook did nothing wrong, but its workers died
     seconds: float  # in this batch, with the start of the kernel; 0 when reused
     executed: Path  # of a failure: apart, in failed/, and not there when the kernel did not start
     results: tuple[Path, ...]
     error: str = ""  # of a failure: "cell 7: ValueError: ... (in: first line)", counted as in the executed copy
+
+    @property
+    def cause(self) -> str:
+        """The error in a word or two, to count by: the notebook's exception, or what befell its process."""
+        raised = re.match(r"cell \S+: (\w+)", self.error)
+        return raised[1] if raised else re.split("[:,;]", self.error)[0]
+
+
+class PlaceError(OSError):
+    """Where the jobs ran they cannot run on; the text says why, and what to do."""
+
+
+class Place(Protocol):
+    """Where jobs run: :class:`Here`, or on a :class:`fwdlib.cluster.Cluster`."""
+
+    num_jobs: int | None  # that run at once when nobody asks for another number; None: it has a queue of its own
+    stagger: float  # seconds between two starts
+    news: deque[str]  # lines for the user, to be taken away
+
+    def start(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> Worker:
+        """Have a job run."""
+
+    def check(self) -> None:
+        """Raise :class:`PlaceError` if it is gone."""
 
 
 def run_batch(
@@ -74,11 +104,12 @@ def run_batch(
     *,
     results: Path,
     executed: Path,
-    num_jobs: int = 2,
+    num_jobs: int | None = None,
     resume: bool = True,
     timeout: float = 600,
     fingerprint: str = "",
     progress: bool = True,
+    place: Place | None = None,
 ) -> list[Outcome]:
     """Run every job, and keep the results of those that succeed.
 
@@ -92,12 +123,15 @@ def run_batch(
         jobs: what to run.
         results: folder for result files.
         executed: folder for executed copies and stamps.
-        num_jobs: how many run at once; above 1, each is held to one thread.
+        num_jobs: how many run at once; above 1, each is held to one thread. Default: 2 here, and as many as a cluster
+            has threads for.
         resume: keep what an earlier batch made if its stamp fits: same cells and tags, parameters, fwdlib, versions of
             Python and torch, quick mode and ``fingerprint``, and result files of the stamped content.
         timeout: seconds for a whole notebook, the start of its kernel included.
         fingerprint: stands for whatever else the results depend on, such as the data.
-        progress: show a bar per running notebook (in a terminal) and a line per start and end, on stderr.
+        progress: show a bar of jobs, one per notebook that runs here (in a terminal), and a line per start and end, on
+            stderr.
+        place: where they run; default: here.
 
     Returns:
         One outcome per job, in the order of the jobs.
@@ -106,8 +140,10 @@ def run_batch(
         FileNotFoundError: if a notebook does not exist; before anything runs.
         ValueError: if a notebook, its parameters or a name is not usable; before anything runs.
         OSError: if results cannot be written.
+        PlaceError: if the place is gone. What was finished is kept.
     """
-    check_count("num_jobs", num_jobs)
+    if num_jobs is not None:
+        check_count("num_jobs", num_jobs)
     check_positive("timeout", timeout)
     _check_jobs(jobs)
     results, executed = Path(results).resolve(), Path(executed).resolve()
@@ -117,29 +153,38 @@ def run_batch(
             shutil.rmtree(folder, ignore_errors=True)
 
     say = partial(tqdm.write, file=sys.stderr if progress else io.StringIO())  # goes above the bars
+    hidden = not (progress and sys.stderr.isatty())
     prints = _fingerprints(jobs, fingerprint)
     outcomes = _finished(jobs, prints, results, executed) if resume else {}
     for name in outcomes:
         say(f"reused   {name}")
 
+    place = place or Here()
+    room = num_jobs or place.num_jobs or max(1, len(jobs))
     waiting, next_start = [job for job in jobs if job.name not in outcomes], 0.0
-    workers: list[_Worker] = []
+    workers: list[Worker] = []
+    bar = tqdm(total=len(jobs), initial=len(outcomes), leave=False, disable=hidden, bar_format=JOBS_BAR)
     try:
         while waiting or workers:
-            if waiting and len(workers) < num_jobs and time.monotonic() >= next_start:
-                slot = min(set(range(num_jobs)) - {worker.slot for worker in workers})
-                workers.append(_Worker(waiting.pop(0), results, timeout, num_jobs > 1, slot, progress))
-                next_start = time.monotonic() + STAGGER
-                say(f"started  {workers[-1].job.name} ({workers[-1].num_cells} cells)")
+            place.check()
+            while waiting and len(workers) < room and time.monotonic() >= next_start:
+                slot = min(set(range(room)) - {worker.slot for worker in workers})
+                workers.append(place.start(waiting.pop(0), results, timeout, room > 1, slot, progress))
+                next_start = time.monotonic() + place.stagger
+            while place.news:
+                say(place.news.popleft())
             for worker in [worker for worker in workers if worker.has_ended()]:
                 name = worker.job.name
                 owners = {path: other for other, outcome in outcomes.items() for path in outcome.results}
                 end = outcomes[name] = worker.collect(prints[name], results, executed, owners)
                 worker.remove()
                 workers.remove(worker)
-                say(f"FAILED   {name}: {end.error}" if end.error else f"done     {name} in {end.seconds:.1f} s")
+                done = f"done     {name} in {end.seconds:.1f} s{worker.where}"
+                say(f"{end.status.upper():<9}{name}{worker.where}: {end.error}" if end.error else done)
+                bar.update()
             time.sleep(0.1)
     finally:  # there are some left after Ctrl-C, or when a folder cannot be written
+        bar.close()
         for worker in workers:
             worker.remove()
     return [outcomes[job.name] for job in jobs]
@@ -164,19 +209,24 @@ def finished(jobs: list[Job], *, results: Path, executed: Path, fingerprint: str
 
 
 def failures(outcomes: list[Outcome]) -> str:
-    """Return what failed and why, with notebook, cell, parameters and executed copy; empty if nothing did.
+    """Return what failed and why, with notebook, cell, parameters and executed copy, then how many of each cause.
+
+    It is empty if nothing failed.
 
     Args:
         outcomes: of a batch.
     """
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    failed = [outcome for outcome in outcomes if outcome.error]
     lines = [f"{len(failed)} of {len(outcomes)} notebooks failed."] if failed else []
     for outcome in failed:
         lines.append(f"{outcome.job.notebook.name}, {outcome.error}")
         if given := outcome.job.parameters:
             lines.append(f"  parameters: {', '.join(f'{name}={value!r}' for name, value in given.items())}")
-        there = outcome.executed.is_file()
-        lines.append(f"  executed copy: {outcome.executed if there else 'none, its kernel did not start'}")
+        without = "none" if outcome.status == "lost" else "none, its kernel did not start"
+        lines.append(f"  executed copy: {outcome.executed if outcome.executed.is_file() else without}")
+    if len(failed) > 1:
+        causes = Counter(outcome.cause for outcome in failed).most_common()
+        lines.append(f"By cause: {', '.join(f'{count} x {cause}' for cause, count in causes)}.")
     return "\n".join(lines)
 
 
@@ -193,13 +243,19 @@ def _check_jobs(jobs: list[Job]) -> None:
             check_parameter(job.notebook, known, name, value)
 
 
+def sources() -> dict[str, str]:
+    """Return the hash of each file of fwdlib that a result can depend on, by its path in the package."""
+    package = Path(__file__).parent
+    paths = sorted(path for pattern in ("*.py", "*.mplstyle") for path in package.rglob(pattern))
+    return {path.relative_to(package).as_posix(): _sha256(path) for path in paths}
+
+
 def _fingerprints(jobs: list[Job], extra: str) -> dict[str, str]:
     from fwdlib import runtime
 
-    package, versions = Path(__file__).parent, runtime.versions()
-    sources = sorted(path for pattern in ("*.py", "*.mplstyle") for path in package.rglob(pattern))
+    versions = runtime.versions()
     content = {
-        "fwdlib": {path.relative_to(package).as_posix(): _sha256(path) for path in sources},
+        "fwdlib": sources(),
         "versions": [versions[name] for name in ("python", "torch")],
         "quick": runtime.is_quick(),
         "extra": extra,
@@ -239,43 +295,40 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-class _Worker:
-    """A process that runs one notebook, seen from the batch."""
+class Here:
+    """This machine, as the place where a batch runs."""
 
-    def __init__(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> None:
-        self.job, self.slot, self.start = job, slot, time.monotonic()
+    num_jobs, stagger = 2, STAGGER
+
+    def __init__(self) -> None:
+        self.news: deque[str] = deque()
+
+    def start(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> Worker:
+        """Start a process for the job."""
+        worker = _Worker(job, results, timeout, one_thread, slot, progress)
+        self.news.append(f"started  {job.name} ({worker.num_cells} cells)")
+        return worker
+
+    def check(self) -> None:
+        """This machine is always there."""
+
+
+class Worker:
+    """A run of one notebook, seen from the batch: somewhere a folder fills, and is collected when the run has ended."""
+
+    status: int | None = None  # that the process ended with
+    is_lost = False  # with the machine that it was on
+
+    def __init__(self, job: Job, results: Path, slot: int) -> None:
+        self.job, self.slot, self.start, self.where = job, slot, time.monotonic(), ""
         self.num_cells = len(nbformat.read(job.notebook, 4).cells) + bool(job.parameters)  # papermill puts one in
         # In the folder of the results, so that a result is moved in one step: it is there whole or not at all.
         self.folder = Path(tempfile.mkdtemp(prefix=f".running-{os.getpid()}-{job.name}-", dir=results))
         self.staging = self.folder / "results"
-        for name in ("results", "cwd", "runtime", "ipython"):
-            (self.folder / name).mkdir()
-        order = json.dumps({"notebook": str(job.notebook), "parameters": job.parameters, "timeout": timeout})
-        command = [sys.executable, "-m", "fwdlib.batch", str(self.folder), order]
-        with (self.folder / "log.txt").open("w") as log:
-            streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
-            cwd, env = self.folder / "cwd", self._environment(one_thread)  # empty: nothing found, nothing littered
-            # In a session of its own, so that Ctrl-C reaches the batch alone, which then ends its workers.
-            self.process = subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **streams)
-        hidden = not (progress and sys.stderr.isatty())
-        self.bar = tqdm(desc=job.name, total=self.num_cells, position=slot, leave=False, disable=hidden, bar_format=BAR)
-
-    def _environment(self, one_thread: bool) -> dict[str, str]:
-        env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # the kernel knows its own
-        for name in ("FWDLIB_DATA", "FWDLIB_CACHE"):
-            if env.get(name):
-                env[name] = str(Path(env[name]).expanduser().resolve())  # the kernel's working folder is another
-        env |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if one_thread else {}
-        env |= {"JUPYTER_RUNTIME_DIR": str(self.folder / "runtime"), "IPYTHONDIR": str(self.folder / "ipython")}
-        # The kernel "python3" is this Python, not what the user's home calls so.
-        return env | {"JUPYTER_PREFER_ENV_PATH": "1", "FWDLIB_RESULTS": str(self.staging), "PYTHONHASHSEED": "0"}
 
     def has_ended(self) -> bool:
-        """Tell whether the process has ended; if not, move its bar."""
-        if not self.bar.disable and (self.folder / "cell.txt").exists():
-            self.bar.n = int((self.folder / "cell.txt").read_text() or 0) + 1  # empty while it is being written
-            self.bar.refresh()
-        return self.process.poll() is not None
+        """Tell whether the run is over and all that it left is in the folder."""
+        raise NotImplementedError
 
     def collect(self, fingerprint: str, results: Path, executed: Path, owners: dict[Path, str]) -> Outcome:
         """Move what the ended process has left into place; ``owners`` tells whose result a file already is."""
@@ -283,7 +336,7 @@ class _Worker:
 
         name, seconds, verdict = self.job.name, time.monotonic() - self.start, self.folder / "error.txt"
         last = (self.folder / "log.txt").read_text(errors="replace").strip().rpartition("\n")[2]
-        killed = f"its process ended with status {self.process.returncode}: {last}"
+        killed = f"its process ended with status {self.status}: {last}"
         error = verdict.read_text(encoding="utf-8") if verdict.is_file() else killed
         staged = [path for path in sorted(self.staging.rglob("*")) if path.is_file()]
         home = self.job.results_in(results)
@@ -305,17 +358,92 @@ class _Worker:
                 text = text.replace(*(json.dumps(str(path), ensure_ascii=False)[1:-1] for path in (old, new)))
             write_text(copy, text)
         if error:
-            return Outcome(self.job, "failed", seconds, copy, (), error)
+            return Outcome(self.job, "lost" if self.is_lost else "failed", seconds, copy, (), error)
         digests = {target.relative_to(results).as_posix(): _sha256(target) for target in targets.values()}
         write_json(stamp, {"fingerprint": fingerprint, "seconds": seconds, "results": digests})
         return Outcome(self.job, "done", seconds, copy, tuple(targets.values()))
 
     def remove(self) -> None:
-        """End the process and its kernel if they are still there, and remove the folder."""
-        self.process.stdin.close()
-        self.process.wait()
-        self.bar.close()
+        """End the run if it has not ended, and remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _Worker(Worker):
+    """A process on this machine."""
+
+    def __init__(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> None:
+        super().__init__(job, results, slot)
+        self.process = start_process(self.folder, job.notebook, job.parameters, timeout, one_thread)
+        hidden = not (progress and sys.stderr.isatty())
+        bar = {"position": slot + 1, "leave": False, "disable": hidden, "bar_format": BAR}
+        self.bar = tqdm(desc=job.name, total=self.num_cells, **bar)
+
+    def has_ended(self) -> bool:
+        """Tell whether the process has ended; if not, move its bar."""
+        if not self.bar.disable and (self.folder / "cell.txt").exists():
+            self.bar.n = int((self.folder / "cell.txt").read_text() or 0) + 1  # empty while it is being written
+            self.bar.refresh()
+        self.status = self.process.poll()
+        return self.status is not None
+
+    def remove(self) -> None:
+        """End the process and its kernel if they are still there, and remove the folder."""
+        end_process(self.process)
+        self.bar.close()
+        super().remove()
+
+
+def start_process(
+    folder: Path,
+    notebook: Path,
+    parameters: dict[str, Any],
+    timeout: float,
+    one_thread: bool,
+    variables: dict[str, str] | None = None,
+) -> subprocess.Popen:
+    """Start the process that runs a notebook; all that it leaves will be in ``folder``.
+
+    That is ``results/``, the executed ``copy.ipynb``, ``log.txt``, and at the end ``error.txt``, empty after a success.
+    It ends with :func:`end_process`, or with this process.
+
+    Args:
+        folder: an empty one.
+        notebook: to run.
+        parameters: of the notebook.
+        timeout: seconds, the start of the kernel included.
+        one_thread: hold it to one thread.
+        variables: for its environment, beside those of this process.
+    """
+    for name in ("results", "cwd", "runtime", "ipython"):
+        (folder / name).mkdir()
+    order = json.dumps({"notebook": str(notebook), "parameters": parameters, "timeout": timeout})
+    command = [sys.executable, "-m", "fwdlib.batch", str(folder), order]
+    with (folder / "log.txt").open("w") as log:
+        streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
+        cwd, env = folder / "cwd", _environment(folder, one_thread) | (variables or {})  # cwd is empty: nothing found
+        # In a session of its own, so that Ctrl-C reaches the batch alone, which then ends its workers.
+        return subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **streams)
+
+
+def end_process(process: subprocess.Popen) -> None:
+    """End a process of :func:`start_process`, and its kernel, if they are still there.
+
+    Args:
+        process: to end.
+    """
+    process.stdin.close()
+    process.wait()
+
+
+def _environment(folder: Path, one_thread: bool) -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # the kernel knows its own
+    for name in ("FWDLIB_DATA", "FWDLIB_CACHE"):
+        if env.get(name):
+            env[name] = str(Path(env[name]).expanduser().resolve())  # the kernel's working folder is another
+    env |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if one_thread else {}
+    env |= {"JUPYTER_RUNTIME_DIR": str(folder / "runtime"), "IPYTHONDIR": str(folder / "ipython")}
+    # The kernel "python3" is this Python, not what the user's home calls so.
+    return env | {"JUPYTER_PREFER_ENV_PATH": "1", "FWDLIB_RESULTS": str(folder / "results"), "PYTHONHASHSEED": "0"}
 
 
 def _work(folder: Path, order: str) -> None:

@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeVar
@@ -26,7 +26,7 @@ from fwdlib.beyond import settings
 if TYPE_CHECKING:
     import torch
 
-    from fwdlib.batch import Job, Outcome
+    from fwdlib.batch import Job, Outcome, Place
 
 PROG = "python -m fwdlib"
 ABOUT = "Gradients without backpropagation: forward gradients beside backprop."
@@ -305,8 +305,12 @@ class Run:
     batches: Annotated[Path | None, tyro.conf.arg(metavar="FILE", **PLAIN)] = None
     """Take notebooks and parameters from the tables [notebooks.NAME] of this TOML file instead, such as
     report/batches.toml: `learning_rate = 0.1` is a value, `learning_rate = [0.1, 0.2]` a grid."""
-    jobs: Annotated[int, tyro.conf.arg(metavar="N")] = 2
-    """Jobs that run at once. Above 1 each has one core, and the times in the table are no timings."""
+    jobs: Annotated[int | None, tyro.conf.arg(metavar="N", **PLAIN)] = None
+    """Jobs that run at once. Above 1 each has one core, and the times in the table are no timings. (default: 2; with
+    --scheduler as many as the cluster has threads)"""
+    scheduler: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", **PLAIN)] = None
+    """Run the jobs on a Dask cluster: the address of its scheduler, tcp://HOST:PORT or tls://HOST:PORT. Its workers
+    need this same fwdlib, with the extra `cluster`, and the same data. Times are no timings. (default: here)"""
     to: Literal["csv", "json", "parquet"] = "csv"
     """Format of the table; parquet needs pyarrow."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="DIR", **PLAIN)] = None
@@ -324,7 +328,8 @@ class Run:
 
         Raises:
             ValueError: if the words make no batch, or the table cannot be written in that format.
-            KeyboardInterrupt: if it is stopped; the message says how to go on.
+            PlaceError: if the cluster cannot be reached, or is gone; the message says how to go on.
+            KeyboardInterrupt: if it is stopped; likewise.
         """
         from fwdlib import batch, runtime, sweep
 
@@ -340,7 +345,11 @@ class Run:
             return 0
         how = {"num_jobs": self.jobs, "resume": self.resume, "timeout": self.timeout}
         try:
-            outcomes = batch.run_batch(jobs, **where, **how)
+            with self._place() as place:
+                outcomes = batch.run_batch(jobs, **where, **how, place=place)
+        except batch.PlaceError:
+            self._save(batch.finished(jobs, **where), len(jobs), output)
+            raise
         except KeyboardInterrupt:
             self._save(batch.finished(jobs, **where), len(jobs), output)
             again = "" if self.resume else ", without --no-resume,"
@@ -363,6 +372,13 @@ class Run:
         folder = root and root / "notebooks"
         declared = sweep.read_declaration(file) if file else sweep.declaration_of(names, settings, self.seeds, folder)
         return sweep.jobs_of(declared, folder)
+
+    def _place(self) -> AbstractContextManager[Place | None]:
+        if self.scheduler is None:
+            return nullcontext()
+        from fwdlib.cluster import Cluster
+
+        return Cluster(self.scheduler)
 
     def _save(self, outcomes: list[Outcome], num_jobs: int, output: Path) -> None:
         from fwdlib import sweep
@@ -543,9 +559,9 @@ def _check_jupyter() -> Iterator[Finding]:
         yield Finding("problem", f"the kernel python3 runs {program}, not this Python ({python})", advice)
     else:
         yield Finding("ok", f"Jupyter's kernel python3 at {kernel.resource_dir}")
-    for name in ("papermill", "psutil"):
+    for name, use in {"papermill": "run", "psutil": "run", "distributed": "run --scheduler"}.items():
         if importlib.util.find_spec(name) is None:
-            yield Finding("note", f"`{PROG} run` needs {name}", f"{sys.executable} -m pip install {name}")
+            yield Finding("note", f"`{PROG} {use}` needs {name}", f"{sys.executable} -m pip install {name}")
 
 
 def _check_mode() -> Iterator[Finding]:

@@ -246,6 +246,11 @@ def available() -> dict[str, str]:
     return table
 
 
+def lacking() -> list[str]:
+    """Return the data sets that cannot be had here, so that a substitute stands in or nothing; asks hosts, too."""
+    return [name for name, place in available().items() if place.startswith(("SUBSTITUTE", "nowhere"))]
+
+
 def fetch(name: str) -> Path:
     """Return the folder that holds a data set's archives, downloading those that are missing into the cache folder.
 

@@ -183,7 +183,7 @@ def data_state() -> str:
     Where a set is the published one, its files have the published hashes, wherever they lie; so nothing else matters.
     Hosts are asked whether they answer. If none does, the processes that this one starts need not find out again.
     """
-    lacking = [name for name, place in data.available().items() if place.startswith(("SUBSTITUTE", "nowhere"))]
+    lacking = data.lacking()
     if found_no_network():
         os.environ["FWDLIB_OFFLINE"] = "1"
     return f"without {', '.join(lacking)}" if lacking else ""

@@ -8,11 +8,15 @@ import os
 import sys
 import time
 import tomllib
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+if TYPE_CHECKING:
+    from fwdlib.batch import Place
 
 # The rest is imported where it is used: help must not wait for torch.
 HERE = Path(__file__).parent
@@ -32,8 +36,13 @@ class Build:
     FWDLIB_DATA names a folder with data sets; without one they are downloaded, or substitutes take their place.
     """
 
-    jobs: Annotated[int, tyro.conf.arg(metavar="N")] = 2
-    """How many notebooks run at once. The times are taken afterwards, one after the other."""
+    jobs: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    """How many notebooks run at once. The times are taken afterwards, one after the other. (default: 2; with
+    --scheduler as many as the cluster has threads)"""
+    scheduler: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = None
+    """Run the notebooks on a Dask cluster: the address of its scheduler, tcp://HOST:PORT or tls://HOST:PORT. Its
+    workers need this same fwdlib, with the extra `cluster`, and the same data. The times are taken here all the same.
+    (default: here)"""
     resume: bool = True
     """Keep the results of earlier builds whose notebook, parameters, fwdlib and data are still the same."""
     timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 900
@@ -48,7 +57,7 @@ class Build:
 
         Raises:
             BuildError: if a notebook fails or a result is missing.
-            OSError: if something cannot be read or written.
+            OSError: if something cannot be read or written, or the cluster cannot be reached or is gone.
             ValueError: if a setting is not usable.
         """
         start = time.monotonic()
@@ -83,17 +92,26 @@ class Build:
         from fwdlib.batch import failures, run_batch
         from fwdlib.sweep import jobs_of
 
-        outcomes = run_batch(
-            jobs_of(notebooks, NOTEBOOKS),
-            results=self.output / "results",
-            executed=self.output / "executed",
-            num_jobs=self.jobs,
-            resume=self.resume,
-            timeout=self.timeout,
-            fingerprint=data,
-        )
+        with self._place() as place:
+            outcomes = run_batch(
+                jobs_of(notebooks, NOTEBOOKS),
+                results=self.output / "results",
+                executed=self.output / "executed",
+                num_jobs=self.jobs,
+                resume=self.resume,
+                timeout=self.timeout,
+                fingerprint=data,
+                place=place,
+            )
         if failed := failures(outcomes):
             raise BuildError(failed)
+
+    def _place(self) -> AbstractContextManager[Place | None]:
+        if self.scheduler is None:
+            return nullcontext()
+        from fwdlib.cluster import Cluster
+
+        return Cluster(self.scheduler)
 
     def _take_times(self, pairs: dict[str, int], data: str) -> None:
         """Measure both methods on every model, one after the other, unless what is there is still valid."""

@@ -8,6 +8,10 @@ what it turns round is one.
 
     python -m report.evidence              # into evidence/
     python -m report.evidence elsewhere
+    python -m report.evidence --scheduler tcp://127.0.0.1:8786    # the notebooks on a Dask cluster
+
+A cluster runs the six notebooks. The studies and all times stay on this machine: a study is one process, which writes
+its file after each of its runs and reads it to go on.
 
 What an interrupt leaves is gone on from, by the same code; by other code nothing would be seen of the change.
 """
@@ -50,16 +54,22 @@ class StudyError(Exception):
     """A study ended with an error; the text says which, and its last words."""
 
 
-def rebuild(folder: Path = FOLDER) -> None:
+def rebuild(folder: Path = FOLDER, scheduler: str | None = None) -> None:
     """Run all studies in short form, the notebooks and the page, and print the verdicts beside the committed ones.
 
     Args:
         folder: for all of it. What an interrupted rebuild has finished there is kept.
+        scheduler: address of that of a Dask cluster, for the notebooks.
 
     Raises:
         StudyError: if a study fails.
-        OSError: if the folder cannot be written.
+        OSError: if the folder cannot be written, or the cluster cannot be reached.
     """
+    if scheduler:
+        from fwdlib.cluster import Cluster
+
+        with Cluster(scheduler):  # it is wanted last, but a wrong address should be told first
+            pass
     start, folder = time.monotonic(), folder.expanduser().resolve()
     results, logs = folder / "results", folder / "logs"
     for each in (results, logs):
@@ -72,7 +82,8 @@ def rebuild(folder: Path = FOLDER) -> None:
     run(studies_of, results, logs, at_once=2)
     timed = [[*REPORT[:2], f"report.{module}", *words] for module, *words in ALONE]
     bench = [sys.executable, "-m", "fwdlib", "bench", "--quick", "--out", str(results / "bench-cpu.json")]
-    run([*timed, bench, [*REPORT, "--output", str(folder)]], results, logs, at_once=1)
+    page = [*REPORT, "--output", str(folder), *(["--scheduler", scheduler] if scheduler else [])]
+    run([*timed, bench, page], results, logs, at_once=1)
     say(f"rebuilt in {(time.monotonic() - start) / 60:.1f} minutes: {folder / 'report.html'}")
     command = [*REPORT[:2], "report.evidence", "verdicts"]
     short = subprocess.run(command, env=_environment(results), check=False, stdout=subprocess.PIPE)
@@ -152,15 +163,19 @@ def _environment(results: Path) -> dict[str, str]:
 
 
 def main(words: list[str]) -> int:
-    """Rebuild into the folder that ``words`` name; return the exit code: 0, 1 with a message, 130 if interrupted."""
+    """Rebuild as ``words`` say, ``[folder] [--scheduler address]``; return 0, 1 with a message, 130 if interrupted."""
     if words == ["verdicts"]:
         print(json.dumps(verdicts_of(studies.RESULTS)))
         return 0
+    scheduler = None
+    if "--scheduler" in words[:-1]:
+        at = words.index("--scheduler")
+        scheduler, words = words[at + 1], words[:at] + words[at + 2 :]
     if len(words) > 1 or any(word.startswith("-") for word in words):
         say(__doc__)
         return 0 if words in (["-h"], ["--help"]) else 2
     try:
-        rebuild(*map(Path, words[:1]))
+        rebuild(*map(Path, words[:1]), scheduler=scheduler)
     except KeyboardInterrupt:
         say("\nStopped. What was finished is kept; the same command goes on from there.")
         return 130

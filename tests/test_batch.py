@@ -148,6 +148,21 @@ def test_failures_are_told_with_notebook_cell_parameters_and_copy(first):
     ]
 
 
+def test_failures_end_with_a_count_of_causes(tmp_path):
+    errors = {
+        "failed": ["cell 3: ValueError: no", "cell 5: ValueError: nor", "its process ended with status -9: x", ""],
+        "lost": ["lost: each of 4 workers that had it died"],
+    }
+    outcomes = [
+        batch.Outcome(Job(tmp_path / "n.ipynb"), status, 0, tmp_path / "no", (), error)
+        for status, texts in errors.items()
+        for error in texts
+    ]
+    lines = batch.failures(outcomes).splitlines()
+    assert lines[0] == "4 of 5 notebooks failed."
+    assert lines[-1] == "By cause: 2 x ValueError, 1 x its process ended with status -9, 1 x lost."
+
+
 def test_a_job_with_a_name_of_its_own_has_a_folder_of_its_own():
     assert Job(Path("n.ipynb")).results_in(Path("r")) == Path("r")
     assert Job(Path("n.ipynb"), name="n").results_in(Path("r")) == Path("r")
@@ -194,9 +209,10 @@ def test_a_job_cannot_overwrite_the_result_of_another(first):
     assert json.loads((first[0] / "results" / "seen.json").read_text())["parameters"][1] == 7  # the writer's
 
 
-def test_a_terminal_shows_a_bar_per_notebook_and_a_line_per_end(first):
+def test_a_terminal_shows_a_bar_per_notebook_and_one_of_all_jobs_and_a_line_per_end(first):
     screen = first[2]
     assert "writer: cell 0 of 4" in screen
+    assert re.search(r"[1-4] of 4 jobs", screen)
     assert re.search(r"failing: cell [345] of 5", screen)
     assert "done     writer in" in screen
     assert "FAILED   failing: cell 3: ValueError: no luck" in screen

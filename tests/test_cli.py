@@ -565,12 +565,14 @@ def test_doctor_finds_that_jupyter_is_not_there(monkeypatch):
     assert "pip install" in problems(cli._check_jupyter)[0].advice
 
 
-@pytest.mark.parametrize("package", ["papermill", "psutil"])
-def test_doctor_notes_what_run_lacks(package, monkeypatch):
+@pytest.mark.parametrize(
+    ("package", "command"), [("papermill", "run"), ("psutil", "run"), ("distributed", "run --scheduler")]
+)
+def test_doctor_notes_what_run_lacks(package, command, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
     (note,) = [finding for finding in findings(cli._check_jupyter) if finding.status == "note"]
-    assert f"`python -m fwdlib run` needs {package}" in note.text
+    assert f"`python -m fwdlib {command}` needs {package}" in note.text
     assert note.advice == f"{sys.executable} -m pip install {package}"
 
 

@@ -43,6 +43,7 @@ LAYERS = (
     "benchmark",
     "parameters",
     "batch",
+    "cluster",
     "sweep",
     "beyond",
     "cli",
@@ -130,9 +131,14 @@ def dependencies() -> list[Requirement]:
     return [Requirement(text) for text in project["dependencies"]]
 
 
+def extras() -> list[Requirement]:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [Requirement(text) for texts in project["optional-dependencies"].values() for text in texts]
+
+
 def test_the_wheel_depends_on_what_requirements_txt_says():
     named = requirements()
-    for dependency in dependencies():
+    for dependency in dependencies() + extras():
         assert dependency.name in named, f"requirements.txt lacks {dependency}"
         assert str(named[dependency.name][0]) == str(dependency)
 
@@ -147,7 +153,7 @@ def test_every_requirement_has_a_lower_bound_alone_and_a_reason(name):
 def test_what_fwdlib_imports_is_a_dependency():
     # by the name of the import, where it is not that of the package; what a module can do without is left out
     names = {"sklearn": "scikit-learn", "PIL": "pillow"}
-    tools = {"papermill", "nbformat", "psutil", "jupyter_client", "packaging"}  # of batch and of cli's doctor
+    tools = {"papermill", "nbformat", "psutil", "distributed"} | {"jupyter_client", "packaging"}  # the doctor's
     optional = {"tensorflow_datasets"}
     given = {dependency.name for dependency in dependencies()}
     for path in FILES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -132,6 +133,25 @@ def test_a_word_that_is_no_folder_starts_nothing(capsys):
     assert evidence.main(["--quick"]) == 2
     assert evidence.main(["--help"]) == 0
     assert "python -m report.evidence" in capsys.readouterr().err
+
+
+def test_a_cluster_that_is_not_there_is_told_before_the_studies_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evidence, "run", None)
+    assert evidence.main([str(tmp_path), "--scheduler", "nonsense://x"]) == 1
+    assert "no Dask scheduler answers at nonsense://x" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_notebooks_go_to_the_cluster(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr("fwdlib.cluster.Cluster", lambda scheduler: contextlib.nullcontext())
+    monkeypatch.setattr(evidence, "run", lambda given, *_, **__: commands.extend(given))
+    monkeypatch.setattr(evidence, "compare", lambda *_: [])
+    done = subprocess.CompletedProcess([], 0, stdout="{}")
+    monkeypatch.setattr(evidence.subprocess, "run", lambda *_, **__: done)
+    assert evidence.main(["--scheduler", "tcp://there:8786", str(tmp_path)]) == 0
+    assert commands[-1][2:] == ["report", "--output", str(tmp_path), "--scheduler", "tcp://there:8786"]
+    assert not [command for command in commands[:-1] if "--scheduler" in command]
 
 
 def test_reopen_names_a_setting_that_was_not_there(tmp_path):
