@@ -280,8 +280,8 @@ def measure_steps(folder: Path = FOLDER) -> dict[str, Any]:
         params = params_of(network)
         theirs = {"forward, their code": lambda f=forward, p=params: f(p)}
         theirs["backprop, their code"] = lambda f=backprop, p=params: f(p)
-        found["seconds"][name] = interleave(ours, seconds=20, min_rounds=15, block_seconds=0.05)
-        found["seconds"][name] |= interleave(theirs, seconds=5, min_rounds=5)
+        found["seconds"][name] = interleave(ours, seconds=either(20, 4), min_rounds=either(15, 6), block_seconds=0.05)
+        found["seconds"][name] |= interleave(theirs, seconds=either(5, 1), min_rounds=either(5, 2))
     write_json(folder / STEPS, found)
     return found
 

@@ -293,7 +293,7 @@ def derivative_errors() -> dict[str, list[float]]:
     return found
 
 
-def step_seconds(seconds: float = 30.0) -> dict[str, list[float]]:
+def step_seconds(seconds: float = either(30.0, 5.0)) -> dict[str, list[float]]:
     """Time an epoch of each, taking turns on the same batches, and return the seconds of a step, one number a round.
 
     Args:
