@@ -39,3 +39,14 @@ def write_bytes(path: Path, content: bytes | memoryview, advice: str = "") -> No
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def message_of(error: Exception) -> str:
+    """Return what an error says to a user.
+
+    Args:
+        error: of an OSError made by us its strerror is the sentence; one from Python itself needs its file's name, too.
+    """
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        return error.strerror
+    return str(error) or type(error).__name__

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -174,6 +175,7 @@ def main(words: list[str]) -> int:
     if len(words) > 1 or any(word.startswith("-") for word in words):
         say(__doc__)
         return 0 if words in (["-h"], ["--help"]) else 2
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or what runs would go on without us
     try:
         rebuild(*map(Path, words[:1]), scheduler=scheduler)
     except KeyboardInterrupt:
@@ -182,6 +184,8 @@ def main(words: list[str]) -> int:
     except (StudyError, OSError) as error:
         say(f"\nreport.evidence: {error}")
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

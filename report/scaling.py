@@ -113,10 +113,11 @@ def context(measured: dict[str, Any] | None) -> dict[str, Any] | None:
         "slowest": max((row for row in rows if row["megabits"] == 100), key=lambda row: row["count"], default=None),
         "num_params": num_params,
         "gradient": scaling.BYTES_OF_A_NUMBER * num_params,
-        "most": {name: max(row["methods"][name]["bytes"] for row in rows if row["count"] > 1) for name in METHODS},
+        "most": {name: max(_bytes(rows, name)) for name in PART},
+        "least": min(_bytes(rows, "BP")),  # sent once: what a slow link drops is sent again
         "paper": paper,
         "latency": PAPER_LATENCY,
-        "kilo": 1e3,
+        "mega": 1e6,
         "num_steps": {name: scaling.num_steps(k, num_params) for name, k in METHODS.items()},
         "never": not any(
             _even(row, name, scaling.num_steps(METHODS[name], num_params)) for row in paper for name in PART
@@ -142,6 +143,10 @@ def figures(measured: dict[str, Any] | None) -> dict[str, Figure]:
     }
 
 
+def _bytes(rows: list[dict[str, Any]], name: str) -> list[int]:
+    return [row["methods"][name]["bytes"] for row in rows if row["count"] > 1]
+
+
 def _even(row: dict[str, Any], name: str, ratio: float) -> float:
     return scaling.even_bandwidth(row["costs"]["BP"], row["costs"][name], PAPER_LATENCY, ratio)
 
@@ -161,7 +166,8 @@ def _descent(descent: dict[str, Any] | None, paper: list[dict[str, Any]]) -> dic
         method: [every * next(i for i, loss in enumerate(curve) if loss <= level) for curve in of_method]
         for method, of_method in curves.items()
     }
-    ratio = median_interval(steps["rank-one"]).estimate / median_interval(steps["backprop"]).estimate
+    steps_of_backprop = median_interval(steps["backprop"]).estimate
+    ratio = median_interval(steps["rank-one"]).estimate / steps_of_backprop
     even = [_even(row, FEW, ratio) for row in paper]
     return {
         "level": level,
@@ -169,6 +175,7 @@ def _descent(descent: dict[str, Any] | None, paper: list[dict[str, Any]]) -> dic
         "num_seeds": {method: len(values) for method, values in steps.items()},
         "ratio": ratio,
         "even": (min(even), max(even)),
+        "without": steps_of_backprop * paper[0]["costs"]["BP"].compute,
         "model": descent["settings"]["model"],
     }
 

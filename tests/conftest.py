@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import urllib.request
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
 
-from fwdlib import archives
+from fwdlib import archives, data
 
 os.environ.setdefault("MPLBACKEND", "agg")
 torch.set_num_threads(1)  # not by OMP_NUM_THREADS, which the processes that some tests start would inherit
@@ -28,3 +29,13 @@ def bare_machine(monkeypatch, tmp_path):
         raise URLError("no network in this test")
 
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
+
+
+@pytest.fixture
+def damaged(monkeypatch, tmp_path) -> Path:
+    """FWDLIB_DATA with a penguin table that is not the published one."""
+    path = tmp_path / "data" / data.PENGUIN_CSV.path
+    path.parent.mkdir(parents=True)
+    path.write_text("species\n")
+    monkeypatch.setenv("FWDLIB_DATA", str(tmp_path / "data"))
+    return path

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.metadata
-import importlib.util
 import io
 import json
 import os
@@ -32,26 +30,8 @@ def bare_machine(bare_machine, monkeypatch, tmp_path):
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
 
 
-@pytest.fixture
-def damaged(monkeypatch, tmp_path) -> Path:
-    """FWDLIB_DATA with a penguin table that is not the published one."""
-    path = tmp_path / "data" / data.PENGUIN_CSV.path
-    path.parent.mkdir(parents=True)
-    path.write_text("species\n")
-    monkeypatch.setenv("FWDLIB_DATA", str(tmp_path / "data"))
-    return path
-
-
 def run(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60, check=False)
-
-
-def findings(check) -> list[cli.Finding]:
-    return list(cli._findings(check))
-
-
-def problems(check) -> list[cli.Finding]:
-    return [finding for finding in findings(check) if finding.status == "problem"]
 
 
 SHOWN = {
@@ -490,99 +470,3 @@ def test_module_runs_and_errors_come_without_traceback():
     assert (ended.returncode, ended.stdout) == (1, "")
     assert "CIFAR100" in ended.stderr
     assert "Traceback" not in ended.stderr
-
-
-def test_doctor_counts_problems_and_exits_1(damaged, capsys):
-    assert cli.main(["doctor"]) == 1
-    printed = capsys.readouterr().out
-    assert f"problem  penguins: DAMAGED: {damaged}" in printed
-    assert printed.endswith("\n1 problem found.\n")
-
-
-def test_doctor_finds_an_unwritable_results_folder(monkeypatch, tmp_path):
-    in_the_way = tmp_path / "results"
-    in_the_way.write_text("a file")
-    monkeypatch.setenv("FWDLIB_RESULTS", str(in_the_way))
-    (problem,) = problems(cli._check_results)
-    assert str(in_the_way) in problem.text
-    assert "FWDLIB_RESULTS" in problem.text
-    assert in_the_way.read_text() == "a file"
-
-
-def test_doctor_leaves_no_trace(tmp_path):
-    assert [finding.status for finding in findings(cli._check_results)] == ["ok"]
-    assert not (tmp_path / "new").exists()
-
-
-def test_doctor_finds_missing_and_old_packages(monkeypatch):
-    real = importlib.metadata.version
-
-    def version(name):
-        if name == "scipy":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return "2.10.1" if name == "torch" else real(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    old, missing = sorted(problems(cli._check_packages), key=lambda finding: "scipy" in finding.text)
-    assert "torch 2.10.1" in old.text
-    assert '"torch>=' in old.advice
-    assert missing.text == "scipy is not installed"
-    assert "pip install" in missing.advice
-
-
-def test_doctor_finds_a_package_that_does_not_import(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    (problem,) = problems(cli._check_imports)
-    assert "torchvision" in problem.text
-    assert problem.advice
-
-
-def test_doctor_finds_wrong_derivatives(monkeypatch):
-    real = torch.func.jvp
-    monkeypatch.setattr(torch.func, "jvp", lambda *arguments: [1.01 * value for value in real(*arguments)])
-    assert "forward-mode AD on cpu" in problems(cli._check_torch)[0].text
-
-
-def test_doctor_leaves_the_random_state_alone():
-    before = torch.random.get_rng_state()
-    cli._jvp_error(torch.device("cpu"))
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_doctor_finds_the_kernel_of_another_python(monkeypatch, tmp_path):
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    folder = tmp_path / "jupyter" / "kernels" / "python3"
-    folder.mkdir(parents=True)
-    argv = ["/opt/other/bin/python", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (folder / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Other", "language": "python"}))
-    (problem,) = problems(cli._check_jupyter)
-    assert "/opt/other/bin/python" in problem.text
-    assert sys.executable in problem.advice
-
-
-def test_doctor_finds_that_jupyter_is_not_there(monkeypatch):
-    monkeypatch.setitem(sys.modules, "jupyter_client.kernelspec", None)
-    assert "pip install" in problems(cli._check_jupyter)[0].advice
-
-
-@pytest.mark.parametrize(
-    ("package", "command"), [("papermill", "run"), ("psutil", "run"), ("distributed", "run --scheduler")]
-)
-def test_doctor_notes_what_run_lacks(package, command, monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
-    (note,) = [finding for finding in findings(cli._check_jupyter) if finding.status == "note"]
-    assert f"`python -m fwdlib {command}` needs {package}" in note.text
-    assert note.advice == f"{sys.executable} -m pip install {package}"
-
-
-def test_doctor_survives_a_check_that_breaks(monkeypatch, capsys):
-    def broken():
-        raise RuntimeError("torn")
-        yield
-
-    monkeypatch.setattr(cli, "CHECKS", {"Broken": broken, "Mode": cli._check_mode})
-    assert cli.main(["doctor"]) == 1
-    printed = capsys.readouterr().out
-    assert "RuntimeError: torn" in printed
-    assert "FWDLIB_QUICK is not set" in printed

@@ -46,6 +46,7 @@ LAYERS = (
     "cluster",
     "sweep",
     "beyond",
+    "doctor",
     "cli",
     "__main__",
 )

@@ -101,7 +101,8 @@ def test_every_study_knows_its_words(words):
     assert set(names) <= known | {"steps"}
 
 
-def test_an_interrupt_ends_what_runs(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_what_runs(tmp_path, sent):
     pid = tmp_path / "pid"
     child = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
     code = (
@@ -116,7 +117,7 @@ def test_an_interrupt_ends_what_runs(tmp_path):
     end = time.monotonic() + 60
     while not (pid.is_file() and pid.read_text()) and time.monotonic() < end:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 130
     assert "the same command goes on from there" in said
