@@ -34,6 +34,7 @@ PAPER_LATENCY = 50e-6
 FEW = "FG-RANK1, K = 1"
 MANY = "FG-RANK1, K = 16"
 PART = (FEW, MANY)
+HEADERS = 52  # bytes of a packet, of IPv4 and TCP with its time stamps, without the link's own
 FILE_OF_DESCENT = "descent.json"
 
 
@@ -97,7 +98,6 @@ def context(measured: dict[str, Any] | None) -> dict[str, Any] | None:
                 "seconds": seconds,
                 "predicted": expected,
                 "off": seconds.estimate / expected if expected else None,
-                "headers": _headers(found["segments"]),
             }
         ratios = {name: paired_ratio(row["methods"]["BP"]["seconds"], row["methods"][name]["seconds"]) for name in PART}
         rows.append(row | {"methods": methods, "ratios": ratios})
@@ -114,6 +114,7 @@ def context(measured: dict[str, Any] | None) -> dict[str, Any] | None:
         "num_params": num_params,
         "gradient": scaling.BYTES_OF_A_NUMBER * num_params,
         "most": {name: max(_bytes(rows, name)) for name in PART},
+        "wire": {name: max(_bytes(rows, name, headers=HEADERS)) for name in PART},
         "least": min(_bytes(rows, "BP")),  # sent once: what a slow link drops is sent again
         "paper": paper,
         "latency": PAPER_LATENCY,
@@ -143,8 +144,9 @@ def figures(measured: dict[str, Any] | None) -> dict[str, Figure]:
     }
 
 
-def _bytes(rows: list[dict[str, Any]], name: str) -> list[int]:
-    return [row["methods"][name]["bytes"] for row in rows if row["count"] > 1]
+def _bytes(rows: list[dict[str, Any]], name: str, headers: int = 0) -> list[int]:
+    methods = [row["methods"][name] for row in rows if row["count"] > 1]
+    return [found["bytes"] + headers * found["segments"] for found in methods]
 
 
 def _even(row: dict[str, Any], name: str, ratio: float) -> float:
@@ -186,10 +188,6 @@ def _is(run: dict[str, Any], method: str) -> bool:
 
 def _paper(measured: dict[str, Any]) -> list[dict[str, Any]]:
     return scaling.on_paper(measured["rows"], PAPER_COUNTS, PAPER_GIGABITS, PAPER_LATENCY)
-
-
-def _headers(segments: int) -> int:
-    return 52 * segments  # of IPv4 and TCP with its time stamps, without the link's own
 
 
 if __name__ == "__main__":

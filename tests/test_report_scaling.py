@@ -53,6 +53,7 @@ def test_ratios_are_those_of_rounds_and_rows_are_in_order(measured):
     assert found["slowest"]["ratios"][FEW].estimate == pytest.approx(120)
     assert found["most"] == {FEW: 592, MANY: 592}
     assert found["least"] == 7_000_000
+    assert found["wire"] == {FEW: 592 + 520, MANY: 592 + 520}
 
 
 def test_predictions_stand_beside_what_was_measured(measured):

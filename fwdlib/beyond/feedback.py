@@ -32,79 +32,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fwdlib import runtime
+from fwdlib.beyond.blocks import ErrorsOfBlocks, Network, shapes_of
 from fwdlib.checks import check_choice, check_count, check_fraction
-from fwdlib.dual import Dual, own_params
-from fwdlib.dual_tensor import Pass
+from fwdlib.dual import own_params
 from fwdlib.estimators import GradientEstimate, check_scalar
 from fwdlib.objectives import BatchLoss
-from fwdlib.perturbations import Perturbation
-from fwdlib.recording import Recording
 from fwdlib.tangents import AnyGenerator, Params, check_params, is_transformed, random_signs
 from fwdlib.training import MakeOptimizer, make_optimizer
 
 ADAM = make_optimizer("Adam", 1e-4)  # Bacho & Chu's
 TANGENTS = ("rademacher", "normal")
 WEIGHTS = ("example", "batch")
-
-HOW_TO_SAY = (
-    "Make it an nn.Sequential in which every hidden layer ends in an activation module (nn.Sequential(nn.Linear(784, "
-    "800), nn.ReLU(), nn.Linear(800, 10))), or give it a method blocks() that returns the modules which it applies one "
-    "after the other: [nn.Sequential(conv, relu), ..., readout]."
-)
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a model, in order: each up to and with an activation, the last one the readout.
-
-    Args:
-        model: an ``nn.Sequential``, nested or not, or anything with a method ``blocks()`` that returns them.
-
-    Raises:
-        ValueError: if the blocks cannot be told, or there are fewer than two; the message shows how to say them.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-        >>> [len(block) for block in blocks_of(model)]
-        [3, 1]
-    """
-    if callable(getattr(model, "blocks", None)):
-        blocks = list(model.blocks())
-    elif isinstance(model, nn.Sequential):
-        blocks = [nn.Sequential(*modules) for modules in _cut(model)]
-    else:
-        raise ValueError(f"the blocks of {type(model).__name__} cannot be told. {HOW_TO_SAY}")
-    if len(blocks) < 2:
-        raise ValueError(
-            f"{type(model).__name__} has {len(blocks)} block, and feedback needs a hidden one. {HOW_TO_SAY}"
-        )
-    lost = {id(p) for p in model.parameters()} - {id(p) for block in blocks for p in block.parameters()}
-    if lost:
-        names = [name for name, p in model.named_parameters() if id(p) in lost]
-        raise ValueError(f"blocks() leaves out the parameters {', '.join(names)}. {HOW_TO_SAY}")
-    return blocks
-
-
-def _cut(model: nn.Sequential) -> list[list[nn.Module]]:
-    blocks: list[list[nn.Module]] = [[]]
-    for module in _leaves(model):
-        blocks[-1].append(module)
-        if _is_activation(module):
-            blocks.append([])
-    return blocks if blocks[-1] else blocks[:-1]
-
-
-def _leaves(model: nn.Sequential) -> list[nn.Module]:
-    found = []
-    for module in model:
-        found += _leaves(module) if isinstance(module, nn.Sequential) else [module]
-    return found
-
-
-def _is_activation(module: nn.Module) -> bool:
-    return type(module).__module__ == "torch.nn.modules.activation" and not any(True for _ in module.children())
 
 
 class DirectFeedbackAlignment:
@@ -119,7 +59,7 @@ class DirectFeedbackAlignment:
     thirds of its products. Activations are kept, as by backprop.
 
     Args:
-        model: made of blocks; see :func:`blocks_of`.
+        model: made of blocks; see :func:`~fwdlib.beyond.blocks.blocks_of`.
         inputs: a batch for it, or a part of one, which tells the shapes of the blocks' outputs.
         seed: of the feedback.
         recorded: replay the model's kernels instead of calling it in each step. Faster where layers are small; but
@@ -144,10 +84,10 @@ class DirectFeedbackAlignment:
 
     def __init__(self, model: nn.Module, inputs: Tensor, *, seed: int = 0, recorded: bool = False) -> None:
         self.recorded = recorded
-        num_outputs, self._shapes = _shapes_of(model, inputs)
+        num_outputs, self._shapes = shapes_of(model, inputs)
         self._sizes = [shape.numel() for shape in self._shapes]
         self.matrix = nn.Parameter(next(model.parameters()).new_zeros(num_outputs, sum(self._sizes)), False)
-        self._network: _Network | None = None  # the model that was seen last
+        self._network: Network | None = None  # the model that was seen last
         self.reset(seed)
 
     @property
@@ -212,7 +152,7 @@ class DirectFeedbackAlignment:
 
     def _evaluate(
         self,
-        network: _Network,
+        network: Network,
         loss_of: Callable[[Tensor, Tensor], Tensor],
         inputs: Tensor,
         targets: Tensor,
@@ -242,11 +182,11 @@ class DirectFeedbackAlignment:
             return self._by_block(self._deltas(matrix, error, along, u, alpha))
 
         with torch.enable_grad():
-            loss = check_scalar(loss_of(_Feedback.apply(deltas, outputs[-1], *outputs[:-1]), targets))
+            loss = check_scalar(loss_of(ErrorsOfBlocks.apply(deltas, outputs[-1], *outputs[:-1]), targets))
             grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return loss.detach(), along, feedback_gradient, *grads
 
-    def _replay(self, network: _Network, objective: BatchLoss, params: Params, u: Tensor) -> tuple[Any, ...]:
+    def _replay(self, network: Network, objective: BatchLoss, params: Params, u: Tensor) -> tuple[Any, ...]:
         tensors = network.tensors() | params
         names, trained, loss_of = tuple(tensors), tuple(params), objective.loss
         state, options = self._learning()
@@ -269,7 +209,7 @@ class DirectFeedbackAlignment:
         found = network.recording(evaluate, *batch, *state.values(), *tensors.values(), key=key)
         return (*found[:2], None, *found[2:]) if state else found
 
-    def _network_of(self, objective: BatchLoss) -> _Network:
+    def _network_of(self, objective: BatchLoss) -> Network:
         if not isinstance(objective, BatchLoss):
             raise TypeError(
                 f"feedback needs the blocks of a model: pass a BatchLoss(model, inputs, targets), got "
@@ -278,7 +218,7 @@ class DirectFeedbackAlignment:
         if is_transformed():
             raise ValueError("a feedback rule has a state of its own, one for each seed: pass stacked=False")
         if self._network is None or self._network.model is not objective.model:
-            self._network = _Network(objective.model)
+            self._network = Network(objective.model)
         blocks = self._network.blocks
         if len(blocks) != len(self._shapes) + 1:
             raise ValueError(
@@ -370,7 +310,7 @@ class DirectKolenPollack(_LearnedFeedback):
     Cost: that of :class:`DirectFeedbackAlignment`, and a product of the size of the feedback.
 
     Args:
-        model: made of blocks; see :func:`blocks_of`.
+        model: made of blocks; see :func:`~fwdlib.beyond.blocks.blocks_of`.
         inputs: a batch for it.
         optimizer: of the feedback: from a list of tensors to an optimizer; default Adam at 1e-4. The decay is its own.
         recorded: see :class:`DirectFeedbackAlignment`.
@@ -401,7 +341,7 @@ class ForwardDirectFeedbackAlignment(_LearnedFeedback):
     products as backprop.
 
     Args:
-        model: made of blocks; see :func:`blocks_of`.
+        model: made of blocks; see :func:`~fwdlib.beyond.blocks.blocks_of`.
         inputs: a batch for it.
         optimizer: of the feedback: from a list of tensors to an optimizer; default Adam at 1e-4, as published.
         num_tangents: K.
@@ -462,7 +402,7 @@ class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
     derivative of the whole loss, which has no bias and about B times the variance.
 
     Args:
-        model: made of blocks; see :func:`blocks_of`.
+        model: made of blocks; see :func:`~fwdlib.beyond.blocks.blocks_of`.
         inputs: a batch for it.
         optimizer: of the feedback.
         num_tangents: K.
@@ -522,71 +462,6 @@ class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
         self.alpha *= self.alpha_decay
 
 
-class _Network:
-    """A model as its blocks, and what has been recorded of it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.modules = list(model.modules())
-        self.blocks = [_Block(model, block) for block in blocks_of(model)]
-        self.recording = Recording()
-
-    def tensors(self) -> Params:
-        """Return the model's own parameters and buffers by its names for them, without its search for them."""
-        return {name: owner[attribute] for block in self.blocks for name, owner, attribute in block.places.values()}
-
-
-class _Block:
-    """A block, and where the model's parameters and buffers are in it."""
-
-    def __init__(self, model: nn.Module, block: nn.Module) -> None:
-        self.block = block
-        names = {id(x): name for name, x in [*model.named_buffers(), *model.named_parameters()]}
-        self.places: dict[str, tuple[str, dict, str]] = {}  # by its name in the block: in the model, and where it is
-        for local, x in [*block.named_parameters(), *block.named_buffers()]:
-            path, _, attribute = local.rpartition(".")
-            owner = block.get_submodule(path)
-            kept = owner._parameters if attribute in owner._parameters else owner._buffers
-            self.places[local] = names[id(x)], kept, attribute
-
-    def run(self, tensors: Params | None, inputs: Tensor, tangents: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Push the inputs and their tangents (K, B, ...) through, with the tape on, which begins here.
-
-        Args:
-            tensors: in place of the model's parameters and buffers of these names; None for its own.
-            inputs: constants to the tape.
-            tangents: None for no tangents.
-        """
-        call: Any = self.block
-        if tensors is not None:
-            given = {local: tensors[name] for local, (name, _, _) in self.places.items() if name in tensors}
-            call = lambda inputs: functional_call(self.block, given, (inputs,))  # noqa: E731
-        if tangents is None:
-            with torch.enable_grad():
-                return call(inputs), None
-        dual = Dual.of(inputs, tangents)
-        with torch.enable_grad(), Pass(Perturbation({}, len(tangents), len(inputs), random_signs), {}):
-            dual = call(dual)
-            return dual.primal, dual.tangents.detach()
-
-
-class _Feedback(torch.autograd.Function):
-    """Hand the blocks their errors where backprop would carry them back; forward, it is the logits.
-
-    ``deltas`` makes of the error of the logits that of each hidden output. As no block's tape reaches the one before,
-    a call to autograd with the loss then finds nothing but local derivatives.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, deltas: Callable[[Tensor], list[Tensor]], logits: Tensor, *hidden: Tensor) -> Tensor:
-        ctx.deltas = deltas
-        return logits.view_as(logits)
-
-    @staticmethod
-    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
-        return None, error, *ctx.deltas(error)
-
-
 @functools.lru_cache(maxsize=1)
 def _number(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)  # without axes: no dtype is promoted by it
@@ -596,19 +471,3 @@ def _dense(x: Tensor) -> Tensor:
     # Without gaps or overlaps: an expanded batch cannot be recorded.
     is_channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x if is_channels_last else x.contiguous()
-
-
-def _shapes_of(model: nn.Module, inputs: Tensor) -> tuple[int, list[torch.Size]]:
-    # The number of outputs, and the shape of what each hidden block gives for one example.
-    shapes, activation = [], inputs
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # BatchNorm's statistics stay as they are
-    try:
-        with torch.no_grad():
-            for block in blocks_of(model):
-                activation = block(activation)
-                shapes.append(activation.shape[1:])
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return shapes.pop().numel(), shapes

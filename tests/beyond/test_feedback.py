@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fwdlib.beyond.blocks import blocks_of
 from fwdlib.beyond.feedback import (
     ControlVariateForwardGradient,
     DirectFeedbackAlignment,
     DirectKolenPollack,
     ForwardDirectFeedbackAlignment,
-    blocks_of,
 )
 from fwdlib.data import Dataset
 from fwdlib.dual import Dual
 from fwdlib.estimators import backprop_gradient
-from fwdlib.models import CNN, alexnet, fully_connected, shallow_cnn
+from fwdlib.models import CNN, fully_connected
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.training import make_optimizer, train
 
@@ -488,12 +488,6 @@ def test_alpha_decays_and_comes_back():
 
 
 # blocks, and what is refused
-
-
-def test_blocks_of_the_models_of_the_study():
-    assert [len(block) for block in blocks_of(fully_connected())] == [4, 3, 1]
-    assert [len(block) for block in blocks_of(shallow_cnn())] == [3, 3, 5, 1]
-    assert len(blocks_of(alexnet())) == 8
 
 
 @pytest.mark.parametrize("rule", RULES)
