@@ -73,9 +73,7 @@ EIGHT = tuple(MODES)[:8]
 STUDIES = {
     "MNIST-2x800": Study({"dataset": "MNIST"}, *either((10, 800, tuple(MODES)), (1, 100, EIGHT))),
     "FashionMNIST-2x800": Study({"dataset": "FashionMNIST"}, *either((10, 800), (1, 100)), ("BP", "FDFA")),
-    "MNIST-cnn": Study(
-        {"dataset": "MNIST", "conv": True}, *either((3, 200, EIGHT), (1, 30, ("BP", "FDFA", "FG-RANK1")))
-    ),
+    "MNIST-cnn": Study({"dataset": "MNIST", "conv": True}, *either((3, 200, EIGHT), (1, 30, ("BP", "FDFA")))),
 }
 LEARNED = ("FDFA", "DKP", "FG-CV")  # train modes whose feedback has a learning rate
 

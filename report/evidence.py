@@ -38,10 +38,9 @@ TOGETHER = [  # modules and their words, the longest first
     *(["protocols", "cnn"], ["alignment", "MNIST-2x800"], ["tangents"], ["alignment", "MNIST-cnn"]),
     *(["frank_wolfe", "tuning", "training", "convergence"], ["protocols", "logistic", "mlp"]),
     *(["functions", "descents", "divergence", "growth"], ["scratch", "agreement", "training"], ["descent"]),
-    ["alignment", "FashionMNIST-2x800"],
+    *(["alignment", "FashionMNIST-2x800"], ["frank_wolfe", "memory"]),
 ]
 ALONE = [
-    ["frank_wolfe", "memory"],
     ["functions", "steps"],
     ["scratch", "steps"],
     ["protocols", "steps"],
