@@ -37,7 +37,7 @@ bench: $(STAMP)  ## measure time and memory of a training step, alone on the mac
 	@$(RUN) -m fwdlib bench $(ARGS)
 
 test: $(STAMP)  ## run the tests, and every notebook in quick mode
-	@$(RUN) -m pytest -n 2 --dist loadgroup
+	@$(RUN) -m pytest -n 2 --dist loadfile
 	@FWDLIB_QUICK=1 $(RUN) -m pytest -n 2 --dist loadfile -o addopts=--nbval-cell-timeout=120 --nbval-lax notebooks
 
 test-browser: $(STAMP)  ## look at the pages, and run a notebook in JupyterLab, in headless Chromium (installed by apt)

@@ -300,7 +300,7 @@ def _train_group(
     batches = _Batches(task, runtime.generator(seeds[0], purpose="batches"))
     recent: list[list[float]] = []  # training losses since the last evaluation
     first, checkpoint = 0, None
-    about = _about(task, seeds[0], model, optimizer, scheduler)
+    about = _about(task, seeds[0], model, optimizer, scheduler) if task.checkpoint or workers.size > 1 else {}
     workers.check_alike(about)
     if task.checkpoint:
         checkpoint = _checkpoint_of(task, about, model, optimizer, scheduler, batches, generators[0])

@@ -232,6 +232,7 @@ def test_train_passes_its_options_on(folder, monkeypatch, tmp_path):
         **{"feedback_decay": 1e-6, "alpha": 0.5, "alpha_decay": 0.9, "epochs": 7, "batch_size": 32},
         **{"optimizer": "SGD", "lr": 0.1, "gamma": 0.8, "weight_decay": 1e-5, "seed": 5, "device": "cpu"},
         **{"log_dir": tmp_path / "logs", "resume": True, "dry_run": False, "test_batch_size": 500, "log_interval": 10},
+        "processes": 1,
     }
     published = {"batch_size": 64, "test_batch_size": 1000, "epochs": 100, "lr": 1e-4, "b_lr": 1e-4, "gamma": 0.95}
     published |= {"weight_decay": 0, "feedback_decay": 0, "log_interval": 100, "train_mode": "FDFA", "n_layers": 2}

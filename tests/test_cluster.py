@@ -20,7 +20,6 @@ from dask import config
 from fwdlib import batch, cluster, data
 from fwdlib.batch import Job, PlaceError, run_batch
 
-pytestmark = pytest.mark.xdist_group("cluster")
 NUM_JOBS = 24
 TELL = """\
 import json, os, time

@@ -268,7 +268,8 @@ def test_nan_passes_a_traced_maximum():
 
 
 def test_every_rule_has_a_case():
-    assert set(RULES) == {function for function, _ in CASES} | set(CONSTANTS)
+    ours = {function for function, rule in RULES.items() if rule.__module__ == "fwdlib.dual_rules"}
+    assert ours == {function for function, _ in CASES} | set(CONSTANTS)
 
 
 @pytest.mark.parametrize("key", [key for key in CASES if key not in FALLS_BACK], ids=name_of)

@@ -25,7 +25,6 @@ from report import __main__ as program
 from report import claims, render, site, wording
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("report")  # one worker draws the page, for all tests that read it
 
 
 def make_run(seed: int, iterations: int, status: str = "reached") -> Run:

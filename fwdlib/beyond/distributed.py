@@ -48,7 +48,7 @@ from fwdlib.history import History
 from fwdlib.objectives import BatchLoss
 from fwdlib.tangents import Params
 from fwdlib.training import train
-from fwdlib.workers import ALONE, ToldElsewhereError, Workers, num_started
+from fwdlib.workers import ALONE, ToldElsewhereError, Workers, num_restarts, num_started
 
 T = TypeVar("T")
 MEETING = "FWDLIB_MEETING"  # variable with the file in which processes meet that start() has started
@@ -320,13 +320,12 @@ def processes(device: torch.device) -> Iterator[Workers]:
     master = os.environ.get("MASTER_ADDR", "localhost")
     if socket.gethostbyname(master).startswith("127."):  # or gloo would listen where the machine's name points to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=os.environ.get(MEETING, "env://"),
-        rank=int(os.environ["RANK"]),
-        world_size=num_started(),
-        timeout=TIMEOUT,
-    )
+    place = {"rank": int(os.environ["RANK"]), "world_size": num_started()}
+    store, *_ = next(dist.rendezvous(os.environ.get(MEETING, "env://"), timeout=TIMEOUT, **place))
+    # Under a name of its own after each restart: torchrun's store still has the addresses of those that were lost.
+    store = dist.PrefixStore(f"start {num_restarts()}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, timeout=TIMEOUT, **place)
     try:
         yield Processes(device)
     except RuntimeError as error:

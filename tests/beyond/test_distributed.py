@@ -36,8 +36,6 @@ ESTIMATORS = {
     "backprop": backprop_gradient,
 }
 
-pytestmark = pytest.mark.xdist_group("processes")  # not two groups of four beside each other on two cores
-
 
 def build(width: int = 32) -> nn.Module:
     return nn.Sequential(nn.Linear(20, width), nn.Tanh(), nn.Linear(width, 3))

@@ -97,7 +97,6 @@ def test_a_measurement_has_every_method_and_round():
     assert found["num_params"] == sum(p.numel() for p in scaling.fully_connected().parameters())
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(bool(links.obstacle()), reason=links.obstacle() or "there is no obstacle")
 def test_over_100_mbit_a_step_is_20_times_faster_than_backprops():
     found = scaling.measure(4, 100, slow=True, num_rounds=3, seconds=0.1)
