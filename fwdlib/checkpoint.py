@@ -88,19 +88,26 @@ class Checkpoint:
         there = content["about"]
         names = [name for name in {**there, **self.about} if there.get(name) != self.about.get(name)]
         if names:
-            lines = [
-                f"{name} is {there.get(name, 'nothing')} there, {self.about.get(name, 'nothing')} here"
-                for name in names[:NAMED]
-            ]
-            more = f"; and {len(names) - NAMED} more differ" if len(names) > NAMED else ""
+            shown = differences(
+                [
+                    f"{name} is {there.get(name, 'nothing')} there, {self.about.get(name, 'nothing')} here"
+                    for name in names
+                ]
+            )
             error = ValueError(
-                f"{self.path} is the checkpoint of something else: {'; '.join(lines)}{more}. To go on from it, give "
+                f"{self.path} is the checkpoint of something else: {shown}. To go on from it, give "
                 f"the settings that it was made with; to start anew, another place for the checkpoint"
             )
             raise self.workers.told(error)
         for name, part in self.parts.items():
             part.load_state_dict(content[name])
         return content["progress"]
+
+
+def differences(lines: list[str]) -> str:
+    """Return the first few of the lines that each tell a difference, and how many more there are."""
+    more = f"; and {len(lines) - NAMED} more differ" if len(lines) > NAMED else ""
+    return "; ".join(lines[:NAMED]) + more
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def context(measured: dict[str, Any] | None) -> dict[str, Any] | None:
     Args:
         measured: as :func:`load` returns it.
     """
-    if measured is None or not {1, 2} <= {row["count"] for row in measured["rows"]}:
+    if not _is_enough(measured):
         return None
     predicted = scaling.predictions(measured["rows"])
     rows = []
@@ -136,12 +136,17 @@ def figures(measured: dict[str, Any] | None) -> dict[str, Figure]:
     """
     from fwdlib.beyond import scaling_figures
 
-    if context(measured) is None:
+    if not _is_enough(measured):
         return {}
     return {
         "scaling-links": scaling_figures.plot_links(measured["rows"], scaling.predictions(measured["rows"])),
         "scaling-workers": scaling_figures.plot_workers(_paper(measured)),
     }
+
+
+def _is_enough(measured: dict[str, Any] | None) -> bool:
+    # For a ratio and for the model: one process alone, and a message between two.
+    return measured is not None and {1, 2} <= {row["count"] for row in measured["rows"]}
 
 
 def _bytes(rows: list[dict[str, Any]], name: str, headers: int = 0) -> list[int]:

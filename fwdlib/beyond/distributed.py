@@ -15,7 +15,6 @@ Start it by ``torchrun --nproc-per-node N -m fwdlib train ...``, or on one machi
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import signal
@@ -39,9 +38,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fwdlib import runtime
-from fwdlib.checkpoint import Part
-from fwdlib.data import Dataset
-from fwdlib.dual import Dual, register_rule
+from fwdlib.checkpoint import Part, differences
+from fwdlib.data import Dataset, fingerprint
+from fwdlib.dual import Dual, own_params, register_rule
 from fwdlib.dual_tensor import Pass
 from fwdlib.estimators import Estimator, GradientEstimate
 from fwdlib.history import History
@@ -192,11 +191,10 @@ class Processes(Workers):
                 values = ", ".join(f"{value} in {', '.join(which)}" for value, which in ranks.items())
                 lines.append(f"{name} is {values}")
         if lines:
-            shown = "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more differ" if len(lines) > 4 else "")
             raise self.told(
                 ValueError(
-                    f"the {self.size} processes would not train the same thing: {shown}. Start all of them with the "
-                    f"same command, code and data"
+                    f"the {self.size} processes would not train the same thing: {differences(lines)}. Start all of "
+                    f"them with the same command, code and data"
                 )
             )
 
@@ -209,9 +207,9 @@ class Processes(Workers):
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(self.exchange.mean(buffer))
-        digests = self._gather(digest(model.parameters()))
-        if len(set(digests)) > 1:
-            odd = [str(rank) for rank, found in enumerate(digests) if found != digests[0]]
+        prints = self._gather(fingerprint(*(p.double() for p in model.parameters())))  # numpy has no bfloat16
+        if len(set(prints)) > 1:
+            odd = [str(rank) for rank, found in enumerate(prints) if found != prints[0]]
             raise RuntimeError(
                 f"the parameters of process {', '.join(odd)} are no longer those of process 0, so what they exchange "
                 f"means nothing. Processors of different kinds round differently: use machines of one kind"
@@ -255,14 +253,6 @@ class _Each:
         self._part.load_state_dict(state["of each process"][self._workers.rank])
 
 
-def digest(tensors: Iterator[Tensor]) -> str:
-    """Return a hash of the bytes of tensors: equal if they are, bit for bit."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
 class DataParallelGradient:
     """Backprop's gradient of the loss of all processes, by torch's DistributedDataParallel.
 
@@ -281,7 +271,7 @@ class DataParallelGradient:
         """
         model = objective.model
         own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if own.keys() != params.keys() or any(p.data_ptr() != own[name].data_ptr() for name, p in params.items()):
+        if own.keys() != params.keys() or own_params(own, params) is None:
             raise ValueError("DistributedDataParallel works at the model's own parameters: pass params_of(model)")
         if self._wrapped is None or self._wrapped.module is not model:
             with warnings.catch_warnings():  # torch 2.15 has another name for it, which lower versions lack
@@ -354,7 +344,6 @@ def start(count: int, function: Callable[..., None], *args: Any) -> None:
         ChildError: if one of them ends with a code other than 0; the message has it.
         ProcessRaisedException: if one of them ends by another exception; the message has its traceback.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory(prefix="fwdlib-") as folder:
         given = (count, (Path(folder) / "meeting").as_uri(), function, args)
         children = torch.multiprocessing.start_processes(_start, given, nprocs=count, join=False)
@@ -389,6 +378,8 @@ class ChildError(RuntimeError):
 
 def _start(rank: int, count: int, meeting: str, function: Callable[..., None], args: tuple) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), MEETING: meeting}
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     function(*args)
 
 

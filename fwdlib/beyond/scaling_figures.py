@@ -50,8 +50,7 @@ def plot_links(rows: Sequence[dict[str, Any]], predicted: dict[tuple[int, float]
             plain_ticks(axes)
             axes.xaxis.set_minor_locator(ticker.NullLocator())
         panels[0].set_ylabel("time of a step [ms]")
-        handles = [Line2D([], [], marker=_mark(name), label=name, **_look(name)) for name in METHODS]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        _legend(figure)
     return figure
 
 
@@ -76,9 +75,13 @@ def plot_workers(rows: Sequence[dict[str, Any]]) -> Figure:
             axes.set(title=f"{rate:g} Gbit/s", xlabel="processes", xscale="log", yscale="log")
             plain_ticks(axes)
         panels[0].set_ylabel("time of a step, by the model [ms]")
-        handles = [Line2D([], [], marker=_mark(name), label=name, **_look(name)) for name in METHODS]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        _legend(figure)
     return figure
+
+
+def _legend(figure: Figure) -> None:
+    handles = [Line2D([], [], marker=_mark(name), label=name, **_look(name)) for name in METHODS]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
 def _dot(axes: Axes, where: float, found: dict[str, Any], name: str) -> None:
