@@ -61,8 +61,8 @@ class Cluster:
     def __init__(self, scheduler: str) -> None:
         self.scheduler, self.news = scheduler, deque()
         try:
-            options = {"timeout": CONNECT_SECONDS, "set_as_default": False, "name": "fwdlib"}
-            self.client = distributed.Client(scheduler, **options)
+            asyncio.run(_greet(scheduler))
+            self.client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False, name="fwdlib")
         except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last two: TLS without certificates
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise PlaceError(
@@ -141,6 +141,14 @@ class Cluster:
         else:
             self.news.append(f"started  {remote.job.name} ({remote.num_cells} cells) on {worker}")
         remote.where = f" on {worker}"
+
+
+async def _greet(scheduler: str) -> None:
+    # Dask's Client waits for ever for one that takes a connection and says nothing. One that failed leaves a thread
+    # behind, and when it is collected while another starts, it waits for the lock that the other holds, and both hang.
+    args = distributed.Security().get_connection_args("client")
+    connection = distributed.comm.connect(scheduler, timeout=CONNECT_SECONDS, **args)
+    await (await asyncio.wait_for(connection, CONNECT_SECONDS)).close()
 
 
 class _Remote(Worker):

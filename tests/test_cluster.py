@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -283,11 +285,17 @@ def test_without_its_scheduler_a_batch_ends_soon_and_keeps_what_is_finished(
 
 
 def test_a_scheduler_that_is_not_there_is_told_at_once(tmp_path, monkeypatch):
+    before = {thread.ident for thread in threading.enumerate()}
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1)
     with pytest.raises(PlaceError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9 "):
         cluster.Cluster("tcp://127.0.0.1:9")
     with pytest.raises(PlaceError, match="answers at nonsense"):
         cluster.Cluster("nonsense://x")
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # takes connections and never says anything
+        address = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(PlaceError, match=rf"answers at {address} \(TimeoutError\)"):
+            cluster.Cluster(address)
+    assert {thread.ident for thread in threading.enumerate()} <= before  # none left behind
 
 
 def refused(shared, tmp_path, folders) -> str:
