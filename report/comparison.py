@@ -169,8 +169,12 @@ def _pair(backprop: dict[str, Any], forward: dict[str, Any], step: Interval, thr
         "loss_gap": mean_interval(
             [forward["train_loss"][f[seed]] - backprop["train_loss"][b[seed]] for seed in both if seed not in lost]
         ),
-        "verdict": "faster" if total.high < 1 else "slower" if total.low > 1 else "unclear",
+        "verdict": None if threshold is None else _verdict(total),  # equally many iterations say nothing of arriving
     }
+
+
+def _verdict(total: Interval) -> str:
+    return "faster" if total.high < 1 else "slower" if total.low > 1 else "unclear"
 
 
 def _runs(runs: dict[str, Any], threshold: float | None) -> dict[str, Any]:

@@ -114,8 +114,8 @@ def to_pdf(text: str, folder: Path) -> bytes:
 
 
 def loss(value: float) -> str:
-    """Return a loss to four digits."""
-    return number(value, 4, infinite="not finite")
+    """Return a loss to four digits, and one that is as good as zero as such."""
+    return "< 0.0001" if 0 <= value < 1e-4 else number(value, 4, infinite="not finite")
 
 
 def capfirst(text: str) -> str:

@@ -636,6 +636,14 @@ def test_number(value, text):
 
 @pytest.mark.parametrize(
     ("value", "text"),
+    [(2.30258, "2.303"), (9.9e-9, "< 0.0001"), (0.0, "< 0.0001"), (-1e-6, "−0.000001000"), (math.nan, "not finite")],
+)
+def test_loss(value, text):
+    assert render.loss(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
     [
         (12.0, "12.0 s"),
         (0.0004, "400 \N{MICRO SIGN}s"),

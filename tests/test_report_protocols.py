@@ -114,6 +114,12 @@ def test_a_slower_step_turns_the_conclusion():
     assert comparison._pair(backprop, forward, Interval(3.9, 4.0, 4.1), 0.3)["verdict"] == "slower"
 
 
+def test_equally_many_iterations_say_nothing_of_which_arrives_first():
+    pair = comparison._pair(runs([100] * 9, "completed"), runs([100] * 9, "completed"), Interval(0.5, 0.5, 0.5), None)
+    assert pair["total"].high < 1
+    assert pair["verdict"] is None
+
+
 def test_who_never_arrives_takes_for_ever():
     found = comparison._pair(runs([100] * 9), runs([100] * 9, "not reached"), Interval(1, 1, 1), 0.3)
     assert found["iterations"].estimate == math.inf
