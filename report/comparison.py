@@ -142,6 +142,12 @@ def _model(name: str, content: dict[str, Any], seconds: dict[str, list[float]]) 
         "slower": all(row["against"]["total"].low > 1 for row in fair.values()),
         "faster": any(row["against"]["total"].high < 1 for row in fair.values()),
         "best": min(set(fair) - {"forward gradient"}, key=lambda method: fair[method]["against"]["total"].estimate),
+        "unstable": {
+            method: _runs(content["tuning"][method][half], threshold)
+            for method, row in fair.items()
+            if threshold is None and 2 * row["arrived"] < row["num_seeds"]
+            if (half := str(_best(content, method) - 1)) in content["tuning"][method]
+        },
         "edge": [method for method in METHODS if _best(content, method) in (settings["grid"][0], settings["grid"][-1])],
     }
 

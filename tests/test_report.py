@@ -636,7 +636,13 @@ def test_number(value, text):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(2.30258, "2.303"), (9.9e-9, "< 0.0001"), (0.0, "< 0.0001"), (-1e-6, "−0.000001000"), (math.nan, "not finite")],
+    [
+        (2.30258, "2.303"),
+        (9.9e-9, "< 0.0001"),
+        (0.0, "< 0.0001"),
+        (-1e-6, "\N{MINUS SIGN}0.000001000"),
+        (math.nan, "not finite"),
+    ],
 )
 def test_loss(value, text):
     assert render.loss(value) == text

@@ -120,6 +120,18 @@ def test_equally_many_iterations_say_nothing_of_which_arrives_first():
     assert pair["verdict"] is None
 
 
+def test_who_diverges_at_the_tuned_rate_is_told_with_what_half_of_it_gives():
+    found = comparison.load(protocols.RESULTS)
+    content, seconds = found["models"]["cnn"], found["steps"]["seconds"]["cnn"]
+    method, best = "forward gradient", comparison._best(content, "forward gradient")
+    tuned = content["fair"][method][str(best)]
+    for status, told in (("completed", False), ("diverged", True)):
+        tuned |= {"status": [status] * len(tuned["seed"]), "train_loss": [1.0] * len(tuned["seed"])}
+        unstable = comparison._model("cnn", content, seconds)["unstable"]
+        assert (method in unstable) == told
+    assert unstable[method]["learning_rate"] == tuned["learning_rate"] / 2
+
+
 def test_who_never_arrives_takes_for_ever():
     found = comparison._pair(runs([100] * 9), runs([100] * 9, "not reached"), Interval(1, 1, 1), 0.3)
     assert found["iterations"].estimate == math.inf
