@@ -162,7 +162,6 @@ def _pair(backprop: dict[str, Any], forward: dict[str, Any], step: Interval, thr
     )
     total = Interval(*(end * step.estimate for end in ratio))
     total = Interval(total.low * step.low / step.estimate, total.estimate, total.high * step.high / step.estimate)
-    lost = [seed for seed in both if "diverged" in (forward["status"][f[seed]], backprop["status"][b[seed]])]
     gap = [100 * (backprop["accuracy"][b[seed]] - forward["accuracy"][f[seed]]) for seed in both]
     return {
         "backprop": _runs(backprop, threshold),
@@ -172,11 +171,15 @@ def _pair(backprop: dict[str, Any], forward: dict[str, Any], step: Interval, thr
         "step": step,
         "total": total,
         "accuracy_gap": mean_interval(gap),
-        "loss_gap": mean_interval(
-            [forward["train_loss"][f[seed]] - backprop["train_loss"][b[seed]] for seed in both if seed not in lost]
-        ),
+        "loss_gap": median_interval([_lead(forward["train_loss"][f[s]], backprop["train_loss"][b[s]]) for s in both]),
         "verdict": None if threshold is None else _verdict(total),  # equally many iterations say nothing of arriving
     }
+
+
+def _lead(forward: float | str, backprop: float | str) -> float:
+    # By how much backprop's loss is lower: infinitely, where forward alone diverged; not at all, where both did.
+    losses = _finite(forward), _finite(backprop)
+    return 0.0 if losses == (math.inf, math.inf) else losses[0] - losses[1]
 
 
 def _verdict(total: Interval) -> str:

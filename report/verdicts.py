@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from scipy.stats import binomtest
@@ -307,6 +308,7 @@ CLAIMS = [
         },
         above(0),
         {"holds": "theirs compared two different losses, though", "partly": "theirs compared two different losses"},
+        partial(wording.number, infinite="not finite"),
     ),
     Claim(
         f"{SEED}, CNN",

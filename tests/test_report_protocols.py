@@ -132,6 +132,14 @@ def test_who_diverges_at_the_tuned_rate_is_told_with_what_half_of_it_gives():
     assert unstable[method]["learning_rate"] == tuned["learning_rate"] / 2
 
 
+@pytest.mark.parametrize(("forward", "backprop", "gap"), [("nan", 2.0, math.inf), (2.5, 2.0, 0.5), ("nan", "inf", 0.0)])
+def test_a_loss_that_diverged_is_behind_any_other(forward, backprop, gap):
+    pair = comparison._pair(
+        runs([9] * 9, "completed", loss=backprop), runs([9] * 9, "completed", loss=forward), Interval(1, 1, 1), None
+    )
+    assert pair["loss_gap"].estimate == gap
+
+
 def test_who_never_arrives_takes_for_ever():
     found = comparison._pair(runs([100] * 9), runs([100] * 9, "not reached"), Interval(1, 1, 1), 0.3)
     assert found["iterations"].estimate == math.inf
