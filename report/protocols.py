@@ -144,7 +144,7 @@ def published(name: str) -> dict[str, dict[str, Training]]:
             ("Adam, double softmax, warm start", with_double_softmax, WARM_UP),
         ):
             options = for_each | {"max_iterations": 499 * (model.max_iterations + skipped)}
-            found["backprop"][form] = Training(lambda data, e=estimator: e, rate, options, either(6, 1), skipped)
+            found["backprop"][form] = Training(lambda data, e=estimator: e, rate, options, either(None, 1), skipped)
     return found
 
 

@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -115,14 +116,19 @@ def measure(problems: Sequence[str], file: Path = FILE) -> dict[str, Any]:
         },
     }
     found = reopen(file, settings, runs=[])
-    rounds = zip(*(PROBLEMS[name].sizes for name in problems), strict=True)
-    cases = [(name, n, m) for sizes in rounds for name, n in zip(problems, sizes, strict=True) for m in METHODS]
+    cases = [(name, n, method) for name, n in _in_turn(problems) for method in METHODS]
     for name, n, method in (bar := tqdm(cases, desc="tangents", unit="case")):
         bar.set_postfix_str(f"{name}, n = {n}, {method}")
         for run in _tune(name, n, method, runs_of(found["runs"], name, n, method)):
             found["runs"].append(run)
         write_json(file, found)
     return found
+
+
+def _in_turn(problems: Sequence[str]) -> Iterator[tuple[str, int]]:
+    # The first size of each problem, then the second of each: an interrupt leaves something of all.
+    for sizes in zip_longest(*(PROBLEMS[name].sizes for name in problems)):
+        yield from ((name, n) for name, n in zip(problems, sizes, strict=True) if n is not None)
 
 
 def _tune(name: str, n: int, method: str, runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

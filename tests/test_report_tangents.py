@@ -56,6 +56,13 @@ def section(found):
     return environment.get_template("sections/tangents.md.j2").render(tangents=tangents.context(found))
 
 
+def test_problems_take_turns_and_one_with_fewer_sizes_ends_earlier(monkeypatch):
+    few = {"sphere": (64, 2, 4), "rosenbrock": (2,)}
+    monkeypatch.setattr(tangents, "PROBLEMS", {n: tangents.PROBLEMS[n]._replace(sizes=few[n]) for n in few})
+    expected = [("sphere", 64), ("rosenbrock", 2), ("sphere", 2), ("sphere", 4)]
+    assert list(tangents._in_turn(["sphere", "rosenbrock"])) == expected
+
+
 # what the page says
 
 

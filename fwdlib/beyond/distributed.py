@@ -19,15 +19,13 @@ import logging
 import os
 import signal
 import socket
-import struct
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -411,43 +409,3 @@ def _train(folder: str, build: Callable, data: Dataset, estimator: Estimator, op
     with processes(torch.device(options.get("device", "cpu"))) as workers:
         history = train(build, data, estimator, workers=workers, **options)
         torch.save(history, Path(folder) / f"{workers.rank}.pt")
-
-
-# --- counting --------------------------------------------------------------------------------------------------------
-
-
-class Traffic(NamedTuple):
-    """What this process has sent over TCP, as the kernel counts it."""
-
-    num_bytes: int
-    """Of data, the exchange's own headers included; what was sent twice counts twice."""
-    num_segments: int
-    """Packets, acknowledgements included; each has headers of its own, of 52 bytes with IPv4, and the link's."""
-
-    def since(self, start: Traffic) -> Traffic:
-        """Return what was sent after ``start``."""
-        return Traffic(self.num_bytes - start.num_bytes, self.num_segments - start.num_segments)
-
-
-def traffic() -> Traffic:
-    """Count what the open TCP connections of this process have sent.
-
-    Raises:
-        OSError: where the system does not tell: on any but Linux.
-    """
-    if not sys.platform.startswith("linux"):
-        raise OSError("what a process has sent over TCP can be counted on Linux only")
-    num_bytes = num_segments = 0
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            if not str(entry.readlink()).startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
-                if connection.type != socket.SOCK_STREAM or connection.family not in (socket.AF_INET, socket.AF_INET6):
-                    continue
-                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        except FileNotFoundError:  # closed since it was listed
-            continue
-        num_segments += struct.unpack_from("=I", info, 136)[0]  # tcpi_segs_out and tcpi_bytes_sent of <linux/tcp.h>
-        num_bytes += struct.unpack_from("=Q", info, 200)[0]
-    return Traffic(num_bytes, num_segments)

@@ -2,17 +2,22 @@
 
 Each process gets a namespace with one interface, through which a token bucket lets so many bits a second in either
 direction. The kernel does all of it, so what runs there needs no change. Linux alone has it, and only root may ask.
+
+Over these links, or any others, the kernel also counts what a process has sent.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from fwdlib.checks import check_count, check_positive
 
@@ -118,3 +123,40 @@ def _run(*command: str) -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"`{' '.join(command)}`: {done.stderr.strip()}")
+
+
+class Traffic(NamedTuple):
+    """What this process has sent over TCP, as the kernel counts it."""
+
+    num_bytes: int
+    """Of data, the exchange's own headers included; what was sent twice counts twice."""
+    num_segments: int
+    """Packets, acknowledgements included; each has headers of its own, of 52 bytes with IPv4, and the link's."""
+
+    def since(self, start: Traffic) -> Traffic:
+        """Return what was sent after ``start``."""
+        return Traffic(self.num_bytes - start.num_bytes, self.num_segments - start.num_segments)
+
+
+def traffic() -> Traffic:
+    """Count what the open TCP connections of this process have sent.
+
+    Raises:
+        OSError: where the system does not tell: on any but Linux.
+    """
+    if not sys.platform.startswith("linux"):
+        raise OSError("what a process has sent over TCP can be counted on Linux only")
+    num_bytes = num_segments = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            if not str(entry.readlink()).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                if connection.type != socket.SOCK_STREAM or connection.family not in (socket.AF_INET, socket.AF_INET6):
+                    continue
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        except FileNotFoundError:  # closed since it was listed
+            continue
+        num_segments += struct.unpack_from("=I", info, 136)[0]  # tcpi_segs_out and tcpi_bytes_sent of <linux/tcp.h>
+        num_bytes += struct.unpack_from("=Q", info, 200)[0]
+    return Traffic(num_bytes, num_segments)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from fwdlib import runtime
 from fwdlib.beyond import links
-from fwdlib.beyond.distributed import DataParallelGradient, prime_factors, processes, start, traffic
+from fwdlib.beyond.distributed import DataParallelGradient, prime_factors, processes, start
 from fwdlib.dual import stacked_forward_gradient
 from fwdlib.estimators import Estimator, backprop_gradient
 from fwdlib.files import write_bytes
@@ -113,10 +113,10 @@ def _measure(workers: Workers, num_rounds: int, seconds: float) -> dict[str, Any
     sent, num_calls = {}, {}
     for key, call in calls.items():
         call()
-        before, begun = traffic() if workers.size > 1 else None, time.perf_counter()
+        before, begun = links.traffic() if workers.size > 1 else None, time.perf_counter()
         call()
         taken = time.perf_counter() - begun
-        sent[key] = traffic().since(before) if before else (0, 0)
+        sent[key] = links.traffic().since(before) if before else (0, 0)
         num_calls[key] = workers.from_first(lambda taken=taken: max(1, round(seconds / taken)))  # as many in all
     found: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for _ in range(num_rounds):

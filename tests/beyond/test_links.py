@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -85,3 +86,17 @@ def test_what_is_in_the_way_is_said(monkeypatch):
 def test_numbers_out_of_range_are_refused(count, megabits):
     with pytest.raises(ValueError, match="got 0"), links.slowed(count, megabits):
         pass
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's counters are read on Linux only")
+def test_traffic_counts_what_goes_through_a_connection():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        start = links.traffic()
+        peer, _ = server.accept()
+        with peer:
+            client.sendall(bytes(12345))
+            while len(peer.recv(65536, socket.MSG_PEEK)) < 12345:
+                pass
+            counted = links.traffic().since(start)
+    assert counted.num_bytes == 12345
+    assert counted.num_segments >= 1
