@@ -41,7 +41,6 @@ from report.studies import RESULTS, climb, either, held_out, reopen
 FOLDER = RESULTS / "feedback"
 STEPS = "steps.json"
 PLAIN = "loss.backward()"
-SEEDS = either([1, 2, 3], [1, 2])
 TUNING_SEED = 100
 NUM_HELD_OUT = 10_000
 BASE_RATE = 1e-4  # times a power of two
@@ -53,6 +52,7 @@ class Study(NamedTuple):
     options: dict[str, Any]
     epochs: int
     tuning_steps: int
+    seeds: tuple[int, ...]
     modes: tuple[str, ...]
 
 
@@ -71,9 +71,13 @@ MODES: dict[str, dict[str, Any]] = {  # with the power of the first guess of the
 }
 EIGHT = tuple(MODES)[:8]
 STUDIES = {
-    "MNIST-2x800": Study({"dataset": "MNIST"}, *either((10, 800, tuple(MODES)), (1, 100, EIGHT))),
-    "FashionMNIST-2x800": Study({"dataset": "FashionMNIST"}, *either((10, 800), (1, 100)), ("BP", "FDFA")),
-    "MNIST-cnn": Study({"dataset": "MNIST", "conv": True}, *either((3, 200, EIGHT), (1, 30, ("BP", "FDFA")))),
+    "MNIST-2x800": Study({"dataset": "MNIST"}, *either((10, 800, (1, 2, 3), tuple(MODES)), (1, 100, (1, 2), EIGHT))),
+    "FashionMNIST-2x800": Study(
+        {"dataset": "FashionMNIST"}, *either((10, 800, (1, 2, 3)), (1, 100, (1, 2))), ("BP", "FDFA")
+    ),
+    "MNIST-cnn": Study(
+        {"dataset": "MNIST", "conv": True}, *either((3, 200, (1, 2, 3), EIGHT), (1, 30, (1,), ("BP", "FDFA")))
+    ),
 }
 LEARNED = ("FDFA", "DKP", "FG-CV")  # train modes whose feedback has a learning rate
 
@@ -126,7 +130,7 @@ def measure(task: str, mode: str, folder: Path = FOLDER) -> dict[str, Any]:
     power = climb(lambda power: cost(power, feedback_power), start)
     if settings.train_mode in LEARNED and fixed is None:
         feedback_power = climb(lambda feedback_power: cost(power, feedback_power), 0)
-    for seed in SEEDS:
+    for seed in study.seeds:
         run(power, feedback_power, seed, "measured")
     return found
 

@@ -98,8 +98,11 @@ def _model(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fastest(seconds: dict[str, list[float]], method: str) -> str:
-    forms = [name for name in seconds if name.partition(", ")[0] in (method, f"{method} channels_last")]
-    return min(forms, key=lambda name: np.median(seconds[name]))
+    return min(_forms(seconds, method), key=lambda name: np.median(seconds[name]))
+
+
+def _forms(seconds: dict[str, list[float]], method: str) -> list[str]:
+    return [name for name in seconds if name.partition(", ")[0] in (method, f"{method} channels_last")]
 
 
 def _tangents(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -133,10 +136,11 @@ def _descent(descent: dict[str, Any], bench: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for method in dict.fromkeys(run["method"] for run in descent["runs"]):
         runs = [run for run in descent["runs"] if run["method"] == method and run["purpose"] == "measured"]
-        if not runs:
+        timed = method.replace(", K = ", " K=")
+        if not runs or not _forms(seconds, timed):  # a short benchmark does not have all
             continue
         steps = [run["iterations"] if run["status"] == "reached" else float("inf") for run in runs]
-        step = float(np.median(seconds[_fastest(seconds, method.replace(", K = ", " K="))]))
+        step = float(np.median(seconds[_fastest(seconds, timed)]))
         interval = median_interval(steps)
         rows.append(
             {

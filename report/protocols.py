@@ -60,8 +60,8 @@ class Model(NamedTuple):
 
 
 MODELS = {
-    "logistic": Model(LogisticRegression, load_penguins, 0.2, 0.3, 2_000, "parameter", *either((100, 20), (20, 6))),
-    "mlp": Model(MLP, load_penguins, 0.05, 0.2, 1_000, "parameter", *either((100, 20), (20, 6))),
+    "logistic": Model(LogisticRegression, load_penguins, 0.2, 0.3, 2_000, "parameter", *either((100, 20), (10, 3))),
+    "mlp": Model(MLP, load_penguins, 0.05, 0.2, 1_000, "parameter", *either((100, 20), (10, 3))),
     "cnn": Model(CNN, load_kmnist, 0.001, None, either(100, 30), "joint", *either((20, 6), (6, 1))),
 }
 GRID = range(-2, 9)  # learning rates of the fair protocol: powers of two times the published one

@@ -55,7 +55,7 @@ class Problem(NamedTuple):
 
 
 # n, in the order in which they are measured
-SIZES = either((1024, 256, 64, 2, 4, 8, 16, 32, 128, 512), (1024, 64, 2))
+SIZES = either((1024, 256, 64, 2, 4, 8, 16, 32, 128, 512), (1024, 2))
 SIZES_OF_ROSENBROCK = either((2, 16, 64, 128, 4, 1024, 256, 8, 32, 512), (2, 16))
 PROBLEMS = {
     "sphere": Problem(sphere, (-1.0, -1.0), 1000, 2.0, SIZES),

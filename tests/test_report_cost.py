@@ -133,6 +133,14 @@ def test_time_to_the_loss_is_steps_times_the_fastest_step(bench, descent):
     assert second["at_least"] == pytest.approx(9000 * 0.6e-3 * 1.04)
 
 
+def test_a_method_that_a_short_benchmark_did_not_time_has_no_row(bench, descent):
+    for run in descent["runs"]:
+        if run["method"] != "backprop":
+            run["method"] = "rank-one, K = 7"
+    (row,) = cost.context({"bench": bench, "descent": descent})["descent"]["rows"]
+    assert row["method"] == "backprop"
+
+
 def test_the_section_prints_it(text):
     said = section(text, "cost")
     assert "| the MLP, 64 | 1234 |" in said.replace("1,234", "1234").replace("1 234", "1234")

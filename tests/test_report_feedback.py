@@ -113,8 +113,7 @@ def small(monkeypatch):
     data = Dataset(images[:96], labels[:96], images[96:], labels[96:], ("a", "b", "c"), source)
     monkeypatch.setattr(alignment.experiment, "load", lambda *_: data)
     monkeypatch.setattr(alignment, "NUM_HELD_OUT", 24)
-    monkeypatch.setattr(alignment, "SEEDS", [1, 2])
-    study = alignment.Study({"dataset": "MNIST", "n_layers": 1, "batch_size": 24}, 2, 3, ("BP", "FDFA"))
+    study = alignment.Study({"dataset": "MNIST", "n_layers": 1, "batch_size": 24}, 2, 3, (1, 2), ("BP", "FDFA"))
     monkeypatch.setitem(alignment.STUDIES, "small", study)
     return data
 
