@@ -175,7 +175,7 @@ def story(shared, tmp_path_factory):
         told["listens"] = listens_at([psutil.Process(p.pid) for p in (client, shared.scheduler, *shared.workers)])
         client.send_signal(sent)
         _, said = client.communicate(timeout=60)
-        assert wait_until(lambda: not runs_in(shared.folder), 10), "the workers run on for nobody"
+        assert wait_until(lambda: not runs_in(shared.folder)), "the workers run on for nobody"
         return said, client.returncode, stamps(far)
 
     told["killed"] = send(3, signal.SIGKILL)
@@ -226,7 +226,7 @@ def test_after_a_killed_client_only_what_is_missing_runs(story):
 def test_an_interrupt_says_how_to_go_on(story):
     said, code, _ = story["stopped"]
     assert code == 130
-    assert said.rstrip().endswith("stopped. What was finished is kept; the same command goes on")
+    assert "stopped. What was finished is kept; the same command goes on" in said
     assert "Traceback" not in said
 
 
@@ -278,7 +278,7 @@ def test_without_its_scheduler_a_batch_ends_soon_and_keeps_what_is_finished(
         assert [path.name for path in folders["executed"].glob("*.json")] == ["quick.json"]
         assert not list(folders["results"].glob(".running-*"))
         if sent == signal.SIGKILL:
-            assert wait_until(lambda: not runs_in(there.folder), 10)
+            assert wait_until(lambda: not runs_in(there.folder))
     assert "Traceback" not in capfd.readouterr().err
     (again,) = batch.finished(jobs, **folders)
     assert again.job.name == "quick"
