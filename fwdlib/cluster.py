@@ -89,6 +89,8 @@ class Cluster:
         self._pings.cancel()
         if self._is_gone():  # we have said so, or shall; Dask would add the traceback of its attempts to get it back
             logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+        # What a close that takes too long leaves behind would be told by asyncio, after our last words.
+        self.client.loop.asyncio_loop.set_exception_handler(lambda *_: None)
         with suppress(TimeoutError):
             self.client.close(timeout=5)
 
