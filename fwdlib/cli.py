@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
-from fwdlib.beyond import settings
+from fwdlib.atomic import message_of
 from fwdlib.doctor import PROG, Doctor
-from fwdlib.files import message_of
+from fwdlib.trainer import settings
 
 if TYPE_CHECKING:
-    from fwdlib.batch import Job, Outcome, Place
+    from fwdlib.runs.batch import Job, Outcome, Place
 
 ABOUT = "Gradients without backpropagation: forward gradients beside backprop."
 
@@ -162,26 +162,26 @@ class Train:
         """
         asked = settings.Settings(**vars(self.task), **vars(self.method), **vars(self.steps), **vars(self.running))
 
-        from fwdlib import runtime, workers
-        from fwdlib.beyond import experiment
+        from fwdlib import runtime
+        from fwdlib.trainer import experiment, processes
 
         if asked.processes > 1:
-            if workers.num_started() == 1:
+            if processes.num_started() == 1:
                 return self._start(asked)
-            if asked.processes != workers.num_started():
-                raise ValueError(f"--processes {asked.processes}, but torchrun has started {workers.num_started()}")
+            if asked.processes != processes.num_started():
+                raise ValueError(f"--processes {asked.processes}, but torchrun has started {processes.num_started()}")
         runtime.keep_freed_memory()
         if asked.device.startswith("cuda"):
             runtime.use_determinism()
         try:
             record = experiment.run(asked)
-        except workers.ToldElsewhereError:
+        except processes.ToldElsewhereError:
             return 1
         except KeyboardInterrupt:
-            if workers.num_started() > 1 and not workers.is_first():
+            if processes.num_started() > 1 and not processes.is_first():
                 return 130
             raise KeyboardInterrupt(self._stopped(asked)) from None
-        if not workers.is_first():
+        if not processes.is_first():
             return 0
         accuracy = f"test accuracy {100 * record['epochs'][-1]['test_accuracy']:.2f} %"
         if asked.dry_run:
@@ -192,7 +192,7 @@ class Train:
 
     def _start(self, asked: settings.Settings) -> int:
         # The same in several processes, which say themselves what is wrong.
-        from fwdlib.beyond import distributed
+        from fwdlib.trainer import distributed
 
         try:
             distributed.start(asked.processes, _exit_with, self)
@@ -246,10 +246,10 @@ class Bench:
         Raises:
             ValueError: if an option is not one of those allowed.
         """
-        from fwdlib import benchmark
+        from fwdlib.bench import measuring
         from fwdlib.results import write_json
 
-        found = benchmark.run(
+        found = measuring.run(
             device=self.device,
             models=self.models or None,
             batch=self.batch,
@@ -258,9 +258,9 @@ class Bench:
             quick=self.quick,
         )
         partial = bool(self.models) or not (self.memory and self.depth)
-        path = self.out or benchmark.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
+        path = self.out or measuring.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
         write_json(path, found)
-        print(benchmark.text(found))
+        print(measuring.text(found))
         print(f"All numbers: {path}")
         return 0
 
@@ -317,7 +317,8 @@ class Run:
             PlaceError: if the cluster cannot be reached, or is gone; the message says how to go on.
             KeyboardInterrupt: if it is stopped; likewise.
         """
-        from fwdlib import batch, runtime, sweep
+        from fwdlib import runtime
+        from fwdlib.runs import batch, sweep
 
         sweep.check_format(self.to)
         jobs = self._jobs()
@@ -346,7 +347,8 @@ class Run:
         return int(bool(failed))
 
     def _jobs(self) -> list[Job]:
-        from fwdlib import runtime, sweep
+        from fwdlib import runtime
+        from fwdlib.runs import sweep
 
         names, settings = (tuple(itertools.chain(*words)) for words in (self.notebook, self.settings))
         if bool(names) == bool(self.batches):
@@ -362,12 +364,12 @@ class Run:
     def _place(self) -> AbstractContextManager[Place | None]:
         if self.scheduler is None:
             return nullcontext()
-        from fwdlib.cluster import Cluster
+        from fwdlib.runs.cluster import Cluster
 
         return Cluster(self.scheduler)
 
     def _save(self, outcomes: list[Outcome], num_jobs: int, output: Path) -> None:
-        from fwdlib import sweep
+        from fwdlib.runs import sweep
 
         path, frame = output / f"table.{self.to}", sweep.table(outcomes)
         sweep.write_table(frame, path)

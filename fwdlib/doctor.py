@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fwdlib.files import message_of
+from fwdlib.atomic import message_of
 
 if TYPE_CHECKING:
     import torch

@@ -232,7 +232,7 @@ def plot_durations(seconds: dict[str, Sequence[float]]) -> Figure:
     """Draw how long several things take: the median, with a line that holds the middle half.
 
     Args:
-        seconds: name -> durations, as :func:`fwdlib.benchmark.interleave` returns them.
+        seconds: name -> durations, as :func:`fwdlib.bench.measuring.interleave` returns them.
 
     Returns:
         A figure with one panel, a row for each name in their order, on a logarithmic axis.
@@ -340,7 +340,7 @@ def plot_cost(bench: dict[str, Any]) -> Figure:
     round by round. Left of the line at 1 is faster than backprop.
 
     Args:
-        bench: as :func:`fwdlib.benchmark.run` returns it, or read from its JSON file.
+        bench: as :func:`fwdlib.bench.measuring.run` returns it, or read from its JSON file.
 
     Returns:
         A figure with a panel for each model, three in a row, all with the same logarithmic axis.
@@ -387,7 +387,7 @@ def plot_depth(bench: dict[str, Any], published: dict[str, Sequence[float]] | No
     """Draw time and peak memory of a training step over the number of layers: figure 6 of Baydin et al. 2022.
 
     Args:
-        bench: as :func:`fwdlib.benchmark.run` returns it, or read from its JSON file.
+        bench: as :func:`fwdlib.bench.measuring.run` returns it, or read from its JSON file.
         published: ``layers``, ``R_f`` and ``R_b`` of the paper, drawn as thin grey lines.
 
     Returns:

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from fwdlib import runtime
+from fwdlib.atomic import write_bytes
 from fwdlib.data import Source
-from fwdlib.files import write_bytes
 from fwdlib.history import History, Run
 from fwdlib.statistics import Interval, median_interval
 
@@ -214,7 +214,7 @@ def write_text(path: Path, text: str) -> None:
         text: its new content.
 
     Raises:
-        OSError: as :func:`fwdlib.files.write_bytes`. What was there before is still there.
+        OSError: as :func:`fwdlib.atomic.write_bytes`. What was there before is still there.
     """
     write_bytes(path, text.encode(), "FWDLIB_RESULTS names the folder")
 

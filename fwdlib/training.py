@@ -21,17 +21,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from fwdlib import runtime
-from fwdlib.checkpoint import Checkpoint, Part, Randomness, describe
 from fwdlib.checks import check_choice, check_count, check_positive
 from fwdlib.data import Dataset
 from fwdlib.estimators import Estimator, GradientEstimate
 from fwdlib.history import History, Run
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
-from fwdlib.perturbations import Gradients
-from fwdlib.stacking import keep_rows, single_estimate, stacked_estimate
+from fwdlib.seeds import keep_rows, single_estimate, stacked_estimate
+from fwdlib.stacked.perturbations import Gradients
 from fwdlib.tangents import Params
-from fwdlib.workers import ALONE, Workers
+from fwdlib.trainer.checkpoint import Checkpoint, Part, Randomness, describe
+from fwdlib.trainer.processes import ALONE, Workers
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -119,7 +119,7 @@ def train(
     """Train a model from each of several seeds until its training loss reaches the threshold.
 
     A seed fixes the initial parameters, the tangents and the batches. The test set is evaluated outside the timer.
-    Plain SGD on an estimate of :func:`fwdlib.dual.stacked_forward_gradient` updates the parameters from its factors.
+    Plain SGD on an estimate of :func:`fwdlib.stacked.estimator.stacked_forward_gradient` updates the parameters from its factors.
 
     With ``stacked``, all seeds train at once: the parameters get a leading axis and the estimator is vmapped over it.
     Each seed sees the same random numbers as alone, so the numbers are the same up to the order of floating-point sums.
@@ -133,7 +133,7 @@ def train(
         build: makes the model, for example a class of :mod:`fwdlib.models`.
         data: the data set.
         estimator: ``(objective, params) -> GradientEstimate``. If it takes a keyword ``generator``, each seed gets its
-            own. If it has a state, as the rules of :mod:`fwdlib.beyond.feedback` have, its method ``reset(seed)`` is
+            own. If it has a state, as the rules of :mod:`fwdlib.methods.feedback` have, its method ``reset(seed)`` is
             called before each run, and ``state_dict()`` and ``load_state_dict(state)`` for checkpoints.
         optimizer: the name of a ``torch.optim`` optimizer, or a function from a list of tensors to an optimizer.
         learning_rate: for an optimizer given by name.

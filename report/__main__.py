@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
-    from fwdlib.batch import Place
+    from fwdlib.runs.batch import Place
 
 # The rest is imported where it is used: help must not wait for torch.
 HERE = Path(__file__).parent
@@ -68,9 +68,10 @@ class Build:
             self._run_notebooks(plan["notebooks"], data)
             self._take_times(plan["timings"], data)
         say("rendering")
-        from report import claims, render
+        from report.page import context as page_context
+        from report.page import render
 
-        pages = render.render(claims.load(self.output / "results"), self.output)
+        pages = render.render(page_context.load(self.output / "results"), self.output)
         say(f"report   {time.monotonic() - start:.0f} s in all")
         print(*pages, sep="\n")
 
@@ -89,8 +90,8 @@ class Build:
         return ", ".join(f"{dataset.source.name} {dataset.source.fingerprint}" for dataset in found)
 
     def _run_notebooks(self, notebooks: dict[str, dict[str, Any]], data: str) -> None:
-        from fwdlib.batch import failures, run_batch
-        from fwdlib.sweep import jobs_of
+        from fwdlib.runs.batch import failures, run_batch
+        from fwdlib.runs.sweep import jobs_of
 
         with self._place() as place:
             outcomes = run_batch(
@@ -109,7 +110,7 @@ class Build:
     def _place(self) -> AbstractContextManager[Place | None]:
         if self.scheduler is None:
             return nullcontext()
-        from fwdlib.cluster import Cluster
+        from fwdlib.runs.cluster import Cluster
 
         return Cluster(self.scheduler)
 
@@ -117,7 +118,7 @@ class Build:
         """Measure both methods on every model, one after the other, unless what is there is still valid."""
         from fwdlib import runtime
         from fwdlib.results import load_run, write_json
-        from report.claims import TASKS, TIMINGS
+        from report.page.context import TASKS, TIMINGS
 
         path, stamp = self.output / "results" / TIMINGS, self.output / "executed" / TIMINGS
         settings = {key: load_run(path.with_name(f"{task.forward}.json")).parameters for key, task in TASKS.items()}
@@ -129,7 +130,7 @@ class Build:
             say("reused   timings")
             return
         say("started  timings, with nothing beside them")
-        from report.timings import measure
+        from report.studies.timings import measure
 
         start, found = time.monotonic(), {}
         for key, num_seeds in pairs.items():
@@ -154,7 +155,11 @@ def sha256(path: Path) -> str:
 
 def fingerprint(settings: dict[str, Any]) -> str:
     """Return a hash of the settings and of all code that the times depend on."""
-    sources = [*sorted((ROOT / "fwdlib").rglob("*.py")), HERE / "timings.py", HERE / "published.py"]
+    sources = [
+        *sorted((ROOT / "fwdlib").rglob("*.py")),
+        HERE / "studies" / "timings.py",
+        HERE / "studies" / "published_code.py",
+    ]
     content = {"settings": settings, "sources": {path.relative_to(ROOT).as_posix(): sha256(path) for path in sources}}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

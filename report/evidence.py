@@ -1,7 +1,7 @@
 """``python -m report.evidence``: all that the report rests on, from nothing, in half an hour on two cores.
 
 The studies of the report take some twenty hours of a core. Here each runs in a short form, with fewer seeds, steps and
-cases (:func:`report.studies.either`), two at a time; then, with nothing beside them, what takes times; then the six
+cases (:func:`report.studies.common.either`), two at a time; then, with nothing beside them, what takes times; then the six
 notebooks, and the page. It all goes into a folder of its own, so that no committed result is touched. At the end each
 claim's verdict stands beside the committed one. A short form has wider intervals: what it cannot tell is no objection,
 what it turns round is one.
@@ -28,8 +28,9 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from report import claims, studies
 from report.__main__ import fingerprint, say, sha256
+from report.page import context as page_context
+from report.studies import common
 
 HERE = Path(__file__).parent
 FOLDER = HERE.parent / "evidence"
@@ -66,7 +67,7 @@ def rebuild(folder: Path = FOLDER, scheduler: str | None = None) -> None:
         OSError: if the folder cannot be written, or the cluster cannot be reached.
     """
     if scheduler:
-        from fwdlib.cluster import Cluster
+        from fwdlib.runs.cluster import Cluster
 
         with Cluster(scheduler):  # it is wanted last, but a wrong address should be told first
             pass
@@ -137,7 +138,7 @@ def verdicts_of(results: Path) -> dict[str, str]:
     Args:
         results: the folder.
     """
-    findings = claims.context(claims.load(results))["claims"]
+    findings = page_context.context(page_context.load(results))["claims"]
     return {f"{finding.claim.text} ({finding.claim.source})": finding.outcome for finding in findings}
 
 
@@ -159,13 +160,13 @@ def compare(committed: dict[str, str], short: dict[str, str]) -> Iterator[str]:
 
 
 def _environment(results: Path) -> dict[str, str]:
-    return os.environ | {studies.VARIABLE: str(results)}
+    return os.environ | {common.VARIABLE: str(results)}
 
 
 def main(words: list[str]) -> int:
     """Rebuild as ``words`` say, ``[folder] [--scheduler address]``; return 0, 1 with a message, 130 if interrupted."""
     if words == ["verdicts"]:
-        print(json.dumps(verdicts_of(studies.RESULTS)))
+        print(json.dumps(verdicts_of(common.RESULTS)))
         return 0
     scheduler = None
     if "--scheduler" in words[:-1]:

@@ -20,8 +20,8 @@ import nbformat
 import tyro
 from nbformat import NotebookNode
 
-from fwdlib.files import write_bytes
-from report import page
+from fwdlib.atomic import write_bytes
+from report.page import pandoc
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -90,12 +90,12 @@ def build(paths: Sequence[Path], output: Path) -> dict[str, str]:
     said = docstrings(ROOT / "fwdlib")
 
     def make(index: int) -> str:
-        links: list[page.Link] = [
+        links: list[pandoc.Link] = [
             {"href": "index.html", "text": "All notebooks"},
             {"href": relative(HERE / "report.html", output), "text": "The report"},
             {"href": relative(paths[index], output), "text": "This notebook's file"},
         ]
-        turn: list[page.Link] = [
+        turn: list[pandoc.Link] = [
             {"href": f"{paths[i].stem}.html", "text": text.format(titles[i]), "rel": rel}
             for i, rel, text in (
                 (index - 1, "prev", "\N{LEFTWARDS ARROW} {}"),
@@ -105,12 +105,12 @@ def build(paths: Sequence[Path], output: Path) -> dict[str, str]:
         ]
         options = [f"--metadata=title:{titles[index]}", "--metadata=lang:en", "--toc-depth=2"]
         prepared = nbformat.writes(prepare(notebooks[index], said))
-        return page.to_html(prepared, READER, links=links, turn=turn, options=options)
+        return pandoc.to_html(prepared, READER, links=links, turn=turn, options=options)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a pandoc of its own
         pages = dict(zip((f"{path.stem}.html" for path in paths), pool.map(make, range(len(paths))), strict=True))
-    links: list[page.Link] = [{"href": relative(HERE / "report.html", output), "text": "The report"}]
-    return {"index.html": page.to_html(index_of(paths, notebooks, output), links=links), **pages}
+    links: list[pandoc.Link] = [{"href": relative(HERE / "report.html", output), "text": "The report"}]
+    return {"index.html": pandoc.to_html(index_of(paths, notebooks, output), links=links), **pages}
 
 
 def index_of(paths: Sequence[Path], notebooks: Sequence[NotebookNode], output: Path) -> str:

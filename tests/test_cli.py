@@ -215,7 +215,7 @@ def test_train_ends_with_the_accuracy_and_where_the_files_are(folder, capsys):
 
 
 def test_train_passes_its_options_on(folder, monkeypatch, tmp_path):
-    from fwdlib.beyond import experiment
+    from fwdlib.trainer import experiment
 
     asked = []
     record = {"epochs": [{"epoch": 7, "test_accuracy": 0.5}]}
@@ -329,7 +329,7 @@ def test_a_learning_rate_that_diverges(folder, capsys):
 
 
 def test_control_c_says_how_to_go_on(folder, capsys, monkeypatch):
-    from fwdlib.beyond import experiment
+    from fwdlib.trainer import experiment
 
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -399,11 +399,11 @@ def assert_same(first, second) -> None:
 @pytest.fixture
 def bench(monkeypatch, tmp_path) -> list[dict]:
     """A benchmark that measures nothing, in a checkout of its own; what it was asked for."""
-    from fwdlib import benchmark
+    from fwdlib.bench import measuring
 
     asked = []
     monkeypatch.setattr(
-        benchmark, "run", lambda **options: asked.append(options) or {"load": 0, "models": {}, "depth": {}}
+        measuring, "run", lambda **options: asked.append(options) or {"load": 0, "models": {}, "depth": {}}
     )
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "fwdlib"\n')
     monkeypatch.chdir(tmp_path)
@@ -441,7 +441,7 @@ def test_bench_passes_its_options_on(bench, tmp_path):
 
 
 def test_bench_of_an_unknown_model_lists_the_known(capsys):
-    from fwdlib.contenders import MODELS
+    from fwdlib.bench.compared import MODELS
 
     assert cli.main(["bench", "--models", "mnist"]) == 1
     message = capsys.readouterr().err

@@ -87,8 +87,10 @@ def reached_from(module: str) -> set[str]:
 
 
 def test_imports_are_found_in_every_form(tmp_path):
-    lines = "import fwdlib.data\nfrom fwdlib import runtime, results\nfrom fwdlib.beyond.feedback import DFA"
-    (tmp_path / "x.py").write_text(f"{lines}\ndef f():\n    import report.figures, json\n    from torch import nn\n")
+    lines = "import fwdlib.data\nfrom fwdlib import runtime, results\nfrom fwdlib.methods.feedback import DFA"
+    (tmp_path / "x.py").write_text(
+        f"{lines}\ndef f():\n    import report.page.figures, json\n    from torch import nn\n"
+    )
     assert imports_of(tmp_path / "x.py") == {"data", "runtime", "results", "beyond", "report"}
 
 

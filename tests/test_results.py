@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fwdlib import files, results
+from fwdlib import atomic, results
 from fwdlib.data import Source
 from fwdlib.history import History, Run
 from fwdlib.results import interval_text, load_run, save_run, summary, table, write_json, write_text
@@ -219,7 +219,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     def denied(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", denied)  # root may write anywhere
+    monkeypatch.setattr(atomic.tempfile, "NamedTemporaryFile", denied)  # root may write anywhere
     with pytest.raises(PermissionError, match=r"could not write .*: Permission denied\. To go on, choose a folder"):
         save(tmp_path)
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from fwdlib import training
 from fwdlib.data import Dataset, Source
-from fwdlib.dual import stacked_forward_gradient
 from fwdlib.estimators import GradientEstimate, backprop_gradient, forward_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
 from fwdlib.objectives import BatchLoss, params_of
-from fwdlib.perturbations import Gradients
+from fwdlib.stacked.estimator import stacked_forward_gradient
+from fwdlib.stacked.perturbations import Gradients
 from fwdlib.training import OPTIMIZERS, evaluate, make_optimizer
 
 SEEDS = (3, 0, 5)

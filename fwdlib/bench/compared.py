@@ -1,0 +1,226 @@
+"""What the benchmark compares: models with their batches, and training steps in all their forms.
+
+A step is the estimate and the update of plain SGD. All steps of a model work on the same parameters, with a learning
+rate so small that these stay where they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+from fwdlib import runtime
+from fwdlib.checks import check_choice, check_count
+from fwdlib.estimators import forward_gradient
+from fwdlib.models import CNN, MLP, LogisticRegression, initialise
+from fwdlib.objectives import BatchLoss, assign_gradients, params_of
+from fwdlib.stacked.estimator import SGDStep
+
+LEARNING_RATE = 1e-9
+METHODS = ("backprop", "forward gradient", "rank-one", "per-example", "activity")  # as plotting.METHODS calls them
+
+Step = Callable[[], Tensor]
+
+
+class Task(NamedTuple):
+    """A model, and the batch that it is trained on."""
+
+    title: str
+    build: Callable[[], nn.Module]
+    batch: int
+    shape: tuple[int, ...]
+    """Of one example."""
+    num_classes: int
+
+
+def perceptron(*widths: int) -> nn.Sequential:
+    """Return linear layers between these widths with ReLU between them, initialised so that signals keep their size.
+
+    With torch's own initialisation they shrink by a factor of 0.4 in each layer; a hundred layers down the gradient
+    would be made of denormal numbers, which processors are slow at.
+    """
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in itertools.pairwise(widths):
+        linear = nn.Linear(fan_in, fan_out)
+        nn.init.kaiming_uniform_(linear.weight, nonlinearity="relu")
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def paper_cnn() -> nn.Sequential:
+    """Return the CNN of Baydin et al. 2022: 4 convolutions 3x3x64, 2x2 max-pool after 2 and 4, two linear layers."""
+
+    def convolution(channels: int) -> list[nn.Module]:
+        return [nn.Conv2d(channels, 64, 3, padding=1), nn.ReLU()]
+
+    return nn.Sequential(
+        *convolution(1),
+        *convolution(64),
+        nn.MaxPool2d(2),
+        *convolution(64),
+        *convolution(64),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * 7 * 7, 1024),
+        nn.ReLU(),
+        nn.Linear(1024, 10),
+    )
+
+
+MODELS = {
+    "penguins-logistic": Task("penguins logistic 4-3", LogisticRegression, 250, (4,), 3),
+    "penguins-mlp": Task("penguins MLP 4-64-8-3", MLP, 250, (4,), 3),
+    "mnist-logistic": Task("MNIST logistic 784-10", lambda: LogisticRegression(784, 10), 64, (784,), 10),
+    "mnist-mlp": Task("MNIST MLP 784-1024-1024-10", lambda: perceptron(784, 1024, 1024, 10), 64, (784,), 10),
+    "kmnist-cnn": Task("KMNIST CNN of notebook 3", CNN, 500, (1, 28, 28), 10),
+    "paper-cnn": Task("CNN of the paper", paper_cnn, 64, (1, 28, 28), 10),
+}
+
+
+def find_task(name: str) -> Task:
+    """Return the task of a name of :data:`MODELS`, or of ``"20x256"``: 20 layers of width 256, and one to 10 logits.
+
+    Raises:
+        ValueError: if it is neither; the message lists the models.
+    """
+    depth, cross, width = name.partition("x")
+    if cross and depth.isdecimal() and width.isdecimal():
+        widths = [int(width)] * (check_count("depth", int(depth)) + 1)
+        return Task(f"{depth} layers of width {width}", lambda: perceptron(*widths, 10), 64, (int(width),), 10)
+    return MODELS[check_choice("models", name, MODELS)]
+
+
+def prepare(
+    task: Task, device: torch.device | str = "cpu", batch: int | None = None
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return the model in training mode, random inputs and random targets: values do not matter to time and memory.
+
+    Args:
+        task: what to build.
+        device: where.
+        batch: number of examples; None for the task's own.
+    """
+    model = initialise(task.build, 0).to(device).train()
+    draw = runtime.generator(0, purpose="benchmark")
+    batch = check_count("batch", task.batch if batch is None else batch)
+    inputs = torch.randn(batch, *task.shape, generator=draw).to(device)
+    return model, inputs, torch.randint(task.num_classes, (batch,), generator=draw).to(device)
+
+
+class Variant(NamedTuple):
+    """A method in one of its forms; as a string, ``"rank-one K=4, compiled"``, it is the key in the results."""
+
+    method: str
+    num_tangents: int = 1
+    compiled: bool = False
+    form: str = ""
+    """``"channels_last"``, of convolutional models; or, of backprop, ``"one graph"``: forward, backward and update
+    traced into one, by hand."""
+
+    def __str__(self) -> str:
+        """Return label and mode."""
+        label = f"{self.method} K={self.num_tangents}" if self.num_tangents > 1 else self.method
+        return f"{label} {self.form}".rstrip() + (", compiled" if self.compiled else ", eager")
+
+
+def variants(model: nn.Module, *, quick: bool = False) -> list[Variant]:
+    """Return all that is timed for a model; of a quick run fewer, above all of the compiled ones."""
+    has_convolution = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    found = [Variant("forward gradient")]
+    for compiled in (False, True):
+        forms = ["", *(["channels_last"] if has_convolution else []), *(["one graph"] if compiled else [])]
+        found += [Variant("backprop", compiled=compiled, form=form) for form in forms]
+        found += [Variant(method, 1, compiled) for method in METHODS[2:]]
+        found += [Variant("rank-one", 1, compiled, "channels_last")] if has_convolution else []
+        found += [] if quick else [Variant("rank-one", k, compiled) for k in (4, 16)]
+    if quick:
+        worth = (
+            Variant("backprop", compiled=True),
+            Variant("backprop", 1, True, "one graph"),
+            Variant("rank-one", 1, True),
+        )
+        found = [variant for variant in found if not variant.compiled or variant in worth]
+    return sorted(found, key=lambda variant: METHODS.index(variant.method))
+
+
+def make_step(variant: Variant, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
+    """Return a training step: the estimate and an update of SGD. What is compiled is so at the first call."""
+    if variant.form == "channels_last":
+        model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        inputs = inputs.to(memory_format=torch.channels_last)
+    if variant.method == "backprop":
+        if variant.form == "one graph":
+            return _one_graph(model, inputs, targets)
+        return _backprop(model, inputs, targets, compiled=variant.compiled)
+    if variant.method == "forward gradient":
+        objective, optimizer = BatchLoss(model, inputs, targets), torch.optim.SGD(model.parameters(), LEARNING_RATE)
+
+        def textbook() -> Tensor:
+            estimate = forward_gradient(objective, params_of(model))
+            assign_gradients(model, estimate.grads)
+            optimizer.step()
+            return estimate.loss
+
+        return textbook
+    step = SGDStep(
+        model,
+        learning_rate=LEARNING_RATE,
+        num_tangents=variant.num_tangents,
+        tangents=variant.method,
+        compiled=variant.compiled,
+    )
+    return lambda: step(inputs, targets)
+
+
+def _backprop(model: nn.Module, inputs: Tensor, targets: Tensor, *, compiled: bool) -> Step:
+    def evaluate(inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model(inputs), targets)
+
+    # fullgraph, or what cannot be compiled would run uncompiled without a word
+    loss_of = torch.compile(evaluate, fullgraph=True, dynamic=False, mode=_mode(inputs)) if compiled else evaluate
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(inputs, targets)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _one_graph(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
+    # What SGDStep does when it compiles, done for backprop: no autograd engine and no optimizer between the kernels.
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def train(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        def loss_of(params: dict[str, Tensor]) -> Tensor:
+            return F.cross_entropy(functional_call(model, params, (inputs,)), targets)
+
+        grads, loss = grad_and_value(loss_of)(params)
+        for name, p in params.items():
+            p.add_(grads[name], alpha=-LEARNING_RATE)
+        return loss
+
+    params, graphs = params_of(model), []
+
+    def step() -> Tensor:
+        if not graphs:
+            graph = make_fx(train)({name: p.clone() for name, p in params.items()}, inputs, targets)
+            graphs.append(torch.compile(graph, fullgraph=True, dynamic=False, mode=_mode(inputs)))
+        with torch.no_grad():
+            return graphs[0](params, inputs, targets)
+
+    return step
+
+
+def _mode(inputs: Tensor) -> str | None:
+    return "reduce-overhead" if inputs.is_cuda else None  # CUDA graphs

@@ -1,1 +1,0 @@
-"""Methods past the core six notebooks: feedback alignment, and experiments with it."""

@@ -1,0 +1,473 @@
+r"""Training by direct feedback: the error of the output is sent to each hidden layer by a matrix of its own.
+
+A model is a chain of blocks, :math:`a_l = f_l(a_{l-1})`, each ending in an activation; the last, the readout, gives the
+logits y. Backprop carries the error e, the derivative of the loss by y, back through all blocks. Here block l gets
+
+.. math:: \delta_l = B_l^T e \qquad\text{instead of}\qquad \delta_l = (\partial y / \partial a_l)^T e
+
+and turns it into gradients of its own parameters, by its own local derivative. No derivative goes from one block to
+another: the tape of each block ends at its input. The readout's gradient is exact. What differs is the feedback B_l of
+shape (outputs, units of block l):
+
+=================================== ================================================= ===================
+rule                                feedback                                          what else it needs
+=================================== ================================================= ===================
+:class:`DirectFeedbackAlignment`    random, and stays so                              nothing
+:class:`DirectKolenPollack`         moves along :math:`-e\, a_l^T`                    nothing
+:class:`ForwardDirectFeedback...`   moves towards :math:`d\, u_l^T`, whose mean is    tangents in the same
+                                    :math:`\partial y / \partial a_l`                 pass forward
+:class:`ControlVariateForward...`   likewise, and what it fails to predict of the     the same
+                                    loss is added back: no bias
+=================================== ================================================= ===================
+
+All are estimators by the protocol of :mod:`fwdlib.estimators`, objects because they own their feedback.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fwdlib import runtime
+from fwdlib.checks import check_choice, check_count, check_fraction
+from fwdlib.estimators import GradientEstimate, check_scalar
+from fwdlib.methods.blocks import ErrorsOfBlocks, Network, shapes_of
+from fwdlib.objectives import BatchLoss
+from fwdlib.stacked.estimator import own_params
+from fwdlib.tangents import AnyGenerator, Params, check_params, is_transformed, random_signs
+from fwdlib.training import MakeOptimizer, make_optimizer
+
+ADAM = make_optimizer("Adam", 1e-4)  # Bacho & Chu's
+TANGENTS = ("rademacher", "normal")
+WEIGHTS = ("example", "batch")
+
+
+class DirectFeedbackAlignment:
+    r"""Send the error of the output to each block through a fixed random matrix (Nøkland 2016, arXiv 1609.01596).
+
+    .. math:: \delta_l = B_l^T e, \qquad B_l \text{ random and fixed}
+
+    Bias: as large as the feedback is wrong; the forward weights learn to align with it. Variance: none beside the
+    batch's.
+
+    Cost: one pass forward and the products of the weights' gradients: backprop without carrying errors back, two
+    thirds of its products. Activations are kept, as by backprop.
+
+    Args:
+        model: made of blocks; see :func:`~fwdlib.methods.blocks.blocks_of`.
+        inputs: a batch for it, or a part of one, which tells the shapes of the blocks' outputs.
+        seed: of the feedback.
+        recorded: replay the model's kernels instead of calling it in each step. Faster where layers are small; but
+            what else than parameters, buffers, ``train()`` and ``eval()`` changes in model or loss, a dropout's p for
+            example, is not seen any more: see :class:`fwdlib.stacked.recording.Recording`.
+
+    Raises:
+        ValueError: if the blocks cannot be told.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> estimator = DirectFeedbackAlignment(model, torch.zeros(2, 4))
+        >>> [tuple(feedback.shape) for feedback in estimator.feedback]
+        [(3, 8)]
+        >>> objective = BatchLoss(model, torch.randn(5, 4), torch.tensor([0, 1, 1, 0, 2]))
+        >>> estimator(objective, {name: p.detach() for name, p in model.named_parameters()}).grads["0.weight"].shape
+        torch.Size([8, 4])
+    """
+
+    num_tangents = 0
+    alpha, weights = 0.0, WEIGHTS[0]  # how much of what the feedback fails to predict is added, and how weighted
+
+    def __init__(self, model: nn.Module, inputs: Tensor, *, seed: int = 0, recorded: bool = False) -> None:
+        self.recorded = recorded
+        num_outputs, self._shapes = shapes_of(model, inputs)
+        self._sizes = [shape.numel() for shape in self._shapes]
+        self.matrix = nn.Parameter(next(model.parameters()).new_zeros(num_outputs, sum(self._sizes)), False)
+        self._network: Network | None = None  # the model that was seen last
+        self.reset(seed)
+
+    @property
+    def feedback(self) -> list[Tensor]:
+        """The feedback of each hidden block, shape (outputs, units...): views of ``matrix`` (outputs, all units)."""
+        return self._by_block(self.matrix.detach())
+
+    def reset(self, seed: int) -> None:
+        """Begin anew: draw the feedback, Kaiming-uniform over the units of each block."""
+        draw = runtime.generator(seed, purpose="feedback")
+        for feedback in self.feedback:
+            bound = math.sqrt(6 / feedback[0].numel())
+            feedback.copy_(torch.rand(feedback.shape, generator=draw) * 2 * bound - bound)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rule has learned and drawn so far."""
+        return {"feedback": self.matrix.detach().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`.
+
+        Raises:
+            ValueError: if it belongs to another model.
+        """
+        given, own = tuple(state["feedback"].shape), tuple(self.matrix.shape)
+        if given != own:
+            raise ValueError(f"the state has feedback of shape {given}, this rule {own}: it is of another model")
+        self.matrix.copy_(state["feedback"])
+
+    @torch.no_grad()
+    def __call__(self, objective: BatchLoss, params: Params, *, generator: AnyGenerator = None) -> GradientEstimate:
+        """Estimate the gradient, and let the feedback learn from the same pass.
+
+        Args:
+            objective: the loss of a model on a batch, a mean or a sum over its examples.
+            params: the point.
+            generator: where the tangents come from, if there are any; None for torch's global generator.
+
+        Returns:
+            The estimate; ``jvps`` has shape (K,), empty for rules without tangents.
+
+        Raises:
+            TypeError: if the objective is no :class:`BatchLoss`.
+            ValueError: if the model is not like the one that this rule was made for, or seeds are stacked.
+        """
+        network = self._network_of(objective)
+        check_params(params)
+        u = self._draw(len(objective.inputs), generator)  # (K, B, all units), K = 0 for rules without tangents
+        if self.recorded:
+            found = self._replay(network, objective, params, u)
+        else:
+            # The tape ends at the model's own parameters where those are meant, else at tensors of their values.
+            own = own_params(network.tensors(), params)
+            leaves = own or {name: p.detach().requires_grad_() for name, p in params.items()}
+            batch = objective.inputs, objective.targets, u
+            found = self._evaluate(
+                network, objective.loss, *batch, self.matrix.detach(), self.alpha, leaves, None if own else leaves
+            )
+        loss, along, feedback_gradient, *grads = found
+        self._learn(feedback_gradient)
+        return GradientEstimate(loss, dict(zip(params, grads, strict=True)), along.sum(1))
+
+    def _evaluate(
+        self,
+        network: Network,
+        loss_of: Callable[[Tensor, Tensor], Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        u: Tensor,
+        matrix: Tensor,
+        alpha: float | Tensor,
+        leaves: Params,
+        tensors: Params | None,
+    ) -> tuple[Tensor, ...]:
+        # The loss; the derivatives of the examples' losses, (K, B); the gradient of the feedback; those of the leaves.
+        activation, tangents = inputs, None
+        outputs: list[Tensor] = []  # of each block, with its tape
+        for block, behind in zip(network.blocks, [*self._by_block(u), None], strict=True):
+            output, tangents = block.run(tensors, activation, tangents)
+            outputs.append(output)
+            activation = output.detach()
+            if behind is not None and len(u):
+                tangents = behind if tangents is None else tangents + behind
+        along = feedback_gradient = activation.new_zeros(0, len(activation))
+
+        def deltas(error: Tensor) -> list[Tensor]:
+            nonlocal along, feedback_gradient
+            if tangents is not None:
+                along = (error * tangents).flatten(2).sum(2)
+            error = error.flatten(1)
+            feedback_gradient = self._feedback_gradient(matrix, error, outputs[:-1], tangents, u)
+            return self._by_block(self._deltas(matrix, error, along, u, alpha))
+
+        with torch.enable_grad():
+            loss = check_scalar(loss_of(ErrorsOfBlocks.apply(deltas, outputs[-1], *outputs[:-1]), targets))
+            grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        return loss.detach(), along, feedback_gradient, *grads
+
+    def _replay(self, network: Network, objective: BatchLoss, params: Params, u: Tensor) -> tuple[Any, ...]:
+        tensors = network.tensors() | params
+        names, trained, loss_of = tuple(tensors), tuple(params), objective.loss
+        state, options = self._learning()
+        num_others = 5 + len(state)
+
+        def evaluate(*values: Tensor) -> tuple[Tensor, ...]:
+            batch, named = values[:5], dict(zip(names, values[num_others:], strict=True))
+            leaves = {name: named[name].detach().requires_grad_() for name in trained}
+            found = self._evaluate(network, loss_of, *batch, leaves, named | leaves)
+            if not state:
+                return found
+            loss, along, feedback_gradient, *grads = found
+            self._step(batch[3], feedback_gradient, dict(zip(state, values[5:num_others], strict=True)))
+            return loss, along, *grads
+
+        inputs = _dense(objective.inputs)
+        batch = inputs, objective.targets.contiguous(), u, self.matrix.detach(), _number(self.alpha)
+        modes = tuple([module.training for module in network.modules])
+        key = names, trained, loss_of, modes, self.weights, torch.is_autocast_enabled(inputs.device.type), *options
+        found = network.recording(evaluate, *batch, *state.values(), *tensors.values(), key=key)
+        return (*found[:2], None, *found[2:]) if state else found
+
+    def _network_of(self, objective: BatchLoss) -> Network:
+        if not isinstance(objective, BatchLoss):
+            raise TypeError(
+                f"feedback needs the blocks of a model: pass a BatchLoss(model, inputs, targets), got "
+                f"{type(objective).__name__}"
+            )
+        if is_transformed():
+            raise ValueError("a feedback rule has a state of its own, one for each seed: pass stacked=False")
+        if self._network is None or self._network.model is not objective.model:
+            self._network = Network(objective.model)
+        blocks = self._network.blocks
+        if len(blocks) != len(self._shapes) + 1:
+            raise ValueError(
+                f"this rule was made for a model of {len(self._shapes) + 1} blocks, got one of {len(blocks)}"
+            )
+        return self._network
+
+    def _by_block(self, rows: Tensor) -> list[Tensor]:
+        # (..., all units) -> for each hidden block (..., units...), views
+        pieces = rows.split_with_sizes(self._sizes, -1)
+        return [
+            piece if len(shape) == 1 else piece.view(*rows.shape[:-1], *shape)
+            for piece, shape in zip(pieces, self._shapes, strict=True)
+        ]
+
+    def _draw(self, num_examples: int, generator: AnyGenerator) -> Tensor:
+        return self.matrix.new_zeros(0, num_examples, sum(self._sizes))
+
+    def _deltas(self, matrix: Tensor, error: Tensor, along: Tensor, u: Tensor, alpha: float | Tensor) -> Tensor:
+        # What the hidden units are told to be the derivative of the loss by them, (B, all units).
+        return error @ matrix
+
+    def _feedback_gradient(
+        self, matrix: Tensor, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor
+    ) -> Tensor:
+        return matrix.new_zeros(0)
+
+    def _learning(self) -> tuple[Params, tuple]:
+        # What a recorded step of the feedback's optimizer changes, and what it depends on; nothing where it has none.
+        return {}, ()
+
+    def _learn(self, feedback_gradient: Tensor | None) -> None:
+        pass
+
+
+class _LearnedFeedback(DirectFeedbackAlignment):
+    def __init__(
+        self, model: nn.Module, inputs: Tensor, *, optimizer: MakeOptimizer = ADAM, recorded: bool = False
+    ) -> None:
+        self._make_optimizer = optimizer
+        super().__init__(model, inputs, recorded=recorded)
+
+    def reset(self, seed: int = 0) -> None:
+        """Begin anew: all feedback zero."""
+        self.matrix.zero_()
+        self.optimizer = self._make_optimizer([self.matrix])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rule has learned so far."""
+        return super().state_dict() | {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _learning(self) -> tuple[Params, tuple]:
+        # A fused optimizer is nothing but kernels, from its second step on: in the first it makes its tensors.
+        group, state = self.optimizer.param_groups[0], self.optimizer.state.get(self.matrix)
+        if not (state and group.get("fused")):
+            return {}, ()
+        return state, tuple([value for name, value in group.items() if name != "params"])
+
+    def _step(self, matrix: Tensor, feedback_gradient: Tensor, state: Params) -> None:
+        # The optimizer's next step, on these tensors in place of its own.
+        optimizer = self._make_optimizer([matrix])
+        optimizer.param_groups[0] |= self.optimizer.param_groups[0] | {"params": [matrix]}
+        optimizer.state[matrix] = state
+        matrix.grad = feedback_gradient
+        optimizer.step()
+
+    def _learn(self, feedback_gradient: Tensor | None) -> None:
+        if feedback_gradient is not None:  # else the recording has done it
+            self.matrix.grad = feedback_gradient
+            self.optimizer.step()
+
+
+class DirectKolenPollack(_LearnedFeedback):
+    r"""Let the feedback change as weights from the block to the output would (Webster, Choi & Ahn 2021).
+
+    .. math:: \delta_l = B_l^T e, \qquad \nabla B_l = e\, a_l^T
+
+    summed over the batch, and applied by an optimizer with weight decay. Where y = W a_l, W has this gradient, too:
+    under the same plain SGD with decay, B_l - W shrinks by the factor 1 - rate x decay in each step, whatever the data.
+
+    Bias: the initial mismatch, until the decay has removed it; behind a nonlinear network, always. Variance: none
+    beside the batch's.
+
+    Cost: that of :class:`DirectFeedbackAlignment`, and a product of the size of the feedback.
+
+    Args:
+        model: made of blocks; see :func:`~fwdlib.methods.blocks.blocks_of`.
+        inputs: a batch for it.
+        optimizer: of the feedback: from a list of tensors to an optimizer; default Adam at 1e-4. The decay is its own.
+        recorded: see :class:`DirectFeedbackAlignment`.
+    """
+
+    def _feedback_gradient(
+        self, matrix: Tensor, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor
+    ) -> Tensor:
+        return error.t() @ torch.cat([output.detach().flatten(1) for output in outputs], 1)
+
+
+class ForwardDirectFeedbackAlignment(_LearnedFeedback):
+    r"""Learn the feedback from forward-mode derivatives (Bacho & Chu 2024, arXiv 2212.07282, equations 7 and 8).
+
+    Tangents :math:`u_l`, independent for each unit and example, enter behind every hidden block in one pass forward;
+    what arrives at the output is :math:`d = \sum_l (\partial y/\partial a_l)\, u_l`, so that the mean of
+    :math:`d\, u_l^T` is the Jacobian.
+
+    .. math:: \delta_l = B_l^T e, \qquad \nabla B_l = B_l - \overline{d\, u_l^T}
+
+    With plain SGD of rate :math:`\beta` that is an exponential average of what was seen, :math:`B \gets (1 - \beta) B +
+    \beta\, \overline{d\, u^T}`; the authors' program uses Adam.
+
+    Bias: the feedback is one matrix for all examples, an average Jacobian of the past; what an example's own Jacobian
+    differs from it is lost. Variance: small, for the feedback averages over batches.
+
+    Cost: one pass forward with tangents behind the first block, and the products of the weights' gradients: as many
+    products as backprop.
+
+    Args:
+        model: made of blocks; see :func:`~fwdlib.methods.blocks.blocks_of`.
+        inputs: a batch for it.
+        optimizer: of the feedback: from a list of tensors to an optimizer; default Adam at 1e-4, as published.
+        num_tangents: K.
+        tangents: ``"rademacher"``, which has the least variance and is drawn fastest, or ``"normal"``, as published.
+        recorded: see :class:`DirectFeedbackAlignment`.
+
+    Raises:
+        ValueError: if ``num_tangents`` is below 1 or ``tangents`` unknown, or the blocks cannot be told.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        *,
+        optimizer: MakeOptimizer = ADAM,
+        num_tangents: int = 1,
+        tangents: str = "rademacher",
+        recorded: bool = False,
+    ) -> None:
+        self.num_tangents = check_count("num_tangents", num_tangents)
+        self.tangents = check_choice("tangents", tangents, TANGENTS)
+        super().__init__(model, inputs, optimizer=optimizer, recorded=recorded)
+
+    def _draw(self, num_examples: int, generator: AnyGenerator) -> Tensor:
+        shape, like = (self.num_tangents, num_examples, sum(self._sizes)), self.matrix.detach()
+        if self.tangents == "rademacher":
+            return random_signs(shape, like, generator)
+        return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+
+    def _feedback_gradient(
+        self, matrix: Tensor, error: Tensor, outputs: list[Tensor], tangents: Tensor | None, u: Tensor
+    ) -> Tensor:
+        d = tangents.flatten(2).flatten(0, 1)  # (K B, outputs)
+        return torch.addmm(matrix, d.t(), u.flatten(0, 1), alpha=-1 / len(d))
+
+
+class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
+    r"""Add to FDFA's estimate what its feedback fails to predict: a forward gradient of the residual.
+
+    The pass of :class:`ForwardDirectFeedbackAlignment` also gives, for each example, the derivative of its loss along
+    all tangents, :math:`s = \sum_l \delta_l \cdot u_l`. The feedback predicts :math:`p = \sum_l (B_l^T e) \cdot u_l` of
+    it, so
+
+    .. math:: \delta_l \approx B_l^T e + \alpha\, (s - p)\, u_l
+
+    averaged over the K tangents, is an activity-perturbed forward gradient with the feedback as its control variate.
+
+    Bias: none for :math:`\alpha = 1`, at any feedback; (1 - alpha) times FDFA's otherwise. Second moment of the added
+    term for rademacher tangents: :math:`\alpha^2 n_l |r|^2` for each example, K = 1, where :math:`r_l = \delta_l -
+    B_l^T e` is the residual of all hidden units together and n_l the units of block l; without feedback the residual is
+    the gradient itself, and the rule that of Ren et al. 2022, at the outputs of the activations.
+
+    Cost: that of FDFA. No extra pass.
+
+    BatchNorm in training mode mixes the examples: what an example's activations do to the losses of the others is not
+    in its own s. ``weights="example"`` leaves it out, a small bias; ``weights="batch"`` weights all examples with the
+    derivative of the whole loss, which has no bias and about B times the variance.
+
+    Args:
+        model: made of blocks; see :func:`~fwdlib.methods.blocks.blocks_of`.
+        inputs: a batch for it.
+        optimizer: of the feedback.
+        num_tangents: K.
+        tangents: ``"rademacher"`` or ``"normal"``.
+        alpha: weight of the residual; 0 is FDFA.
+        alpha_decay: what alpha is multiplied with after each estimate.
+        weights: ``"example"`` or ``"batch"``.
+        recorded: see :class:`DirectFeedbackAlignment`.
+
+    Raises:
+        ValueError: if an argument is out of its range, or the blocks cannot be told.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        *,
+        optimizer: MakeOptimizer = ADAM,
+        num_tangents: int = 1,
+        tangents: str = "rademacher",
+        alpha: float = 1.0,
+        alpha_decay: float = 1.0,
+        weights: str = "example",
+        recorded: bool = False,
+    ) -> None:
+        self._first_alpha = check_fraction("alpha", alpha)
+        self.alpha_decay = check_fraction("alpha_decay", alpha_decay)
+        self.weights = check_choice("weights", weights, WEIGHTS)
+        options = {"optimizer": optimizer, "num_tangents": num_tangents, "tangents": tangents, "recorded": recorded}
+        super().__init__(model, inputs, **options)
+
+    def reset(self, seed: int = 0) -> None:
+        """Begin anew: all feedback zero, alpha as it was given."""
+        super().reset(seed)
+        self.alpha = self._first_alpha
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rule has learned so far."""
+        return super().state_dict() | {"alpha": self.alpha}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self.alpha = state["alpha"]
+
+    def _deltas(self, matrix: Tensor, error: Tensor, along: Tensor, u: Tensor, alpha: float | Tensor) -> Tensor:
+        deltas = super()._deltas(matrix, error, along, u, alpha)
+        residual = along - (deltas * u).sum(2)  # (K, B)
+        if self.weights == "batch":
+            residual = residual.sum(1, keepdim=True).expand_as(residual)
+        residual = residual * (alpha / self.num_tangents)
+        return deltas + (residual.unsqueeze(2) * u).sum(0)
+
+    def _learn(self, feedback_gradient: Tensor | None) -> None:
+        super()._learn(feedback_gradient)
+        self.alpha *= self.alpha_decay
+
+
+@functools.lru_cache(maxsize=1)
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)  # without axes: no dtype is promoted by it
+
+
+def _dense(x: Tensor) -> Tensor:
+    # Without gaps or overlaps: an expanded batch cannot be recorded.
+    is_channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if is_channels_last else x.contiguous()

@@ -1,0 +1,1 @@
+"""How the report becomes pages: the context of all sections, the template, and pandoc and typst."""

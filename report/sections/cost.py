@@ -1,0 +1,166 @@
+"""The section on cost: what ``python -m fwdlib bench`` and :mod:`report.studies.descent` measured, as the page prints it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fwdlib import plotting
+from fwdlib.statistics import Interval, median_interval, paired_ratio
+from report import published
+
+BENCH = "bench-cpu.json"
+DESCENT = "descent.json"
+TEXTBOOK = "forward gradient, eager"
+ONE_GRAPH = "backprop one graph, compiled"
+STRUCTURED = ("rank-one", "per-example", "activity")
+MODEL_OF_DESCENT = "mnist-mlp"
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Return the measurements that are there, ``bench`` and ``descent``; None for one that is not.
+
+    Args:
+        folder: of the results.
+    """
+    files = {"bench": folder / BENCH, "descent": folder / DESCENT}
+    return {key: json.loads(path.read_text("utf-8")) if path.is_file() else None for key, path in files.items()}
+
+
+def context(measured: dict[str, Any]) -> dict[str, Any]:
+    """Return what the template prints of it.
+
+    Args:
+        measured: as :func:`load` returns it.
+    """
+    bench = measured["bench"]
+    if bench is None:
+        return {"bench": None}
+    found: dict[str, Any] = {"bench": [_model(entry) for entry in bench["models"].values()]}
+    found["environment"] = bench["environment"]
+    found["rank_one"] = [m["structured"]["rank-one"]["ratio"] for m in found["bench"]]
+    found["all_faster"] = [m["title"] for m in found["bench"] if m["structured"]["rank-one"]["ratio"].high < 1]
+    found["graph_faster"] = [m["title"] for m in found["bench"] if m["over_one_graph"] and m["over_one_graph"].high < 1]
+    found["textbook_slower"] = [m["title"] for m in found["bench"] if m["textbook"].low > 1]
+    found["tangents"] = _tangents(bench["models"].get(MODEL_OF_DESCENT, {}).get("seconds", {}))
+    found["depth"] = _depth(bench["depth"])
+    found["descent"] = _descent(measured["descent"], bench) if measured["descent"] else None
+    return found
+
+
+def figures(measured: dict[str, Any]) -> dict[str, Figure]:
+    """Return the figures of the section by name.
+
+    Args:
+        measured: as :func:`load` returns it.
+    """
+    if not (bench := measured["bench"]):
+        return {}
+    found = {"cost": plotting.plot_cost(bench)}
+    if bench["depth"]:
+        found["depth"] = plotting.plot_depth(bench, published.load()["paper"]["depth"])
+    return found
+
+
+def _model(entry: dict[str, Any]) -> dict[str, Any]:
+    seconds = entry["seconds"]
+    reference, forward = seconds[entry["reference"]], seconds["forward"]
+    structured = {}
+    for method in STRUCTURED:
+        name = _fastest(seconds, method)
+        structured[method] = {
+            "mode": name.removeprefix(method).strip(", ").replace(", ", " "),
+            "seconds": float(np.median(seconds[name])),
+            "ratio": paired_ratio(seconds[name], reference),
+            "over_plain": paired_ratio(seconds[name], forward).estimate,
+        }
+    best = seconds[_fastest(seconds, "rank-one")]
+    memory = entry.get("memory", {})
+    return {
+        "title": entry["title"],
+        "batch": entry["batch"],
+        "num_params": entry["num_params"],
+        "reference": entry["reference"].removeprefix("backprop").strip(", ").replace(", ", " "),
+        "seconds": float(np.median(reference)),
+        "over_plain": paired_ratio(reference, forward).estimate,
+        "textbook": paired_ratio(seconds[TEXTBOOK], reference),
+        "textbook_over_plain": paired_ratio(seconds[TEXTBOOK], forward),
+        "eager_over_plain": paired_ratio(seconds["backprop, eager"], forward),
+        "structured": structured,
+        "memory": memory,
+        "heavier": memory.get("rank-one", 0) > max(memory.get("backprop", 0), 10e6),  # less than that is noise
+        "over_one_graph": paired_ratio(best, seconds[ONE_GRAPH]) if ONE_GRAPH in seconds else None,
+    }
+
+
+def _fastest(seconds: dict[str, list[float]], method: str) -> str:
+    return min(_forms(seconds, method), key=lambda name: np.median(seconds[name]))
+
+
+def _forms(seconds: dict[str, list[float]], method: str) -> list[str]:
+    return [name for name in seconds if name.partition(", ")[0] in (method, f"{method} channels_last")]
+
+
+def _tangents(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+    rows = []
+    for k in (4, 16):
+        if f"rank-one K={k}, eager" in seconds:
+            one, many = (seconds[_fastest(seconds, method)] for method in ("rank-one", f"rank-one K={k}"))
+            rows.append({"k": k, "ratio": paired_ratio(many, one), "passes": (1 + k) / 2})
+    return rows
+
+
+def _depth(depth: dict[str, Any]) -> dict[str, Any] | None:
+    if not depth:
+        return None
+    layers = sorted(map(int, depth))
+    first, last = depth[str(layers[0])], depth[str(layers[-1])]
+    found: dict[str, Any] = {"layers": layers, "last": layers[-1]}
+    for method in ("backprop", "forward gradient", "rank-one"):
+        seconds = last["seconds"]
+        found[method.replace("-", "_").replace(" ", "_")] = {
+            "over_plain": paired_ratio(seconds[f"{method}, eager"], seconds["forward"]).estimate,
+            "ratio": paired_ratio(seconds[f"{method}, eager"], seconds["backprop, eager"]),
+            "first_memory": first.get("memory", {}).get(method),
+            "memory": last.get("memory", {}).get(method),
+        }
+    return found
+
+
+def _descent(descent: dict[str, Any], bench: dict[str, Any]) -> dict[str, Any]:
+    seconds = bench["models"][MODEL_OF_DESCENT]["seconds"]
+    rows = []
+    for method in dict.fromkeys(run["method"] for run in descent["runs"]):
+        runs = [run for run in descent["runs"] if run["method"] == method and run["purpose"] == "measured"]
+        timed = method.replace(", K = ", " K=")
+        if not runs or not _forms(seconds, timed):  # a short benchmark does not have all
+            continue
+        steps = [run["iterations"] if run["status"] == "reached" else float("inf") for run in runs]
+        step = float(np.median(seconds[_fastest(seconds, timed)]))
+        interval = median_interval(steps)
+        rows.append(
+            {
+                "method": method,
+                "learning_rate": runs[0]["learning_rate"],
+                "reached": sum(run["status"] == "reached" for run in runs),
+                "diverged": sum(run["status"] == "diverged" for run in runs),
+                "num_seeds": len(runs),
+                "steps": interval,
+                "range": Interval(min(steps), interval.estimate, max(steps)),
+                "step": step,
+                "seconds": interval.estimate * step,
+                "at_least": max(run["iterations"] for run in runs) * step,
+                "end_loss": float(np.median([_number(run["train_loss"][-1]) for run in runs])),
+            }
+        )
+    settings = descent["settings"]
+    return {"rows": rows, "settings": settings, "source": settings["data"], "environment": descent["environment"]}
+
+
+def _number(value: float | str) -> float:
+    value = float(value)
+    return value if value == value else float("inf")

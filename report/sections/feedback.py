@@ -1,0 +1,140 @@
+"""The section on feedback: what :mod:`report.studies.alignment` measured, as the page prints it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from fwdlib.methods.figures import plot_accuracies
+from fwdlib.statistics import Interval, paired_ratio, t_interval
+from report.studies.alignment import LEARNED, MODES, PLAIN, STEPS, STUDIES, path_of
+
+TITLES = {
+    "MNIST-2x800": "MNIST, 2 x 800",
+    "FashionMNIST-2x800": "Fashion-MNIST, 2 x 800",
+    "MNIST-cnn": "MNIST, CNN",
+}
+RECORDED = "BP, recorded"
+METHODS = {"BP": "backprop", "FG": "forward gradient", "FG-RANK1": "rank-one", "FG-A": "activity"}  # in the figures
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Return the measurements that are there: ``studies``, task -> mode -> the content of its file, and ``steps``.
+
+    Args:
+        folder: of the results.
+    """
+    studies: dict[str, Any] = {}
+    for task, study in STUDIES.items():
+        files = {mode: path_of(task, mode, folder / "feedback") for mode in study.modes}
+        found = {mode: json.loads(path.read_text("utf-8")) for mode, path in files.items() if path.is_file()}
+        found = {mode: content for mode, content in found.items() if measured(content)}
+        if found:
+            studies[task] = found
+    steps = folder / "feedback" / STEPS
+    return {"studies": studies, "steps": json.loads(steps.read_text("utf-8")) if steps.is_file() else None}
+
+
+def measured(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the trainings that count, those that were not for tuning."""
+    return [run for run in content["runs"] if run["purpose"] == "measured"]
+
+
+def curves(studies: dict[str, Any]) -> dict[str, dict[str, list[list[float]]]]:
+    """Return the errors over the epochs for :func:`fwdlib.methods.figures.plot_accuracies`, without runs that diverged.
+
+    Args:
+        studies: as :func:`load` returns them.
+    """
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for task, modes in studies.items():
+        panel = found[TITLES[task]] = {}
+        for mode, content in modes.items():
+            runs = [run for run in measured(content) if run["status"] == "completed"]
+            if runs and "," not in mode:
+                errors = [[errors / run["num_test"] for errors in run["test_errors"]] for run in runs]
+                panel[METHODS.get(mode, mode)] = errors
+    return found
+
+
+def context(found: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what the template prints of it, None where nothing was measured.
+
+    Args:
+        found: as :func:`load` returns it.
+    """
+    if not found["studies"]:
+        return None
+    studies = [_study(task, modes) for task, modes in found["studies"].items()]
+    contents = [content for modes in found["studies"].values() for content in modes.values()]
+    return {
+        "studies": studies,
+        "sources": list({content["source"]["fingerprint"]: content["source"] for content in contents}.values()),
+        "modes": tuple(MODES),
+        "steps": _steps(found["steps"]) if found["steps"] else None,
+        "environment": contents[0]["environment"],
+    }
+
+
+def figures(found: dict[str, Any]) -> dict[str, Figure]:
+    """Return the figure of the section, by name.
+
+    Args:
+        found: as :func:`load` returns it.
+    """
+    return {"feedback": plot_accuracies(curves(found["studies"]))} if found["studies"] else {}
+
+
+def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:
+    rows = {}
+    for mode in MODES:  # in this order
+        if mode not in modes:
+            continue
+        runs = measured(modes[mode])
+        accuracies = {run["seed"]: _accuracy(run) for run in runs}
+        learns = modes[mode]["settings"]["train_mode"] in LEARNED and "feedback_power" not in MODES[mode]
+        rows[mode] = {
+            "mode": mode,
+            "lr": runs[0]["lr"],
+            "b_lr": runs[0]["b_lr"] if learns else None,
+            "accuracies": accuracies,
+            "accuracy": t_interval(list(accuracies.values())),
+            "diverged": sum(run["status"] == "diverged" for run in runs),
+            "num_seeds": len(runs),
+        }
+    settings = next(iter(modes.values()))["settings"]
+    return {
+        "title": TITLES[task],
+        "rows": rows,
+        "epochs": settings["epochs"],
+        "settings": settings,
+        "behind": _difference(rows, "BP", "FDFA"),
+        "missing": [mode for mode in STUDIES[task].modes if mode not in rows],
+    }
+
+
+def _accuracy(run: dict[str, Any]) -> float:
+    # In percent; what diverged has learned nothing.
+    return 0.0 if run["status"] == "diverged" else 100 * (1 - run["test_errors"][-1] / run["num_test"])
+
+
+def _difference(rows: dict[str, Any], first: str, second: str) -> Interval | None:
+    if first not in rows or second not in rows:
+        return None
+    pairs = [(rows[first]["accuracies"].get(seed), value) for seed, value in rows[second]["accuracies"].items()]
+    return t_interval([a - b for a, b in pairs if a is not None])
+
+
+def _steps(steps: dict[str, Any]) -> dict[str, Any]:
+    rows = {
+        net: {mode: paired_ratio(seconds, taken["BP"]) for mode, seconds in taken.items()}
+        for net, taken in steps["seconds"].items()
+    }
+    against = {
+        net: {other: paired_ratio(taken["FDFA"], taken[other]) for other in (PLAIN, RECORDED) if other in taken}
+        for net, taken in steps["seconds"].items()
+    }
+    return {"rows": rows, "fdfa": against, "environment": steps["environment"]}

@@ -1,0 +1,220 @@
+"""The section on both protocols: what :mod:`report.studies.protocols` measured, as the page prints it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
+from fwdlib import plotting
+from fwdlib.statistics import Interval, mean_interval, median_interval, paired_ratio
+from report.studies.protocols import METHODS, MODELS, STEPS
+
+TEXT = "as the text says"
+THEIR_TIMER = "their timer"
+JOINT = "one tangent for all tensors"
+TITLES = {"logistic": "Logistic regression", "mlp": "Multilayer perceptron", "cnn": "Convolutional network"}
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Return the measurements that are there: ``models``, name -> the content of its file, and ``steps``.
+
+    Args:
+        folder: of the results.
+    """
+    files = {name: folder / "protocols" / f"{name}.json" for name in MODELS}
+    models = {name: json.loads(path.read_text("utf-8")) for name, path in files.items() if path.is_file()}
+    steps = folder / "protocols" / STEPS
+    complete = {name: found for name, found in models.items() if set(found.get("fair", {})) == set(METHODS)}
+    return {"models": complete, "steps": json.loads(steps.read_text("utf-8")) if steps.is_file() else None}
+
+
+def context(found: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what the template prints of it, None where nothing was measured.
+
+    Args:
+        found: as :func:`load` returns it.
+    """
+    if not found["models"] or not found["steps"]:
+        return None
+    models = {name: _model(name, content, found["steps"]["seconds"][name]) for name, content in found["models"].items()}
+    return {
+        "models": models,
+        "num_seeds": sorted({model["settings"]["num_seeds"] for model in models.values() if model["threshold"]}),
+        "environment": next(iter(found["models"].values()))["environment"],
+        "timing_environment": found["steps"]["environment"],
+        "culprits": [
+            f"{row['departure']} ({models[name]['title'].lower()})"
+            for name in models
+            for row in models[name]["published"]
+            if row["departure"] and row["verdict"] == "faster"
+        ],
+    }
+
+
+def figures(found: dict[str, Any]) -> dict[str, Figure]:
+    """Return the figure of the report's first screen, by name; none where nothing was measured.
+
+    Args:
+        found: as :func:`load` returns it.
+    """
+    measured = context(found)
+    return {"answer": plot_tuned(measured["models"])} if measured else {}
+
+
+def plot_tuned(models: dict[str, Any]) -> Figure:
+    """Draw what step and training take, with tuned learning rates, over backprop's: a panel for each model.
+
+    Args:
+        models: of :func:`context`; those that train to a threshold are drawn.
+    """
+    models = {name: model for name, model in models.items() if model["threshold"] is not None}
+    methods = [method for method in METHODS if method != "backprop"]
+    with matplotlib.style.context(plotting.STYLE):
+        figure = Figure(figsize=(7.2, 2.1))
+        panels = figure.subplots(1, len(models), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, model in zip(panels, models.values(), strict=True):
+            axes.axvline(1, **plotting.METHODS["backprop"], linewidth=1.2)
+            for place, method in enumerate(methods):
+                color = plotting.METHODS[method.partition(",")[0]]["color"]
+                row = model["fair"][method]
+                for ratio, face in ((row["step"], "white"), (row["against"]["total"], color)):
+                    axes.plot([ratio.low, ratio.high], [place, place], color=color, linewidth=2.2, zorder=2)
+                    axes.plot(ratio.estimate, place, "o", color=color, markerfacecolor=face, markersize=6, zorder=3)
+            axes.set_title(model["title"])
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
+            axes.grid(visible=False, axis="y")
+            axes.annotate(
+                "backprop",
+                (1, 1),
+                (-4, -2),
+                ("data", "axes fraction"),
+                "offset points",
+                ha="right",
+                va="top",
+                fontsize=8,
+                color=plotting.METHODS["backprop"]["color"],
+            )
+        panels[0].set_yticks(range(len(methods)), methods)
+        panels[0].set_ylim(len(methods) - 0.5, -0.7)
+        panels[0].set_xlim(left=0.45)
+        figure.supxlabel("time over backprop's: of a step (hollow), of the training (filled)", fontsize=9)
+    return figure
+
+
+def _model(name: str, content: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    settings = content["settings"]
+    threshold = settings["threshold"]
+    step = paired_ratio(seconds["forward, published form"], seconds["backprop"])
+    theirs = paired_ratio(seconds["forward, their code"], seconds["backprop, their code"])
+    forms = content["published"]
+    pairs = [(None, TEXT, TEXT, step)]
+    pairs += [(form, form, TEXT, step) for form in forms["backprop"] if form != TEXT]
+    joint = paired_ratio(seconds["forward gradient"], seconds["backprop"])
+    pairs += [(form, TEXT, form, joint if form == JOINT else step) for form in forms["forward"] if form != TEXT]
+    pairs += [(THEIR_TIMER, TEXT, TEXT, theirs)]
+    published = [
+        {"departure": departure} | _pair(forms["backprop"][b], forms["forward"][f], time, threshold)
+        for departure, b, f, time in pairs
+    ]
+    fair = {method: _tuned(content, method, seconds, threshold) for method in METHODS if method != "backprop"}
+    return {
+        "title": TITLES[name],
+        "threshold": threshold,
+        "settings": settings,
+        "num_test": content["num_test"],
+        "source": content["source"],
+        "statements": content["statements"],
+        "published": published,
+        "step": step,
+        "their_step": theirs,
+        "fair": {"backprop": _tuned(content, "backprop", seconds, threshold)} | fair,
+        "equal": {method: _runs(content["equal"][method]["0"], threshold) for method in METHODS},
+        "slower": all(row["against"]["total"].low > 1 for row in fair.values()),
+        "faster": any(row["against"]["total"].high < 1 for row in fair.values()),
+        "best": min(set(fair) - {"forward gradient"}, key=lambda method: fair[method]["against"]["total"].estimate),
+        "unstable": {
+            method: _runs(content["tuning"][method][half], threshold)
+            for method, row in fair.items()
+            if threshold is None and 2 * row["arrived"] < row["num_seeds"]
+            if (half := str(_best(content, method) - 1)) in content["tuning"][method]
+        },
+        "edge": [method for method in METHODS if _best(content, method) in (settings["grid"][0], settings["grid"][-1])],
+    }
+
+
+def _pair(backprop: dict[str, Any], forward: dict[str, Any], step: Interval, threshold: float | None) -> dict[str, Any]:
+    # Both methods of one row, and what follows for the time of a training.
+    both = sorted(set(backprop["seed"]) & set(forward["seed"]))
+    b, f = ({seed: i for i, seed in enumerate(runs["seed"])} for runs in (backprop, forward))
+    ratio = paired_ratio(
+        [_arrival(forward, f[seed], threshold) for seed in both],
+        [_arrival(backprop, b[seed], threshold) for seed in both],
+    )
+    total = Interval(*(end * step.estimate for end in ratio))
+    total = Interval(total.low * step.low / step.estimate, total.estimate, total.high * step.high / step.estimate)
+    gap = [100 * (backprop["accuracy"][b[seed]] - forward["accuracy"][f[seed]]) for seed in both]
+    return {
+        "backprop": _runs(backprop, threshold),
+        "forward": _runs(forward, threshold),
+        "num_seeds": len(both),
+        "iterations": ratio,
+        "step": step,
+        "total": total,
+        "accuracy_gap": mean_interval(gap),
+        "loss_gap": median_interval([_lead(forward["train_loss"][f[s]], backprop["train_loss"][b[s]]) for s in both]),
+        "verdict": None if threshold is None else _verdict(total),  # equally many iterations say nothing of arriving
+    }
+
+
+def _lead(forward: float | str, backprop: float | str) -> float:
+    # By how much backprop's loss is lower: infinitely, where forward alone diverged; not at all, where both did.
+    losses = _finite(forward), _finite(backprop)
+    return 0.0 if losses == (math.inf, math.inf) else losses[0] - losses[1]
+
+
+def _verdict(total: Interval) -> str:
+    return "faster" if total.high < 1 else "slower" if total.low > 1 else "unclear"
+
+
+def _runs(runs: dict[str, Any], threshold: float | None) -> dict[str, Any]:
+    return {
+        "learning_rate": runs["learning_rate"],
+        "num_seeds": len(runs["seed"]),
+        "arrived": sum(math.isfinite(_arrival(runs, i, threshold)) for i in range(len(runs["seed"]))),
+        "iterations": median_interval([_arrival(runs, i, threshold) for i in range(len(runs["seed"]))]),
+        "train_loss": median_interval([_finite(value) for value in runs["train_loss"]]),
+        "accuracy": median_interval([100 * value for value in runs["accuracy"]]),
+        "accuracy_start": median_interval([100 * value for value in runs["accuracy_start"]]),
+    }
+
+
+def _tuned(content: dict[str, Any], method: str, seconds: dict[str, list[float]], threshold: float | None) -> dict:
+    best = content["fair"][method][str(_best(content, method))]
+    baseline = content["fair"]["backprop"][str(_best(content, "backprop"))]
+    step = paired_ratio(seconds[method], seconds["backprop"])
+    return {"step": step} | _runs(best, threshold) | {"against": _pair(baseline, best, step, threshold)}
+
+
+def _best(content: dict[str, Any], method: str) -> int:
+    (power,) = content["fair"][method]
+    return int(power)
+
+
+def _arrival(runs: dict[str, Any], i: int, threshold: float | None) -> float:
+    arrived = runs["status"][i] == ("completed" if threshold is None else "reached")
+    return float(runs["iterations"][i]) if arrived else math.inf
+
+
+def _finite(value: float | str) -> float:
+    value = float(value)
+    return value if np.isfinite(value) else math.inf

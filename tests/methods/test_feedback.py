@@ -1,0 +1,532 @@
+"""The feedback rules: exact cases in float64, unbiasedness and second moments within 5 sigma, and what they refuse."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fwdlib.data import Dataset
+from fwdlib.estimators import backprop_gradient
+from fwdlib.methods.blocks import blocks_of
+from fwdlib.methods.feedback import (
+    ControlVariateForwardGradient,
+    DirectFeedbackAlignment,
+    DirectKolenPollack,
+    ForwardDirectFeedbackAlignment,
+)
+from fwdlib.models import CNN, fully_connected
+from fwdlib.objectives import BatchLoss, assign_gradients, params_of
+from fwdlib.stacked.estimator import Dual
+from fwdlib.training import make_optimizer, train
+
+SGD_ONE = make_optimizer("SGD", 1.0)  # with it the feedback becomes the last mean of d u^T
+FIXED = make_optimizer("SGD", 1e-300)  # and with it, it stays
+RULES = {
+    "DFA": DirectFeedbackAlignment,
+    "DKP": DirectKolenPollack,
+    "FDFA": ForwardDirectFeedbackAlignment,
+    "FG-CV": ControlVariateForwardGradient,
+}
+TARGETS = torch.tensor([0, 2, 1, 2, 0, 1])
+
+
+class Chain(nn.Module):
+    """Modules one after the other, each a block."""
+
+    def __init__(self, *modules):
+        super().__init__()
+        self.chain = nn.ModuleList(modules)
+
+    def blocks(self):
+        return list(self.chain)
+
+    def forward(self, inputs):
+        for module in self.chain:
+            inputs = module(inputs)
+        return inputs
+
+
+class Shifted(nn.Module):
+    """tanh of a linear map, plus a parameter of its own for each unit and example: the gradient of that is delta."""
+
+    def __init__(self, fan_in, fan_out):
+        super().__init__()
+        self.linear, self.shift = nn.Linear(fan_in, fan_out), nn.Parameter(torch.zeros(6, fan_out))
+
+    def forward(self, inputs):
+        return torch.tanh(self.linear(inputs)) + self.shift
+
+
+def mlp(*norm):
+    torch.manual_seed(0)
+    hidden = nn.Linear(4, 5), *norm, nn.Tanh(), nn.Linear(5, 4), nn.Sigmoid()
+    return nn.Sequential(*hidden, nn.Linear(4, 3)).double(), torch.randn(6, 4, dtype=torch.float64)
+
+
+def cnn():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(2, 2, 2), nn.Tanh(), nn.Flatten())
+    return nn.Sequential(model, nn.Linear(8, 3)).double(), torch.randn(6, 1, 8, 8, dtype=torch.float64)
+
+
+MODELS = {"MLP": mlp, "CNN": cnn}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randomise(estimator, scale=0.3):
+    draw = seeded(7)
+    for feedback in estimator.feedback:
+        feedback.data.copy_(scale * torch.randn(feedback.shape, generator=draw, dtype=feedback.dtype))
+    return estimator
+
+
+def grads_of(estimator, model, inputs, **options):
+    return estimator(BatchLoss(model, inputs, TARGETS), params_of(model), **options).grads
+
+
+def exact(model, inputs):
+    return backprop_gradient(BatchLoss(model, inputs, TARGETS), params_of(model)).grads
+
+
+def assert_within_5_sigma(samples, expected):
+    # samples (N, ...); with thousands of values compared, 5 sigma is passed by chance less than once in 500 runs
+    error = (samples.mean(0) - expected).abs()
+    sigma = samples.std(0) / math.sqrt(len(samples))
+    assert (error <= 5 * sigma + 1e-12).all(), (error / sigma).max()
+
+
+# exact cases
+
+
+@torch.no_grad()
+def test_with_the_true_jacobian_of_a_linear_network_it_is_backprop():
+    torch.manual_seed(0)
+    model = Chain(*(nn.Linear(n, m) for n, m in ((4, 5), (5, 6), (6, 3)))).double()
+    inputs = torch.randn(6, 4, dtype=torch.float64)
+    estimator = DirectFeedbackAlignment(model, inputs)
+    second, third = model.chain[1].weight, model.chain[2].weight
+    for feedback, jacobian in zip(estimator.feedback, (third @ second, third), strict=True):
+        feedback.data.copy_(jacobian)
+    expected = exact(model, inputs)
+    for name, grad in grads_of(estimator, model, inputs).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("make", [mlp, partial(mlp, nn.BatchNorm1d(5)), cnn], ids=["MLP", "BatchNorm", "CNN"])
+def test_the_readout_is_exact(rule, make):
+    model, inputs = make()
+    estimate = RULES[rule](model, inputs)(BatchLoss(model, inputs, TARGETS), params_of(model))
+    expected = backprop_gradient(BatchLoss(model, inputs, TARGETS), params_of(model))
+    torch.testing.assert_close(estimate.loss, expected.loss)
+    for name in list(expected.grads)[-2:]:
+        torch.testing.assert_close(estimate.grads[name], expected.grads[name], rtol=1e-10, atol=1e-14)
+
+
+def test_a_shared_weight_gets_the_sum_of_its_uses_and_a_frozen_one_nothing():
+    torch.manual_seed(0)
+    shared = nn.Linear(4, 4)
+    model = Chain(shared, shared, nn.Linear(4, 3)).double()
+    model.chain[2].bias.requires_grad_(False)
+    inputs = torch.randn(6, 4, dtype=torch.float64)
+    estimator = DirectFeedbackAlignment(model, inputs)
+    last = model.chain[2].weight.detach()
+    for feedback, jacobian in zip(estimator.feedback, (last @ shared.weight.detach(), last), strict=True):
+        feedback.data.copy_(jacobian)
+    grads, expected = grads_of(estimator, model, inputs), exact(model, inputs)
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name])
+
+
+def test_kolen_pollack_feedback_goes_to_the_weight_as_its_rule_predicts():
+    torch.manual_seed(0)
+    model = Chain(nn.Linear(4, 5), nn.Linear(5, 3, bias=False)).double()
+    rate, decay = 0.1, 0.3
+    plain = {"lr": rate, "weight_decay": decay}
+    estimator = DirectKolenPollack(model, torch.zeros(1, 4).double(), optimizer=partial(torch.optim.SGD, **plain))
+    optimizer = torch.optim.SGD(model.parameters(), **plain)
+    mismatch = estimator.feedback[0].detach() - model.chain[1].weight.detach()
+    draw = seeded()
+    for _ in range(20):
+        inputs = torch.randn(6, 4, generator=draw, dtype=torch.float64)
+        assign_gradients(model, grads_of(estimator, model, inputs))
+        optimizer.step()
+        mismatch = mismatch * (1 - rate * decay)
+        now = estimator.feedback[0].detach() - model.chain[1].weight.detach()
+        torch.testing.assert_close(now, mismatch, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("num_tangents", [1, 3])
+@pytest.mark.parametrize("tangents", ["rademacher", "normal"])
+def test_without_a_residual_the_control_variate_is_fdfa(num_tangents, tangents):
+    found = []
+    for rule in (ForwardDirectFeedbackAlignment, partial(ControlVariateForwardGradient, alpha=0.0)):
+        model, inputs = mlp(nn.BatchNorm1d(5))
+        estimator = rule(model, inputs, num_tangents=num_tangents, tangents=tangents)
+        draw = seeded()
+        found.append([grads_of(estimator, model, inputs, generator=draw) for _ in range(3)])
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(*found, strict=True) for name in a)
+
+
+def test_forward_feedback_is_an_exponential_average_under_sgd():
+    model, inputs = mlp()
+    rate, estimators = 0.25, [ForwardDirectFeedbackAlignment(model, inputs, optimizer=SGD_ONE)]
+    estimators.append(ForwardDirectFeedbackAlignment(model, inputs, optimizer=make_optimizer("SGD", rate)))
+    average, draws = torch.zeros_like(estimators[0].feedback[1]), (seeded(), seeded())
+    for _ in range(4):
+        for estimator, draw in zip(estimators, draws, strict=True):
+            grads_of(estimator, model, inputs, generator=draw)
+        average = (1 - rate) * average + rate * estimators[0].feedback[1].detach()
+        torch.testing.assert_close(estimators[1].feedback[1].detach(), average.detach())
+
+
+@pytest.mark.parametrize("make", [partial(mlp, nn.BatchNorm1d(5)), cnn], ids=["BatchNorm", "CNN"])
+def test_several_tangents_in_one_pass_are_those_one_by_one(make):
+    model, inputs = make()
+    joint = ControlVariateForwardGradient(model, inputs, num_tangents=3)
+    drawn = joint._draw(6, seeded())
+    estimate = joint(BatchLoss(model, inputs, TARGETS), params_of(model), generator=seeded())
+    singles = []
+    for k in range(3):
+        single = ControlVariateForwardGradient(model, inputs)
+        single._draw = lambda *_, k=k: drawn[k : k + 1]
+        singles.append(single(BatchLoss(model, inputs, TARGETS), params_of(model)))
+    torch.testing.assert_close(estimate.jvps, torch.cat([single.jvps for single in singles]))
+    for name, grad in estimate.grads.items():
+        torch.testing.assert_close(grad, sum(single.grads[name] for single in singles) / 3)
+
+
+BLOCKS = {
+    "two linear layers": (lambda: [nn.Linear(4, 6), nn.Linear(6, 5), nn.Tanh()], (4,)),
+    "no bias": (lambda: [nn.Linear(4, 5, bias=False), nn.Sigmoid()], (4,)),
+    "in place": (lambda: [nn.Linear(4, 5), nn.ReLU(inplace=True)], (4,)),
+    "BatchNorm, in place": (lambda: [nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True)], (4,)),
+    "LayerNorm": (lambda: [nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU()], (4,)),
+    "no rule": (lambda: [nn.Linear(4, 5), nn.Softsign()], (4,)),
+    "positions": (lambda: [nn.Linear(4, 5), nn.ReLU()], (3, 4)),
+    "convolution": (lambda: [nn.Conv1d(2, 2, 3, padding=1), nn.BatchNorm1d(2), nn.MaxPool1d(2), nn.ReLU()], (2, 8)),
+    "groups": (lambda: [nn.Conv1d(2, 4, 3, groups=2), nn.GroupNorm(2, 4), nn.Conv1d(4, 2, 1), nn.Tanh()], (2, 8)),
+}
+
+
+@pytest.mark.parametrize("num_tangents", [1, 2])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_tangents_beside_the_tape_change_no_local_derivative(name, num_tangents):
+    # With the same feedback FDFA's estimate is DFA's, whose blocks run without tangents.
+    make, shape = BLOCKS[name]
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Identity(), nn.Tanh())
+    inputs = torch.randn(6, *shape, dtype=torch.float64)
+    hidden = nn.Sequential(*make()).double()
+    readout = nn.Sequential(nn.Flatten(), nn.Linear(hidden(first(inputs)).flatten(1).shape[1], 3)).double()
+    model = Chain(first, hidden, readout)
+    plain = DirectFeedbackAlignment(model, inputs)
+    learning = ForwardDirectFeedbackAlignment(model, inputs, optimizer=FIXED, num_tangents=num_tangents)
+    learning.matrix.data.copy_(plain.matrix)
+    expected = grads_of(plain, model, inputs)
+    for name, grad in grads_of(learning, model, inputs).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-13)
+        assert grad.any()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_running_statistics_advance_as_in_one_forward_pass(rule):
+    (model, inputs), (twin, _) = (mlp(nn.BatchNorm1d(5)) for _ in range(2))
+    options = {"num_tangents": 2} if rule in ("FDFA", "FG-CV") else {}
+    grads_of(RULES[rule](model, inputs, **options), model, inputs)
+    twin(inputs)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()))
+
+
+class Border(nn.Module):
+    """Lets nothing pass that could carry an error back."""
+
+    def forward(self, inputs):
+        rows = inputs.stack if isinstance(inputs, Dual) else inputs
+        assert not rows.requires_grad, "an error could be carried back"
+        return inputs
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_error_is_carried_back_from_block_to_block(rule):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Border(), nn.Linear(5, 5), nn.Tanh(), Border(), nn.Linear(5, 3))
+    inputs = torch.randn(6, 4)
+    assert grads_of(RULES[rule](model, inputs), model, inputs)["0.weight"].isfinite().all()
+    with pytest.raises(AssertionError, match="could be carried back"):
+        exact(model, inputs)
+
+
+# statistics
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("tangents", ["rademacher", "normal"])
+def test_the_mean_of_d_u_is_the_jacobian(make, tangents):
+    model, inputs = MODELS[make]()
+    estimator = ForwardDirectFeedbackAlignment(model, inputs, optimizer=SGD_ONE, num_tangents=50, tangents=tangents)
+    draw, seen = seeded(), []
+    for _ in range(60):
+        grads_of(estimator, model, inputs, generator=draw)
+        seen.append([feedback.detach().clone() for feedback in estimator.feedback])
+    blocks = blocks_of(model)
+    activation = inputs
+    for i, block in enumerate(blocks[:-1]):
+        activation = block(activation).detach()
+        rest = nn.Sequential(*blocks[i + 1 :])
+        of_examples = [torch.autograd.functional.jacobian(lambda a, f=rest: f(a[None])[0], a) for a in activation]
+        assert_within_5_sigma(torch.stack([of_draw[i] for of_draw in seen]), torch.stack(of_examples).mean(0))
+
+
+@pytest.mark.parametrize("tangents", ["rademacher", "normal"])
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+@pytest.mark.parametrize("make", MODELS)
+def test_the_control_variate_is_unbiased_at_any_feedback(make, scale, tangents):
+    model, inputs = MODELS[make]()
+    options = {"optimizer": FIXED, "num_tangents": 20, "tangents": tangents}
+    estimator = randomise(ControlVariateForwardGradient(model, inputs, **options), scale)
+    draw, expected = seeded(), exact(model, inputs)
+    estimates = [grads_of(estimator, model, inputs, generator=draw) for _ in range(150)]
+    for name, grad in expected.items():
+        assert_within_5_sigma(torch.stack([estimate[name] for estimate in estimates]), grad)
+
+
+def test_weighting_the_batch_is_unbiased_where_batchnorm_mixes_the_examples():
+    model, inputs = mlp()
+    model.insert(3, nn.BatchNorm1d(4).double())  # behind the first block, whose activations it mixes
+    draw, expected, z = seeded(), exact(model, inputs), {}
+    for weights in ("batch", "example"):
+        estimator = ControlVariateForwardGradient(model, inputs, optimizer=FIXED, num_tangents=20, weights=weights)
+        randomise(estimator)
+        found = torch.stack([grads_of(estimator, model, inputs, generator=draw)["0.weight"] for _ in range(400)])
+        sigma = found.std(0) / math.sqrt(len(found))
+        z[weights] = ((found.mean(0) - expected["0.weight"]) / sigma).abs().max()
+    assert z["batch"] < 5
+    assert z["example"] > 10  # the bias that the docstring owns up to
+
+
+@pytest.mark.parametrize(("tangents", "of_own"), [("rademacher", -1), ("normal", 1)])
+@pytest.mark.parametrize("num_tangents", [1, 4])
+def test_the_variance_is_that_of_the_residual(tangents, of_own, num_tangents):
+    torch.manual_seed(0)
+    model = Chain(Shifted(4, 5), Shifted(5, 7), nn.Linear(7, 3)).double()
+    inputs = torch.randn(6, 4, dtype=torch.float64)
+    options = {"optimizer": FIXED, "num_tangents": num_tangents, "tangents": tangents}
+    estimator = randomise(ControlVariateForwardGradient(model, inputs, **options))
+    expected = exact(model, inputs)
+    biased = grads_of(randomise(ForwardDirectFeedbackAlignment(model, inputs, optimizer=FIXED)), model, inputs)
+    deltas = [f"chain.{i}.shift" for i in range(2)]
+    residuals = {name: expected[name] - biased[name] for name in deltas}
+    total = sum(residual.square().sum(1) for residual in residuals.values())  # (B,)
+    draw = seeded()
+    found = [grads_of(estimator, model, inputs, generator=draw) for _ in range(1500)]
+    for name in deltas:
+        squares = torch.stack([(of_draw[name] - expected[name]).square().sum(1) for of_draw in found])
+        residual = residuals[name]
+        closed_form = residual.shape[1] * total + of_own * residual.square().sum(1)
+        assert_within_5_sigma(squares, closed_form / num_tangents)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_recorded_it_does_the_same(rule, norm):
+    # Over several steps, through a change of mode, of the batch's size and of what is trained.
+    model, inputs = mlp(*[nn.BatchNorm1d(5), nn.Dropout(0.2)] * norm)
+    ends = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        learner = copy.deepcopy(model)
+        estimator, draw = RULES[rule](learner, inputs, recorded=recorded), seeded()
+        options = {} if rule in ("DFA", "DKP") else {"generator": draw}
+        seen = []
+        for is_training, size, frozen in [(True, 6, None), (True, 6, None), (True, 5, "0.bias"), (False, 6, None)]:
+            learner.train(is_training)
+            params = {name: p for name, p in params_of(learner).items() if name != frozen}
+            objective = BatchLoss(learner, inputs[:size], TARGETS[:size])
+            estimate = estimator(objective, params, **options)
+            assert not estimate.loss.requires_grad
+            assert estimate.grads.keys() == params.keys()
+            for name, grad in estimate.grads.items():
+                params[name].sub_(0.1 * grad)
+            seen += [estimate.loss, estimate.jvps, *estimate.grads.values()]
+        ends.append([*seen, *estimator.feedback, *learner.state_dict().values()])
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Adam", {"weight_decay": 0.1}), ("Adam", {"amsgrad": True}), ("SGD", {"momentum": 0.9}), ("SGD", {})],
+)
+@pytest.mark.parametrize("rule", ["DKP", "FDFA", "FG-CV"])
+def test_recorded_the_feedback_learns_the_same(rule, name, options):
+    # Through another rate, a state that is loaded, and a new beginning: a fused optimizer's steps are recorded.
+    model, inputs = mlp(nn.BatchNorm1d(5))
+    make = make_optimizer(name, 0.01, fused=True, **options)
+    ends = []
+    for recorded in (False, True):
+        learner, draw, seen = copy.deepcopy(model), seeded(), []
+        estimator = RULES[rule](learner, inputs, optimizer=make, recorded=recorded)
+        for change in (None, None, "rate", "state", None, "reset", None):
+            if change == "rate":
+                estimator.optimizer.param_groups[0]["lr"] = 0.02
+            elif change == "state":
+                state, estimator = estimator.state_dict(), RULES[rule](learner, inputs, optimizer=make)
+                estimator.recorded = recorded
+                estimator.load_state_dict(state)
+            elif change == "reset":
+                estimator.reset(0)
+            grads_of(estimator, learner, inputs, generator=draw)
+            seen.append(estimator.matrix.detach().clone())
+        ends.append([*seen, *estimator.optimizer.state.get(estimator.matrix, {}).values()])
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_recorded_it_does_the_same_on_images_in_any_layout(rule):
+    model, inputs = cnn()
+    plain, recorded = (RULES[rule](model, inputs, recorded=recorded) for recorded in (False, True))
+    tall = torch.cat([inputs, inputs], 2)
+    layouts = [inputs, tall[:, :, ::2], inputs.transpose(2, 3), inputs[:1].expand(6, -1, -1, -1)]
+    for x in [*layouts, inputs.to(memory_format=torch.channels_last)]:
+        options = [{} if rule in ("DFA", "DKP") else {"generator": seeded()} for _ in range(2)]
+        expected = grads_of(plain, model, x, **options[0])
+        torch.testing.assert_close(grads_of(recorded, model, x, **options[1]), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("num_tangents", [1, 3])
+def test_recorded_the_control_variate_follows_alpha_and_weights(num_tangents):
+    model, inputs = mlp()
+    options = {"alpha": 0.9, "alpha_decay": 0.9, "num_tangents": num_tangents}
+    rules = [ControlVariateForwardGradient(model, inputs, **options, recorded=r) for r in (False, True)]
+    for weights in ("example", "example", "batch"):
+        found = []
+        for rule in rules:
+            rule.weights = weights
+            found.append(grads_of(rule, model, inputs, generator=seeded()))
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+def test_jvps_are_those_of_the_loss():
+    model, inputs = mlp()
+    estimator = ForwardDirectFeedbackAlignment(model, inputs, num_tangents=2)
+    drawn = estimator._draw(6, seeded())
+    found = estimator(BatchLoss(model, inputs, TARGETS), params_of(model), generator=seeded()).jvps
+    first, second, last = blocks_of(model)
+
+    def loss(shifts):
+        return F.cross_entropy(last(second(first(inputs) + shifts[0]) + shifts[1]), TARGETS)
+
+    shifts = estimator._by_block(drawn)
+    zeros = tuple(torch.zeros_like(u[0]) for u in shifts)
+    expected = [torch.func.jvp(lambda *s: loss(s), zeros, tuple(u[k] for u in shifts))[1] for k in range(2)]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+# training
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_rule_learns_in_the_one_loop(rule):
+    torch.manual_seed(0)
+    centres = torch.randn(3, 8)
+    labels = torch.arange(120) % 3
+    points = centres[labels] + 0.3 * torch.randn(120, 8)
+    data = Dataset(points[:90], labels[:90], points[90:], labels[90:], ("a", "b", "c"), None)
+
+    def build():
+        return fully_connected(8, 2, 16, 3)
+
+    estimator = RULES[rule](build(), data.train_inputs[:2])
+    options = {"optimizer": "Adam", "learning_rate": 0.01, "batch_size": 30, "max_iterations": 150}
+    history = train(build, data, estimator, **options, progress=None)
+    assert history.runs[0].test_errors[-1] == 0
+    if rule != "DFA":
+        assert all(feedback.any() for feedback in estimator.feedback)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_goes_on_from_its_state_and_begins_anew(rule):
+    def run(estimator, steps, draw):
+        return [grads_of(estimator, *mlp(), generator=draw) for _ in range(steps)]
+
+    whole, draw = RULES[rule](*mlp()), seeded()
+    expected = run(whole, 4, draw)
+    first, draw = RULES[rule](*mlp()), seeded()
+    run(first, 2, draw)
+    second = RULES[rule](*mlp())
+    second.load_state_dict(first.state_dict())
+    for found, grads in zip(run(second, 2, draw), expected[2:], strict=True):
+        assert all(torch.equal(found[name], grad) for name, grad in grads.items())
+    second.reset(0)
+    for name, grad in run(second, 1, seeded())[0].items():
+        assert torch.equal(grad, expected[0][name])
+
+
+def test_another_seed_draws_another_feedback():
+    model, inputs = mlp()
+    a, b = (DirectFeedbackAlignment(model, inputs, seed=seed).feedback[0] for seed in (0, 1))
+    assert not torch.equal(a, b)
+    assert a.abs().max() <= math.sqrt(6 / 5)
+
+
+def test_alpha_decays_and_comes_back():
+    model, inputs = mlp()
+    estimator = ControlVariateForwardGradient(model, inputs, alpha=0.8, alpha_decay=0.5)
+    for expected in (0.8, 0.4, 0.2):
+        assert estimator.alpha == pytest.approx(expected)
+        grads_of(estimator, model, inputs)
+    estimator.reset()
+    assert estimator.alpha == 0.8
+
+
+# blocks, and what is refused
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_model_whose_blocks_cannot_be_told_is_refused(rule):
+    with pytest.raises(ValueError, match=r"blocks of CNN cannot be told.*nn\.Sequential.*blocks\(\)"):
+        RULES[rule](CNN(), torch.zeros(2, 1, 28, 28))
+    with pytest.raises(ValueError, match="has 1 block, and feedback needs a hidden one"):
+        RULES[rule](nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)), torch.zeros(2, 4))
+
+
+def test_blocks_that_leave_out_parameters_are_refused():
+    model = Chain(nn.Linear(4, 5), nn.Linear(5, 3))
+    model.scale = nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match=r"blocks\(\) leaves out the parameters scale"):
+        DirectFeedbackAlignment(model, torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_refuses_what_is_not_its_model(rule):
+    model, inputs = mlp()
+    estimator = RULES[rule](model, inputs)
+    with pytest.raises(TypeError, match=r"pass a BatchLoss.*got function"):
+        estimator(lambda p: p["x"].sum(), {"x": torch.ones(2)})
+    with pytest.raises(ValueError, match="made for a model of 3 blocks, got one of 2"):
+        grads_of(estimator, Chain(nn.Linear(4, 5), nn.Linear(5, 3)).double(), inputs)
+    with pytest.raises(ValueError, match="of another model"):
+        estimator.load_state_dict(RULES[rule](*cnn()).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"alpha": 1.5}, "alpha must be between 0 and 1, got 1.5"),
+        ({"alpha_decay": -1}, "alpha_decay must be between 0 and 1, got -1"),
+        ({"weights": "all"}, "weights must be one of 'example', 'batch'"),
+        ({"tangents": "rank-one"}, "tangents must be one of 'rademacher', 'normal'"),
+        ({"num_tangents": 0}, "num_tangents must be a whole number of at least 1"),
+    ],
+)
+def test_refuses_options(option, message):
+    with pytest.raises(ValueError, match=message):
+        ControlVariateForwardGradient(*mlp(), **option)

@@ -1,0 +1,223 @@
+"""The report's section on cost, made from small made-up measurements."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fwdlib.bench.compared import MODELS
+from fwdlib.data import Dataset, Source
+from fwdlib.results import write_json
+from report.page import context as page_context
+from report.page import render
+from report.sections import cost
+from report.studies.descent import tune
+from tests.report.test_build import make_results, section
+
+ROUNDS = 9
+
+
+def rounds(seconds):
+    return [seconds * (1 + 0.01 * i) for i in range(ROUNDS)]
+
+
+def entry(title, structured=0.6, one_graph=0.9, memory=None):
+    """Backprop 1 ms eager and 0.8 ms compiled, so 0.8 is what all is compared with."""
+    milliseconds = {
+        "forward": 0.2,
+        "backprop, eager": 1.0,
+        "backprop, compiled": 0.8,
+        "backprop one graph, compiled": one_graph,
+        "forward gradient, eager": 2.0,
+        "rank-one, eager": 1.2,
+        "rank-one, compiled": structured,
+        "rank-one K=4, eager": 1.5,
+        "rank-one K=16, eager": 3.0,
+        "per-example, eager": 0.9,
+        "activity, eager": 0.95,
+    }
+    return {
+        "title": title,
+        "batch": 64,
+        "num_params": 1234,
+        "reference": "backprop, compiled",
+        "seconds": {name: rounds(value / 1e3) for name, value in milliseconds.items()},
+        "skipped": {},
+        **({"memory": memory} if memory else {}),
+    }
+
+
+@pytest.fixture
+def bench():
+    versions = {"python": "3.11.7", "torch": "2.15.0"}
+    memory = {"backprop": 400_000_000, "forward gradient": 900_000_000, "rank-one": 3_000_000}
+    return {
+        "environment": {
+            "versions": versions,
+            "system": "Linux",
+            "processor": "a CPU",
+            "cores": 2,
+            "threads": 2,
+            "device": "cpu",
+        },
+        "quick": False,
+        "settings": {"width": 1024},
+        "models": {"mnist-mlp": entry("the MLP"), "paper-cnn": entry("the CNN", structured=0.88, one_graph=0.5)},
+        "depth": {"1": entry("1 layer", memory=memory), "100": entry("100 layers", memory=memory)},
+    }
+
+
+@pytest.fixture
+def descent(bench):
+    def run(method, seed, status, iterations, purpose="measured"):
+        return {
+            "method": method,
+            "power": 3,
+            "seed": seed,
+            "purpose": purpose,
+            "learning_rate": 8e-4,
+            "status": status,
+            "iterations": iterations,
+            "train_loss": [2.3, 0.4 if status == "reached" else "nan"],
+        }
+
+    runs = [run("backprop", seed, "reached", 100 + 20 * seed) for seed in range(5)]
+    runs += [run("backprop", 100, "reached", 7, "tuning")]
+    runs += [run("rank-one", seed, *(("reached", 5000) if seed < 2 else ("diverged", 9000))) for seed in range(5)]
+    data = {"name": "MNIST", "substitute_for": None}
+    settings = {
+        "threshold": 0.5,
+        "batch_size": 64,
+        "max_iterations": 20_000,
+        "tuning_iterations": 3000,
+        "evaluate_every": 20,
+        "data": data,
+    }
+    return {"runs": runs, "settings": settings, "environment": bench["environment"]}
+
+
+@pytest.fixture
+def text(tmp_path, bench, descent):
+    folder = make_results(tmp_path)
+    write_json(folder / cost.BENCH, bench)
+    write_json(folder / cost.DESCENT, descent)
+    return render.markdown(page_context.context(page_context.load(folder)))
+
+
+def test_ratios_are_to_the_fastest_backprop_that_torch_offers_and_by_the_faster_form(bench):
+    model, other = cost.context({"bench": bench, "descent": None})["bench"]
+    assert model["structured"]["rank-one"]["ratio"].estimate == pytest.approx(0.75)
+    assert model["structured"]["rank-one"]["mode"] == "compiled"
+    assert model["structured"]["per-example"]["ratio"].estimate == pytest.approx(0.9 / 0.8)
+    assert model["textbook"].estimate == pytest.approx(2.5)
+    assert (model["over_plain"], model["reference"]) == (pytest.approx(4.0), "compiled")
+    assert model["over_one_graph"].estimate == pytest.approx(0.6 / 0.9)
+    assert other["structured"]["rank-one"]["ratio"].estimate == pytest.approx(1.1)
+
+
+def test_the_verdicts_count_models_by_their_intervals(bench):
+    found = cost.context({"bench": bench, "descent": None})
+    assert found["all_faster"] == found["graph_faster"] == ["the MLP"]
+    assert found["textbook_slower"] == ["the MLP", "the CNN"]
+    assert {t["k"]: t["ratio"].estimate for t in found["tangents"]} == pytest.approx({4: 2.5, 16: 5.0})
+
+
+def test_time_to_the_loss_is_steps_times_the_fastest_step(bench, descent):
+    first, second = cost.context({"bench": bench, "descent": descent})["descent"]["rows"]
+    assert (first["reached"], first["num_seeds"], first["steps"].estimate) == (5, 5, 140)
+    assert first["range"][::2] == (100, 180)
+    assert first["seconds"] == pytest.approx(140 * 0.8e-3 * 1.04)  # the middle round of nine
+    assert (second["reached"], second["diverged"], second["steps"].estimate) == (2, 3, math.inf)
+    assert second["at_least"] == pytest.approx(9000 * 0.6e-3 * 1.04)
+
+
+def test_a_method_that_a_short_benchmark_did_not_time_has_no_row(bench, descent):
+    for run in descent["runs"]:
+        if run["method"] != "backprop":
+            run["method"] = "rank-one, K = 7"
+    (row,) = cost.context({"bench": bench, "descent": descent})["descent"]["rows"]
+    assert row["method"] == "backprop"
+
+
+def test_the_section_prints_it(text):
+    said = section(text, "cost")
+    assert "| the MLP, 64 | 1234 |" in said.replace("1,234", "1234").replace("1 234", "1234")
+    assert "On 1 of the 2 models" in said
+    assert "3.00 MB" in said
+    assert "400 MB" in said
+    assert "0.75 % of backprop's" in said
+    assert "2 of 5, 3 diverged" in said
+    assert "more than" in said
+    assert "figures/cost.svg" in said
+    assert "figures/depth.svg" in said
+
+
+def test_without_measurements_there_is_no_section(tmp_path):
+    text = render.markdown(page_context.context(page_context.load(make_results(tmp_path))))
+    assert "{#cost}" not in text
+
+
+def test_the_page_is_drawn_with_its_figures(tmp_path, bench):
+    folder = make_results(tmp_path / "results")
+    write_json(folder / cost.BENCH, bench)
+    render.render(page_context.load(folder), tmp_path / "output")
+    assert {"cost.svg", "depth.svg"} <= {path.name for path in (tmp_path / "output" / "figures").iterdir()}
+
+
+@pytest.mark.parametrize(("best", "start"), [(5, 2), (5, 7), (5, 5)])
+def test_tuning_walks_to_the_best_learning_rate_of_the_grid(best, start):
+    tried = []
+
+    def run(power, seed, purpose, max_iterations):
+        tried.append(power)
+        assert (seed, purpose) == (100, "tuning")
+        if power > best + 1:
+            return {"status": "diverged", "iterations": 10, "train_loss": [math.nan]}
+        return {"status": "not reached", "iterations": max_iterations, "train_loss": [2.0 + abs(power - best)]}
+
+    assert tune(run, start) == best
+    assert min(tried) >= min(best, start) - 1
+
+
+def test_of_those_that_arrive_the_one_with_fewer_steps_is_better():
+    def run(power, *_):
+        return {"status": "reached", "iterations": {3: 300, 4: 100, 5: 200}[power], "train_loss": [0.4]}
+
+    assert tune(run, 3) == 4
+
+
+def test_the_committed_measurements_are_whole():
+    measured = cost.load(Path(cost.__file__).parents[1] / "results")
+    assert list(measured["bench"]["models"]) == list(MODELS)
+    assert not measured["bench"]["quick"]
+    assert "100" in measured["bench"]["depth"]
+    assert measured["descent"]["settings"]["data"]["name"] == "MNIST"
+
+
+def test_descents_are_kept_one_by_one_and_not_run_twice(tmp_path, monkeypatch):
+    from report.studies import descent
+
+    draw = torch.Generator().manual_seed(0)
+    targets = torch.arange(80) % 2
+    inputs = targets.unsqueeze(1) + 0.1 * torch.randn(80, 3, generator=draw)
+    data = Dataset(inputs, targets, inputs, targets, ("a", "b"), Source("blobs", "a test", None, "", "", "", 0))
+    monkeypatch.setattr(descent, "load_images", lambda *_, **__: data)
+    monkeypatch.setattr(descent, "build", lambda: nn.Linear(3, 2))
+    monkeypatch.setattr(descent, "BATCH_SIZE", 20)
+    monkeypatch.setattr(descent, "MAX_ITERATIONS", 200)
+    monkeypatch.setattr(descent, "TUNING_ITERATIONS", 40)
+    first = descent.measure(["backprop"], tmp_path / "descent.json")
+    measured = [run for run in first["runs"] if run["purpose"] == "measured"]
+    assert [run["seed"] for run in measured] == descent.SEEDS
+    assert len({run["learning_rate"] for run in measured}) == 1
+
+    monkeypatch.setattr(descent, "train", lambda *_, **__: pytest.fail("trained again"))
+    again = descent.measure(["backprop"], tmp_path / "descent.json")
+    assert len(again["runs"]) == len(first["runs"])
+    monkeypatch.setattr(descent, "THRESHOLD", 0.1)
+    with pytest.raises(ValueError, match=r"made with other settings: .* Delete the file to start anew"):
+        descent.measure(["backprop"], tmp_path / "descent.json")

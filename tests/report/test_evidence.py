@@ -1,0 +1,165 @@
+"""The rebuild of all studies in short form: how commands are run, and what is said of the verdicts."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from report import evidence
+from report.page import context as page_context
+from report.studies import common
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ("results", "logs"):
+        (tmp_path / name).mkdir()
+    return tmp_path / "results", tmp_path / "logs"
+
+
+def test_commands_run_so_many_at_once_and_know_where_results_go(folders):
+    results, logs = folders
+    code = (
+        "import os, pathlib, time; start = time.time(); time.sleep(0.5);"
+        f"folder = pathlib.Path(os.environ[{common.VARIABLE!r}]);"
+        "threads = os.environ.get('OMP_NUM_THREADS');"
+        "(folder / str(os.getpid())).write_text(f'{start} {time.time()} {threads}')"
+    )
+    evidence.run([python(code)] * 4, results, logs, at_once=2)
+    spans = [path.read_text().split() for path in results.iterdir()]
+    assert len(spans) == 4
+    assert {threads for *_, threads in spans} == {"1"}
+    beside = [sum(float(a) <= float(start) < float(b) for a, b, _ in spans) for start, *_ in spans]
+    assert max(beside) == 2
+
+
+def test_the_first_that_fails_ends_the_others_and_its_last_words_are_told(folders):
+    lasting = f"import os, pathlib, time; pathlib.Path({str(folders[0] / 'pid')!r}).write_text(str(os.getpid()));"
+    lasting = python(lasting + "time.sleep(60)")
+    failing = python("import time; time.sleep(1); raise ValueError('no such data')")
+    with pytest.raises(evidence.StudyError, match=r"(?s)ended with code 1.*ValueError: no such data"):
+        evidence.run([lasting, failing], *folders, at_once=2)
+    assert not psutil.pid_exists(int((folders[0] / "pid").read_text()))
+
+
+def test_compares_verdicts():
+    committed = {"a": "holds", "b": "fails", "c": "holds", "d": "partly"}
+    lines = list(evidence.compare(committed, {"a": "holds", "b": "holds", "c": "unclear"}))
+    assert [line[0] for line in lines] == [" ", "!", " ", " ", "1"]
+    assert "not judged" in lines[3]
+    assert lines[-1] == "1 of 4 verdicts come out the same in short form; 1 the other way round."
+
+
+def test_the_committed_results_have_verdicts():
+    outcomes = evidence.verdicts_of(evidence.HERE / "results")
+    assert len(outcomes) == len(page_context.context(page_context.load(evidence.HERE / "results"))["claims"]) >= 25
+    assert set(outcomes.values()) <= {"holds", "partly", "fails", "unclear"}
+
+
+def test_the_short_form_is_shorter_and_writes_elsewhere(tmp_path):
+    code = (
+        "import json; from report import alignment, descent, frank_wolfe, functions, protocols, scratch, tangents;"
+        "print(json.dumps([alignment.STUDIES['MNIST-cnn'].epochs, descent.MAX_ITERATIONS, frank_wolfe.NUM_STEPS,"
+        "len(functions.SEEDS_OF_DIVERGENCE), protocols.MODELS['mlp'].num_seeds, len(scratch.SEEDS),"
+        "len(tangents.SIZES),"
+        "*map(str, [alignment.FOLDER, descent.FILE, frank_wolfe.FILE, functions.FILE, protocols.FOLDER, scratch.FILE,"
+        "tangents.FILE])]))"
+    )
+    found = {}
+    for name, environment in {"short": {common.VARIABLE: str(tmp_path)}, "whole": {}}.items():
+        others = {key: value for key, value in os.environ.items() if key != common.VARIABLE}
+        ended = subprocess.run(python(code), env=others | environment, check=True, capture_output=True, text=True)
+        found[name] = json.loads(ended.stdout)
+    assert all(short < whole for short, whole in zip(found["short"][:7], found["whole"][:7], strict=True))
+    assert all(path.startswith(str(tmp_path)) for path in found["short"][7:])
+    assert all(path.startswith(str(evidence.HERE / "results")) for path in found["whole"][7:])
+
+
+@pytest.mark.parametrize("words", evidence.TOGETHER + evidence.ALONE, ids=" ".join)
+def test_every_study_knows_its_words(words):
+    module, *names = words
+    module = importlib.import_module(f"report.{module}")
+    known = {
+        name
+        for value in vars(module).values()
+        if isinstance(value, (dict, tuple))
+        for name in value
+        if isinstance(name, str)
+    }
+    assert callable(module.measure)
+    assert set(names) <= known | {"steps"}
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_what_runs(tmp_path, sent):
+    pid = tmp_path / "pid"
+    child = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = (
+        "import sys; from report import evidence; run = evidence.run;"
+        f"evidence.run = lambda commands, *rest, at_once: run([{python(child)!r}], *rest, at_once=at_once);"
+        f"sys.exit(evidence.main([{str(tmp_path)!r}]))"
+    )
+    # In a session of its own, so that the signal reaches it alone; a shell's background jobs would ignore it.
+    reset = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    options = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": reset, "start_new_session": True}
+    process = subprocess.Popen(python(code), **options)
+    end = time.monotonic() + 60
+    while not (pid.is_file() and pid.read_text()) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(sent)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert "the same command goes on from there" in said
+    assert not psutil.pid_exists(int(pid.read_text()))
+
+
+def test_results_of_other_code_are_not_gone_on_from(tmp_path, capsys):
+    (tmp_path / "code.txt").write_text("of another day")
+    assert evidence.main([str(tmp_path)]) == 1
+    assert "was begun with other code" in capsys.readouterr().err
+
+
+def test_a_word_that_is_no_folder_starts_nothing(capsys):
+    assert evidence.main(["--quick"]) == 2
+    assert evidence.main(["--help"]) == 0
+    assert "python -m report.evidence" in capsys.readouterr().err
+
+
+def test_a_cluster_that_is_not_there_is_told_before_the_studies_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evidence, "run", None)
+    assert evidence.main([str(tmp_path), "--scheduler", "nonsense://x"]) == 1
+    assert "no Dask scheduler answers at nonsense://x" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_notebooks_go_to_the_cluster(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr("fwdlib.runs.cluster.Cluster", lambda scheduler: contextlib.nullcontext())
+    monkeypatch.setattr(evidence, "run", lambda given, *_, **__: commands.extend(given))
+    monkeypatch.setattr(evidence, "compare", lambda *_: [])
+    done = subprocess.CompletedProcess([], 0, stdout="{}")
+    monkeypatch.setattr(evidence.subprocess, "run", lambda *_, **__: done)
+    assert evidence.main(["--scheduler", "tcp://there:8786", str(tmp_path)]) == 0
+    assert commands[-1][2:] == ["report", "--output", str(tmp_path), "--scheduler", "tcp://there:8786"]
+    assert not [command for command in commands[:-1] if "--scheduler" in command]
+
+
+def test_reopen_names_a_setting_that_was_not_there(tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps({"settings": {"a": 1}}))
+    with pytest.raises(ValueError, match="b was 'not there' and is None now"):
+        common.reopen(tmp_path / "study.json", {"a": 1, "b": None})
+    assert common.reopen(tmp_path / "study.json", {"a": 1})["settings"] == {"a": 1}
+    assert common.reopen(tmp_path / "new.json", {"a": 1}, runs=[])["runs"] == []

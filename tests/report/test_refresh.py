@@ -1,0 +1,81 @@
+"""The command that refreshes the committed notebooks: badges, setup cells, what it takes out."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import nbformat
+import pytest
+from PIL import Image
+
+from report import notebooks as refresh
+
+ROOT = Path(__file__).resolve().parents[2]
+ADDRESS = "https://github.com/someone/somewhere"
+
+
+@pytest.fixture
+def notebook():
+    return nbformat.read(ROOT / "notebooks" / "1b_logistic_forward.ipynb", as_version=4)
+
+
+def sources(notebook):
+    return [cell.source for cell in notebook.cells]
+
+
+def test_the_committed_notebooks_are_as_the_command_writes_them(notebook):
+    before = sources(notebook)
+    refresh.write_setup(notebook, "notebooks/1b_logistic_forward.ipynb", None)
+    assert sources(notebook) == before
+
+
+def test_without_an_address_there_is_no_badge_and_colab_gets_the_wheel(notebook):
+    refresh.write_setup(notebook, "notebooks/1b_logistic_forward.ipynb", None)
+    text = "\n".join(sources(notebook))
+    assert "colab-badge" not in text
+    assert "%pip install --quiet --no-deps fwdlib-*.whl palmerpenguins" in text
+    assert "make wheel" in text
+
+
+def test_with_an_address_badge_and_setup_name_it_and_only_once(notebook):
+    for _ in range(2):
+        refresh.write_setup(notebook, "notebooks/1b_logistic_forward.ipynb", ADDRESS)
+    text = "\n".join(sources(notebook))
+    assert text.count("colab-badge.svg") == 1
+    target = "https://colab.research.google.com/github/someone/somewhere/blob/main/notebooks/1b_logistic_forward.ipynb"
+    assert f"]({target})" in notebook.cells[0].source
+    assert f'%pip install --quiet --no-deps "fwdlib @ git+{ADDRESS}" palmerpenguins' in text
+    assert "make wheel" not in text
+    refresh.write_setup(notebook, "notebooks/1b_logistic_forward.ipynb", None)
+    assert "colab-badge" not in "\n".join(sources(notebook))
+
+
+def test_clean_keeps_results_and_takes_out_the_rest():
+    cell = nbformat.v4.new_code_cell("x")
+    cell.metadata["execution"] = {"iopub.execute_input": "2026"}
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "0%"}
+    cell.outputs = [
+        nbformat.v4.new_output("stream", name="stdout", text="kept"),
+        nbformat.v4.new_output("stream", name="stderr", text="a warning"),
+        nbformat.v4.new_output("display_data", data=widget),
+        nbformat.v4.new_output("execute_result", data={"text/plain": "3"}, execution_count=1),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {}, "papermill": {}})
+    refresh.clean(notebook)
+    assert [output.output_type for output in cell.outputs] == ["stream", "execute_result"]
+    assert "execution" not in cell.metadata
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+
+
+def test_smaller_png_looks_the_same():
+    image = Image.linear_gradient("L").convert("RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, format="png")
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    smaller = Image.open(io.BytesIO(base64.b64decode(refresh.smaller_png(encoded)))).convert("RGB")
+    difference = [abs(a - b) for a, b in zip(image.tobytes(), smaller.tobytes(), strict=True)]
+    assert smaller.size == image.size
+    assert max(difference) <= 4
