@@ -28,7 +28,7 @@ from fwdlib.history import History, Run
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.seeds import keep_rows, single_estimate, stacked_estimate
-from fwdlib.stacked.perturbations import Gradients
+from fwdlib.stacked.gradients import Gradients
 from fwdlib.tangents import Params
 from fwdlib.trainer.checkpoint import Checkpoint, Part, Randomness, describe
 from fwdlib.trainer.processes import ALONE, Workers

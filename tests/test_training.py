@@ -15,7 +15,7 @@ from fwdlib.estimators import GradientEstimate, backprop_gradient, forward_gradi
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.stacked.estimator import stacked_forward_gradient
-from fwdlib.stacked.perturbations import Gradients
+from fwdlib.stacked.gradients import Gradients
 from fwdlib.training import OPTIMIZERS, evaluate, make_optimizer
 
 SEEDS = (3, 0, 5)

@@ -34,7 +34,7 @@ from fwdlib.estimators import Estimator, backprop_gradient
 from fwdlib.models import fully_connected, initialise
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.stacked.estimator import stacked_forward_gradient
-from fwdlib.stacked.perturbations import Gradients
+from fwdlib.stacked.gradients import Gradients
 from fwdlib.trainer.distributed import DataParallelGradient, prime_factors, processes, start
 from fwdlib.trainer.processes import Workers
 
