@@ -23,7 +23,7 @@ VIEWS = (
 """Functions that view the memory of node.args[0] with other shapes and strides."""
 EMPTY = aten.empty.memory_format, aten.new_empty.default, aten.new_zeros.default
 MOST = 16
-"""The number of recordings kept. A new one replaces the oldest, so a key that is new in each step cannot fill memory."""
+"""Number of recordings kept. A new one replaces the oldest, so a key that is new in each step cannot fill memory."""
 
 
 class Recording:
