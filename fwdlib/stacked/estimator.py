@@ -12,11 +12,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from fwdlib.checks import check_choice, check_count
 from fwdlib.estimators import GradientEstimate, check_scalar
-from fwdlib.objectives import BatchLoss
+from fwdlib.objectives import ModelLoss, swapped
 from fwdlib.stacked.dual import Dual
 from fwdlib.stacked.forward_pass import Pass
 from fwdlib.stacked.perturbations import PERTURBATIONS, DensePerturbation, Perturbation
@@ -33,10 +32,9 @@ from fwdlib.tangents import (
 
 
 @torch.no_grad()
-def stacked_forward_gradient(
-    objective: BatchLoss,
+def stacked_gradient(
+    objective: ModelLoss,
     params: Params,
-    *,
     num_tangents: int = 1,
     tangents: str | Sampler = "rank-one",
     generator: AnyGenerator = None,
@@ -65,7 +63,7 @@ def stacked_forward_gradient(
     Args:
         objective: the loss of a model on a batch; a plain function has no layers.
         params: the point, by the model's names. With the model's own tensors, as :func:`params_of` returns them, the
-            model runs as it is; with others it runs by :func:`torch.func.functional_call`.
+            model runs as it is; with others it runs with these in their place.
         num_tangents: K.
         tangents: one of the above.
         generator: the source of the tangents; None for torch's global generator. Dropout always draws from the latter.
@@ -75,25 +73,27 @@ def stacked_forward_gradient(
         ``grads.add_to_(params, -learning_rate)`` takes a step of SGD without computing one in full.
 
     Raises:
-        TypeError: if the objective is not a :class:`BatchLoss`, or a parameter is not a real floating tensor.
-        ValueError: if the batch is empty, ``num_tangents`` is below 1, ``tangents`` is unknown, there are no
-            parameters, or the loss is not a scalar.
+        TypeError: if the objective does not show its model, or a parameter is not a real floating tensor.
+        ValueError: if the batch is empty, ``num_tangents`` is below 1, ``tangents`` is unknown or needs a number of
+            examples that the objective does not give, there are no parameters, or the loss is not a scalar.
         NotImplementedError: if a function of the model has neither a rule nor a forward derivative in torch.
 
     Example:
-        >>> from fwdlib.objectives import params_of
+        >>> from fwdlib.objectives import BatchLoss, params_of
         >>> model = torch.nn.Linear(3, 2)
         >>> objective = BatchLoss(model, torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
-        >>> estimate = stacked_forward_gradient(objective, params_of(model), num_tangents=4)
+        >>> estimate = stacked_gradient(objective, params_of(model), num_tangents=4)
         >>> estimate.jvps.shape, estimate.grads["weight"].shape
         (torch.Size([4]), torch.Size([2, 3]))
     """
     check_count("num_tangents", num_tangents)
     check_objective(objective, params)
-    num_examples = len(objective.inputs)
+    num_examples = objective.num_examples
     if isinstance(tangents, str):
         check_choice("tangents", tangents, dict.fromkeys([*PERTURBATIONS, *TANGENTS]))
     if tangents in PERTURBATIONS:
+        if num_examples is None and PERTURBATIONS[tangents].per_example:
+            raise ValueError(f"{tangents!r} tangents need the number of examples: ClosureLoss(..., num_examples=B)")
         draw_signs = partial(random_signs, generator=generator)
         perturbation = PERTURBATIONS[tangents](params, num_tangents, num_examples, draw_signs)
     else:
@@ -105,7 +105,7 @@ def stacked_forward_gradient(
 
 
 @torch.no_grad()
-def stacked_jvp(objective: BatchLoss, params: Params, tangents: Params) -> tuple[Tensor, Tensor]:
+def stacked_jvp(objective: ModelLoss, params: Params, tangents: Params) -> tuple[Tensor, Tensor]:
     """Differentiate along given tangents, as :func:`torch.func.jvp` does, but along all of them in one stacked pass.
 
     Args:
@@ -117,8 +117,8 @@ def stacked_jvp(objective: BatchLoss, params: Params, tangents: Params) -> tuple
         The loss, and the K directional derivatives.
 
     Raises:
-        TypeError: as :func:`stacked_forward_gradient`.
-        ValueError: as :func:`stacked_forward_gradient`, or if a tangent is missing or has the wrong shape.
+        TypeError: as :func:`stacked_gradient`.
+        ValueError: as :func:`stacked_gradient`, or if a tangent is missing or has the wrong shape.
     """
     check_objective(objective, params)
     tangents = {name: tangents.get(name) for name in params}
@@ -127,12 +127,12 @@ def stacked_jvp(objective: BatchLoss, params: Params, tangents: Params) -> tuple
         expected, given = (num_tangents, *p.shape), None if tangents[name] is None else tuple(tangents[name].shape)
         if given != expected:
             raise ValueError(f"tangents[{name!r}] must have shape {expected}, got {given}")
-    loss, jvps, _ = evaluate(objective, params, DensePerturbation(params, len(objective.inputs), tangents))
+    loss, jvps, _ = evaluate(objective, params, DensePerturbation(params, objective.num_examples, tangents))
     return loss, jvps
 
 
 def evaluate(
-    objective: BatchLoss, params: Params, perturbation: Perturbation, buffers: Params | None = None
+    objective: ModelLoss, params: Params, perturbation: Perturbation, buffers: Params | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run the pass.
 
@@ -145,14 +145,13 @@ def evaluate(
     Returns:
         The loss, its derivatives (K,), and each example's contribution to them (K, B), None if it is not known.
     """
-    model, inputs = objective.model, objective.inputs
-    own = None if buffers or is_transformed() else own_params(dict(model.named_parameters()), params)
+    own = None if buffers or is_transformed() else objective.own(params)
     if own is not None:
         with Pass(perturbation, own):
-            loss = objective.loss(model(inputs), objective.targets)
+            loss = objective.run()
     else:
-        with Pass(perturbation, params):
-            loss = objective.loss(functional_call(model, (params, buffers or {}), (inputs,)), objective.targets)
+        with swapped(objective.model, params, buffers or {}), Pass(perturbation, params):
+            loss = objective.run()
     check_scalar(loss)
     if not isinstance(loss, Dual):
         return loss.detach(), loss.new_zeros(perturbation.num_tangents), None
@@ -161,30 +160,20 @@ def evaluate(
     return stack[0], stack[1 : 1 + k], stack[1 + k :].reshape(k, -1) if len(stack) > 1 + k else None
 
 
-def own_params(own: Params, params: Params) -> Params | None:
-    """Return the model's ``own`` tensors of these names if ``params`` are the same memory and layout; else None."""
-    if all(name in own and _is_same(p, own[name]) for name, p in params.items()):
-        return {name: own[name] for name in params}
-    return None
-
-
-def _is_same(p: Tensor, own: Tensor) -> bool:
-    return p.data_ptr() == own.data_ptr() and p.shape == own.shape and p.stride() == own.stride()
-
-
-def check_objective(objective: BatchLoss, params: Params) -> None:
+def check_objective(objective: ModelLoss, params: Params) -> None:
     """Refuse an objective or parameters that the stacked pass cannot handle.
 
     Raises:
-        TypeError: as :func:`stacked_forward_gradient`.
+        TypeError: as :func:`stacked_gradient`.
         ValueError: if there are no parameters, the model does not have them, or the batch is empty.
     """
-    if not isinstance(objective, BatchLoss):
+    if not isinstance(objective, ModelLoss):
         raise TypeError(
-            f"the stacked pass needs the layers of a model: objective must be a BatchLoss(model, inputs, targets), got "
-            f"{type(objective).__name__}. For a plain function use fwdlib.estimators.forward_gradient."
+            f"the stacked engine needs the layers of a model: the objective must be a BatchLoss(model, inputs, "
+            f"targets) or a ClosureLoss(model, closure), got {type(objective).__name__}. For a plain function use "
+            f"forward_gradient(..., engine='torch')."
         )
     check_params(params)
     objective.check_names(params)
-    if not len(objective.inputs):
+    if objective.num_examples == 0:
         raise ValueError("inputs is an empty batch, whose mean loss is not a number: pass at least one example")

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from fwdlib.objectives import params_of
+from fwdlib.objectives import params_of, swapped
 from fwdlib.stacked.forward_pass import Call, Pass
 from fwdlib.stacked.perturbations import Perturbation
 from fwdlib.tangents import check_params, random_signs
@@ -47,7 +46,7 @@ def explain(model: nn.Module, inputs: Tensor) -> pd.DataFrame:
     calls: list[Call] = []
     perturbation = Perturbation(params, 1, len(inputs), random_signs)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng(), Pass(perturbation, params, calls):
-        functional_call(model, (params, buffers), (inputs,))
+    with torch.random.fork_rng(), swapped(model, params, buffers), Pass(perturbation, params, calls):
+        model(inputs)
     rows = [(call.name, call.shape, "rule" if call.has_rule else "torch.func.jvp") for call in calls]
     return pd.DataFrame(rows, columns=["function", "shape", "by"])

@@ -43,9 +43,7 @@ def register_rule(*functions: Callable) -> Callable[[Rule], Rule]:
         A decorator that returns the rule unchanged.
 
     Example:
-        >>> import torch
-        >>> from fwdlib.stacked.dual import Dual
-        >>> from fwdlib.stacked.forward_pass import register_rule
+        >>> from fwdlib import Dual, register_rule
         >>> @register_rule(torch.special.expit)
         ... def expit(run, x):
         ...     stack = run.stack(x)
@@ -104,8 +102,8 @@ class Pass(TorchFunctionMode):
             raise NotImplementedError(
                 f"{function_name(func)} was called in the forward of a torch.autograd.Function (or in "
                 f"inference_mode), whose own derivative the stacked pass cannot see. Write the function as a plain "
-                f"one, with a rule by fwdlib.stacked.forward_pass.register_rule if it needs one, or use "
-                f"fwdlib.estimators.forward_gradient."
+                f"one, with a rule by fwdlib.register_rule if it needs one, or use "
+                f"fwdlib.forward_gradient(..., engine='torch')."
             )
         if "input" in kwargs:  # torch's name of the argument that rules take first
             args, kwargs = (kwargs["input"], *args), {key: value for key, value in kwargs.items() if key != "input"}
@@ -235,8 +233,7 @@ class Pass(TorchFunctionMode):
                 raise
             raise NotImplementedError(
                 f"{function_name(func)} has no rule in the stacked pass and no forward derivative in torch. Register a "
-                f"rule with fwdlib.stacked.forward_pass.register_rule, or write the model without the function. torch "
-                f"says: {error}"
+                f"rule with fwdlib.register_rule, or write the model without the function. torch says: {error}"
             ) from error
         duals = [Dual(row) for row in rows]
         if all(is_real):

@@ -66,14 +66,14 @@ class Perturbation:
     Args:
         params: parameter by name.
         num_tangents: K.
-        num_examples: B, the length of axis 0 of a batch.
+        num_examples: B, the length of axis 0 of a batch; None if it is not known.
         draw_signs: the source of randomness.
     """
 
     per_example = False
     """Whether it needs the derivative of each example's loss."""
 
-    def __init__(self, params: Params, num_tangents: int, num_examples: int, draw_signs: DrawSigns) -> None:
+    def __init__(self, params: Params, num_tangents: int, num_examples: int | None, draw_signs: DrawSigns) -> None:
         self.params = params
         self.num_tangents = num_tangents
         self.num_examples = num_examples
@@ -203,11 +203,11 @@ class DensePerturbation(Perturbation):
 
     Args:
         params: parameter by name.
-        num_examples: B.
+        num_examples: B; None if it is not known.
         tangents: for each parameter of shape (...) a tensor of shape (K, ...).
     """
 
-    def __init__(self, params: Params, num_examples: int, tangents: Params) -> None:
+    def __init__(self, params: Params, num_examples: int | None, tangents: Params) -> None:
         num_tangents = len(next(iter(tangents.values())))
         super().__init__(params, num_tangents, num_examples, _no_signs)
         self._dense = dict(tangents)

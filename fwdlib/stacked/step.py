@@ -77,7 +77,7 @@ class SGDStep:
         """Take one step and return the loss before it, a scalar.
 
         Raises:
-            ValueError: as :func:`fwdlib.stacked.estimator.stacked_forward_gradient`.
+            ValueError: as :func:`fwdlib.stacked.estimator.stacked_gradient`.
         """
         params, buffers = self._params, self._buffers
         draw_signs = partial(random_signs, generator=self.generator)

@@ -7,7 +7,7 @@ from torch import nn
 
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.stacked.dual import Dual
-from fwdlib.stacked.estimator import stacked_forward_gradient, stacked_jvp
+from fwdlib.stacked.estimator import stacked_gradient, stacked_jvp
 from fwdlib.stacked.forward_pass import RULES, Call, Pass, register_rule
 from fwdlib.stacked.perturbations import PerExamplePerturbation, Perturbation
 from fwdlib.tangents import random_signs
@@ -211,7 +211,7 @@ class Wrapped(nn.Module):
 
 
 def estimate_of(model):
-    return stacked_forward_gradient(BatchLoss(model, torch.randn(5, 3), CLASSES), params_of(model))
+    return stacked_gradient(BatchLoss(model, torch.randn(5, 3), CLASSES), params_of(model))
 
 
 def test_an_autograd_function_is_refused():

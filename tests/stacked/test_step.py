@@ -6,7 +6,7 @@ from torch import nn
 
 from fwdlib import runtime
 from fwdlib.objectives import BatchLoss, params_of
-from fwdlib.stacked.estimator import stacked_forward_gradient
+from fwdlib.stacked.estimator import stacked_gradient
 from fwdlib.stacked.perturbations import PERTURBATIONS
 from fwdlib.stacked.step import SGDStep, _GivenSigns
 from fwdlib.tangents import random_signs
@@ -24,7 +24,7 @@ def test_eager_step_is_an_estimate_and_an_update(tangents):
     draw = seeded()
     for learning_rate in (0.1, 0.02):
         step.learning_rate = learning_rate
-        estimate = stacked_forward_gradient(objective, params, num_tangents=2, tangents=tangents, generator=draw)
+        estimate = stacked_gradient(objective, params, num_tangents=2, tangents=tangents, generator=draw)
         estimate.grads.add_to_(params, -learning_rate)
         torch.testing.assert_close(step(inputs, targets), estimate.loss)
         torch.testing.assert_close(params_of(twin), params)
