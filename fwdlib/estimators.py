@@ -70,7 +70,7 @@ def backprop_gradient(objective: Objective, params: Params) -> GradientEstimate:
         return GradientEstimate(loss.detach(), grads, loss.new_empty(0))
     own = _own(objective, params)
     leaves = own or {name: p.detach() for name, p in params.items()}
-    with _requiring_grad(leaves), torch.enable_grad(), _placed(objective, leaves, is_own=bool(own)) as evaluate:
+    with requiring_grad(leaves), torch.enable_grad(), _placed(objective, leaves, is_own=bool(own)) as evaluate:
         loss = evaluate()
         if loss.requires_grad:
             found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
@@ -437,7 +437,8 @@ def _placed(objective: Objective, leaves: Params, *, is_own: bool) -> Iterator[C
 
 
 @contextmanager
-def _requiring_grad(leaves: Params) -> Iterator[None]:
+def requiring_grad(leaves: Params) -> Iterator[None]:
+    """Let tensors require a gradient, for as long as the context lasts."""
     frozen = [p for p in leaves.values() if not p.requires_grad]
     try:
         for p in frozen:
