@@ -79,7 +79,7 @@ class Dual(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        raise RuntimeError(
+        raise NotImplementedError(
             f"{function_name(func)} was called on a dual tensor outside its pass: after it, or in another thread. If "
             f"the model keeps an activation from one call to the next, let it keep x.detach(). If it computes in "
             f"threads of its own, use fwdlib.forward_gradient(..., engine='torch')."

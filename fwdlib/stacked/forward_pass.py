@@ -73,7 +73,7 @@ class Call(NamedTuple):
 class Pass(TorchFunctionMode):
     """One forward pass with tangents: a context in which the perturbed parameters of a model have tangents.
 
-    Inside, grad mode is on, as in training, and ``torch.no_grad()`` cuts tangents as it cuts gradients. No tape is kept.
+    Inside, grad mode is on, as in training, and ``torch.no_grad()`` cuts tangents as it cuts gradients.
 
     Args:
         perturbation: which tangents the parameters have, and where they enter.
@@ -196,7 +196,7 @@ class Pass(TorchFunctionMode):
         return total
 
     def on_primals(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """Call ``func`` on the primals. What it writes into them changes the values of the duals, not their tangents."""
+        """Call ``func`` on the primals. What it writes changes the values of the duals and not their tangents."""
         given: dict[int, tuple[Dual, Tensor]] = {}
 
         def primal_of(x: Any) -> Any:

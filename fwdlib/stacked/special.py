@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fwdlib.stacked.dual import OTHER_ENGINE, REQUIRES_GRAD, Dual, function_name, primal_of, primals_of
+from fwdlib.stacked.dual import OTHER_ENGINE, Dual, function_name, primal_of, primals_of
 
 if TYPE_CHECKING:
     from fwdlib.stacked.forward_pass import Pass

@@ -53,6 +53,7 @@ def call_without_rule(
 
     Raises:
         NotImplementedError: if the function has no forward derivative, or does what cannot be followed.
+        RuntimeError: if the function itself raises it.
     """
     leaves, structure = tree_flatten((args, kwargs))
     name, run = function_name(func), REPLACEMENTS.get(func, func)
@@ -88,9 +89,10 @@ def call_without_rule(
             f"{name} writes into an argument with tangents, and the stacked engine does not know how. {OTHER_ENGINE}"
         )
     if "unknown" in kinds:
+        kind = type(others[kinds.index("unknown")]).__name__
         raise NotImplementedError(
-            f"{name} returned a {type(others[kinds.index('unknown')]).__name__} for tensors with tangents, in which the stacked engine finds "
-            f"no tensors. Register a rule with fwdlib.register_rule. {OTHER_ENGINE}"
+            f"{name} returned a {kind} for tensors with tangents, in which the stacked engine finds no tensors. "
+            f"Register a rule with fwdlib.register_rule. {OTHER_ENGINE}"
         )
     duals = []
     for value, tangents in rows:
