@@ -102,9 +102,12 @@ class Doubtful:
         self._pairs: list[tuple[weakref.ref, weakref.ref, str]] = []
         self._stale: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.is_empty = True
+        self.count = 0
+        """How many pairs have been added."""
 
     def add(self, source: Dual, result: Dual, name: str) -> None:
         """Note that ``result`` may share memory with ``source``. From here on its own views belong to it alone."""
+        self.count += 1
         result.stack = result.stack.detach()
         self._pairs.append((weakref.ref(root_of(source.stack)), weakref.ref(result.stack), name))
 

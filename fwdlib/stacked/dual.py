@@ -134,4 +134,4 @@ def primals_of(tree: Any) -> Any:
 
 def function_name(func: Callable) -> str:
     """Return torch's name of a function, for example ``torch.nn.functional.linear``."""
-    return resolve_name(func) or getattr(func, "__name__", str(func))
+    return resolve_name(func) or f"{getattr(func, '__module__', None)}.{getattr(func, '__name__', func)}"

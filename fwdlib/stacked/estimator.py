@@ -188,6 +188,7 @@ def run(
 
     Raises:
         NotImplementedError: if the pass cannot follow what the model does.
+        RuntimeError: if the model itself raises it.
     """
     modules = list(model.modules())
     ids = {id(p) for p in params.values()}
@@ -200,9 +201,17 @@ def run(
     try:
         with _eager(), Pass(perturbation, params, calls) as stacked_pass:
             return stacked_pass.settle(call())
+    except RuntimeError as error:
+        if isinstance(error, NotImplementedError) or not any(words in str(error) for words in BELOW):
+            raise
+        raise NotImplementedError(f"a tensor with tangents reached TorchScript or C++ code. {OTHER_ENGINE}") from error
     finally:
         for module in modules:
             _keep_primals(vars(module))
+
+
+BELOW = "reached a tensor with tangents", "TorchScript interpreter", "Tensor that doesn't have storage"
+"""Words in the errors of code below torch's function overrides that meets a dual."""
 
 
 def _eager() -> AbstractContextManager:

@@ -237,7 +237,8 @@ class Pass(TorchFunctionMode):
             if self._grad_of_model:
                 raise NotImplementedError(
                     f"{function_name(func)} was called in the forward of a torch.autograd.Function, whose own "
-                    f"derivative the stacked pass cannot see. Write the function as a plain one, with a rule by "
+                    f"derivative the stacked pass cannot see (reentrant checkpoints and backward hooks of modules are "
+                    f"such functions, too). Write the function as a plain one, with a rule by "
                     f"fwdlib.register_rule if it needs one, or use fwdlib.forward_gradient(..., engine='torch')."
                 )
             return True
@@ -295,7 +296,7 @@ class Pass(TorchFunctionMode):
             if "inplace" in kwargs:  # handled here for all functions, so that rules never see it
                 kwargs = dict(kwargs)
                 if kwargs.pop("inplace"):
-                    return self._in_place(func, InPlace(func, moves=False), args, kwargs)
+                    return self._in_place(func, InPlace(func), args, kwargs)
             if kwargs.get("out") is not None:
                 raise NotImplementedError(
                     f"{function_name(func)}(out=...) has no derivative in torch. Leave out= away."
@@ -326,14 +327,12 @@ class Pass(TorchFunctionMode):
         # Filled tensors go into the rule as duals. A view of one is a plain tensor again, whose tangents are a view.
         given = (args, kwargs)
         args, kwargs = tree_map(self.settle, given)
+        num_doubts = self._doubtful.count
         found = self._call(func, args, kwargs)
-        new = [
-            leaf
-            for leaf, before in zip(tree_leaves((args, kwargs)), tree_leaves(given), strict=True)
-            if leaf is not before
-        ]
-        memories = {memory_of(x.stack) for x in new}
-        if any(isinstance(y, Dual) and memory_of(y.stack) in memories for y in tree_leaves(found)):
+        pairs = zip(tree_leaves((args, kwargs)), tree_leaves(given), strict=True)
+        memories = {memory_of(x.stack) for x, before in pairs if x is not before}
+        shares = any(isinstance(y, Dual) and memory_of(y.stack) in memories for y in tree_leaves(found))
+        if shares or self._doubtful.count > num_doubts:
             with torch.enable_grad():
                 plain = func(*primals_of(given[0]), **primals_of(given[1]))
             found = tree_map(lambda y, p: p if isinstance(p, Tensor) and p in self._filled else y, found, plain)
@@ -360,8 +359,11 @@ class Pass(TorchFunctionMode):
         if not args:  # every name but `input`, as torch.nn.init's `tensor`
             raise NotImplementedError(f"{function_name(func)}: pass the tensor that it writes into as first argument.")
         target, *rest = args
-        if not isinstance(target, Tensor):
-            raise NotImplementedError(f"{function_name(func)} writes into several tensors. {OTHER_ENGINE}")
+        if not kind.is_known or not isinstance(target, Tensor):
+            raise NotImplementedError(
+                f"{function_name(func)} writes into its arguments, and the stacked engine does not know how. Write the "
+                f"model without the function. {OTHER_ENGINE}"
+            )
         if (name := self.name_of(target)) is not None:
             raise RuntimeError(
                 f"{function_name(func)} writes into the parameter {name!r}, which requires a gradient: torch allows it "

@@ -20,34 +20,39 @@ class InPlace(NamedTuple):
 
     counterpart: Callable | None
     """The function that returns the same values and writes nothing; None if torch has none."""
-    moves: bool
+    moves: bool = False
     """Whether it changes the shape or the place in memory of its first argument, in place of its entries."""
+    is_known: bool = True
+    """Whether it writes into nothing else, and is torch's own."""
 
 
 @functools.cache
 def in_place(func: Callable) -> InPlace | None:
     """Return what ``func`` does to its first argument; None if it writes nothing."""
     if func is Tensor.__setitem__:
-        return InPlace(None, moves=False)
+        return InPlace(None)
     name = getattr(func, "__name__", "")
     if name.startswith("__"):
         counterpart = getattr(Tensor, f"__{name[3:]}", None) if name.startswith("__i") else None
-        return counterpart and InPlace(counterpart, moves=False)
+        return counterpart and InPlace(counterpart)
     if isinstance(func, OpOverload):
         overloads = [func]
     else:
         packet = func if isinstance(func, OpOverloadPacket) else getattr(torch.ops.aten, name, None)
         is_named_so = isinstance(func, OpOverloadPacket) or (name.endswith("_") and not name.endswith("__"))
         overloads = [getattr(packet, o) for o in packet.overloads()] if is_named_so and packet is not None else []
-    if not any(map(_writes, overloads)):
+    written = {i for overload in overloads for i in _written(overload)}
+    if not written:
         return None
+    if written != {0} or not overloads[0].name().startswith("aten::"):
+        return InPlace(None, is_known=False)
     moves = any(torch.Tag.inplace_view in o.tags or o.name() in ("aten::set_", "aten::resize_as_") for o in overloads)
     return InPlace(None if moves else _counterpart(overloads), moves)
 
 
-def _writes(overload: OpOverload) -> bool:
-    arguments = overload._schema.arguments
-    return bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
+def _written(overload: OpOverload) -> list[int]:
+    arguments = enumerate(overload._schema.arguments)
+    return [i for i, a in arguments if a.alias_info is not None and a.alias_info.is_write and not a.kwarg_only]
 
 
 def _counterpart(overloads: list[OpOverload]) -> Callable | None:

@@ -7,7 +7,9 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.func import jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -56,9 +58,10 @@ def call_without_rule(
         RuntimeError: if the function itself raises it.
     """
     leaves, structure = tree_flatten((args, kwargs))
-    name, run = function_name(func), REPLACEMENTS.get(func, func)
+    name, run, is_foreign = function_name(func), REPLACEMENTS.get(func, func), _is_foreign(func)
     shape: Any = None
     others: list[Any] = []
+    lost: list[bool] = []  # whether a result has no tangent, although torch could have given it zeros
 
     def call(*values: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         nonlocal shape
@@ -69,14 +72,17 @@ def call_without_rule(
         others[:] = [None if isinstance(o, Tensor) else o for o in outputs]
         kinds[:] = [_kind(o) for o in outputs]
         real = tuple(o for o, kind in zip(outputs, kinds, strict=True) if kind == "real")
+        lost[:] = [forward_ad.unpack_dual(o).tangent is None for o in real]
         whole = tuple(o for o, kind in zip(outputs, kinds, strict=True) if kind == "whole")
         return real or values[:1], whole
 
+    if isinstance(func, HigherOrderOperator):
+        raise NotImplementedError(f"{name} takes functions, into which the stacked engine cannot see. {OTHER_ENGINE}")
     kinds: list[str] = []
     versions = [argument.primal._version for argument in arguments.values()]
     try:
         with torch.enable_grad(), CONTEXTS.get(func, nullcontext)():
-            rows, whole = _rows_by_jvp(call, list(arguments.values()))
+            rows, whole = _rows_by_jvp(call, list(arguments.values()), with_tape=is_foreign)
     except (NotImplementedError, RuntimeError) as error:
         if not isinstance(error, NotImplementedError) and not _is_refusal(str(error)):
             raise
@@ -94,6 +100,11 @@ def call_without_rule(
             f"{name} returned a {kind} for tensors with tangents, in which the stacked engine finds no tensors. "
             f"Register a rule with fwdlib.register_rule. {OTHER_ENGINE}"
         )
+    if is_foreign and any(is_lost and value.requires_grad for is_lost, (value, _) in zip(lost, rows, strict=False)):
+        raise NotImplementedError(
+            f"{name} has a derivative for the backward pass and none for forward mode. Register a rule with "
+            f"fwdlib.register_rule, or use fwdlib.backprop_gradient."
+        )
     duals = []
     for value, tangents in rows:
         check(value)
@@ -106,9 +117,13 @@ def call_without_rule(
     return tree_unflatten([next(found[k]) if k in found else o for o, k in zip(others, kinds, strict=True)], shape)
 
 
-def _rows_by_jvp(call: Callable, arguments: Sequence[Argument]) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+def _rows_by_jvp(
+    call: Callable, arguments: Sequence[Argument], *, with_tape: bool
+) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
     # For each real output its value and tangents (R, ...), and the outputs without a derivative.
     primals = tuple(argument.primal for argument in arguments)
+    if with_tape and not is_transformed():
+        primals = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in primals)
     num_rows = max(1, *(len(argument.tangents) for argument in arguments))
     tangents = tuple(pad_rows(argument.tangents, num_rows) for argument in arguments)
     if num_rows == 1:
@@ -117,6 +132,13 @@ def _rows_by_jvp(call: Callable, arguments: Sequence[Argument]) -> tuple[list[tu
     along = vmap(lambda *v: jvp(call, primals, v, has_aux=True), randomness="same")
     values, derivatives, whole = along(*tangents)
     return [(v[0], d.detach()) for v, d in zip(values, derivatives, strict=True)], [o[0] for o in whole]
+
+
+def _is_foreign(func: Callable) -> bool:
+    # Torch loses tangents, without a word, in custom functions that have a formula for the backward pass alone.
+    if isinstance(func, (OpOverload, OpOverloadPacket)):
+        return str(func).partition(".")[0] not in ("aten", "prims")
+    return (getattr(func, "__module__", None) or "torch").partition(".")[0] != "torch"
 
 
 def _kind(output: Any) -> str:
