@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fwdlib.stacked.aliases import Doubtful, Filled, may_share, memory_of
+from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of
 from fwdlib.stacked.dual import METADATA, OTHER_ENGINE, REQUIRES_GRAD, Dual, function_name, pad_rows, primals_of
 from fwdlib.stacked.in_place import InPlace, in_place
 from fwdlib.stacked.perturbations import Perturbation
@@ -96,8 +96,9 @@ class Pass(TorchFunctionMode):
         self.names = {id(p): name for name, p in params.items()}
         self._calls = calls
         self._keeps_tape = keeps_tape
-        self._filled = Filled(perturbation.num_tangents)
-        self._doubtful = Doubtful()
+        self._filled: Filled | None = None  # made when a model first needs it
+        self._doubtful: Doubtful | None = None
+        self._num_doubts = 0
         self._is_inside = False  # whether a rule runs, whose own calls come here if it opens the pass again
         self._has_forward_ad = torch._C._is_fwd_grad_enabled()
 
@@ -115,7 +116,9 @@ class Pass(TorchFunctionMode):
         """End: the settings are as before, and tensors that were filled with tangents are plain."""
         super().__exit__(*exc)
         if not self._is_inside:
-            self._filled.release()
+            if self._filled is not None:
+                self._filled.release()
+                self._filled = None
             torch._C._set_grad_enabled(self._grad_before)
 
     def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -132,15 +135,15 @@ class Pass(TorchFunctionMode):
                 return func(*args, **kwargs)
         if self._is_inside:
             return self._apply(func, args, kwargs)
-        special = SPECIAL.get(func)
-        if special is not None:
-            return special(self, func, *args, **kwargs)
+        if func in SPECIAL:
+            return SPECIAL[func](self, func, *args, **kwargs)
         if torch._C._functorch.maybe_current_level() != self._level:
             raise NotImplementedError(
                 f"{function_name(func)} was called on a tensor with tangents inside a torch.func transform (grad, jvp, "
                 f"vmap, ...) of the model's own, which the stacked engine cannot follow. {OTHER_ENGINE}"
             )
-        if self._cuts(func):
+        is_switched_off = not torch.is_grad_enabled() or not torch._C._is_fwd_grad_enabled()
+        if is_switched_off and self._cuts(func):
             return self.on_primals(func, args, kwargs)
         if not self._keeps_tape:
             self._check_visible(args)
@@ -221,13 +224,14 @@ class Pass(TorchFunctionMode):
             NotImplementedError: if ``x`` was computed from parameters, and not by functions that came here.
         """
         self._check_visible((x,))
-        if type(x) is not Tensor or self._filled.is_empty or x not in self._filled:
+        if not self._is_filled(x):
             return x
-        return Dual(torch.cat([x.detach().unsqueeze(0), self._filled.tangents(x)]))
+        return Dual(torch.cat([x.detach().unsqueeze(0), self._tangents(x)]))
 
     def forget(self, x: Tensor) -> None:
         """Drop the tangents of a plain tensor."""
-        self._filled.forget(x)
+        if self._filled is not None:
+            self._filled.forget(x)
 
     def _cuts(self, func: Callable) -> bool:
         # Whether the model has switched gradients off.
@@ -250,17 +254,25 @@ class Pass(TorchFunctionMode):
                 return True
             if isinstance(value, (list, tuple)) and self._concerns(value):
                 return True
-            if not self._filled.is_empty and type(value) is Tensor and value in self._filled:
+            if self._filled is not None and self._is_filled(value):
                 return True
         return False
+
+    def _is_filled(self, x: Any) -> bool:
+        return self._filled is not None and type(x) is Tensor and x in self._filled
+
+    def _tangents(self, x: Tensor) -> Tensor:
+        # Those of a plain tensor, to write into.
+        if self._filled is None:
+            self._filled = Filled(self.perturbation.num_tangents)
+        return self._filled.tangents(x)
 
     def _check_visible(self, values: Iterable) -> None:
         # Refuse a plain tensor that was computed from a tensor with tangents: its own tangents are lost.
         for value in values:
             if type(value) is Tensor and value.requires_grad and value.grad_fn is not None:
-                if not self._filled.is_empty and value in self._filled:
-                    continue
-                self._check_tape(value)
+                if not self._is_filled(value):
+                    self._check_tape(value)
             elif isinstance(value, (list, tuple)):
                 self._check_visible(value)
 
@@ -272,7 +284,7 @@ class Pass(TorchFunctionMode):
                 continue
             seen.add(node)
             leaf = getattr(node, "variable", None)
-            if leaf is not None and (self.has_tangents(leaf) or leaf is self._filled.mark):
+            if leaf is not None and (self.has_tangents(leaf) or leaf is FILLED):
                 name = self.name_of(leaf)
                 raise NotImplementedError(
                     f"a tensor was computed from {f'the parameter {name!r}' if name else 'a tensor with tangents'} "
@@ -282,13 +294,13 @@ class Pass(TorchFunctionMode):
             queue += [following for following, _ in node.next_functions]
 
     def _check_fresh(self, tree: Any) -> None:
-        if not self._doubtful.is_empty:
+        if self._doubtful is not None:
             for leaf in tree_leaves(tree):
                 if isinstance(leaf, Dual):
                     self._doubtful.check(leaf)
 
     def _apply(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        if not self._doubtful.is_empty:
+        if self._doubtful is not None and self._doubtful.has_stale:
             self._check_fresh((args, kwargs))
         if kwargs:
             if "input" in kwargs and not args:  # torch's name of the argument that rules take first
@@ -303,7 +315,7 @@ class Pass(TorchFunctionMode):
                 )
         if (kind := in_place(func)) is not None:
             return self._in_place(func, kind, args, kwargs)
-        if not self._filled.is_empty:
+        if self._filled is not None:
             return self._with_filled(func, args, kwargs)
         return self._call(func, args, kwargs)
 
@@ -319,7 +331,7 @@ class Pass(TorchFunctionMode):
         if isinstance(found, Dual):
             if self.perturbation.per_example:
                 self._follow_examples(found)
-            if may_share(func, kwargs) and args and isinstance(args[0], Dual):
+            if (func in MAY_SHARE or kwargs.get("memory_format") is not None) and isinstance(args[0], Dual):
                 self._doubt(args[0], found, function_name(func))
         return found
 
@@ -327,20 +339,22 @@ class Pass(TorchFunctionMode):
         # Filled tensors go into the rule as duals. A view of one is a plain tensor again, whose tangents are a view.
         given = (args, kwargs)
         args, kwargs = tree_map(self.settle, given)
-        num_doubts = self._doubtful.count
+        num_doubts = self._num_doubts
         found = self._call(func, args, kwargs)
         pairs = zip(tree_leaves((args, kwargs)), tree_leaves(given), strict=True)
         memories = {memory_of(x.stack) for x, before in pairs if x is not before}
         shares = any(isinstance(y, Dual) and memory_of(y.stack) in memories for y in tree_leaves(found))
-        if shares or self._doubtful.count > num_doubts:
+        if shares or self._num_doubts > num_doubts:
             with torch.enable_grad():
                 plain = func(*primals_of(given[0]), **primals_of(given[1]))
-            found = tree_map(lambda y, p: p if isinstance(p, Tensor) and p in self._filled else y, found, plain)
+            found = tree_map(lambda y, p: p if self._is_filled(p) else y, found, plain)
         return found
 
     def _doubt(self, source: Dual, result: Dual, name: str) -> None:
         if not self._keeps_tape:
+            self._doubtful = self._doubtful or Doubtful()
             self._doubtful.add(source, result, name)
+            self._num_doubts += 1
 
     def _follow_examples(self, found: Dual) -> None:
         # A scalar that carries the pieces of the examples is the loss or a part of it. Any other result without the
@@ -375,7 +389,7 @@ class Pass(TorchFunctionMode):
             if isinstance(target, Dual):
                 raise NotImplementedError(_moved(func))
             return func(*args, **kwargs)
-        if isinstance(target, Dual):
+        if isinstance(target, Dual) and self._doubtful is not None:
             self._doubtful.write(target)
         if func is Tensor.__setitem__:
             return self._set(target, *map(self.settle, rest))
@@ -406,7 +420,7 @@ class Pass(TorchFunctionMode):
             num_rows = 1 + self.perturbation.num_tangents
             if len(stack) > num_rows:  # the pieces of the examples
                 self.mix_examples()
-            tangents = self._filled.tangents(target)
+            tangents = self._tangents(target)
             target.copy_(stack[0])
             tangents.copy_(_spread(pad_rows(stack[:num_rows], num_rows), target.dim())[1:])
 
@@ -419,7 +433,7 @@ class Pass(TorchFunctionMode):
             return
         self.mix_examples()  # the index may put an example in the place of another
         values = self.stack(value) if isinstance(value, Tensor) else [value]
-        rows = target, *self._filled.tangents(target)
+        rows = target, *self._tangents(target)
         for i, row in enumerate(rows):
             row[index] = values[i] if i < len(values) else 0
 
