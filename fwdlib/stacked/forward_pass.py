@@ -59,6 +59,31 @@ def register_rule(*functions: Callable) -> Callable[[Rule], Rule]:
     return register
 
 
+MAY_HIDE = {Tensor, list, tuple}
+_current_level = torch._C._functorch.maybe_current_level
+_is_fwd_grad_enabled = torch._C._is_fwd_grad_enabled
+_is_grad_enabled = torch.is_grad_enabled
+_set_grad_enabled = torch._C._set_grad_enabled
+
+
+class _Kind(NamedTuple):
+    # What a function is that does not go straight to its rule; one that is nothing of it may share memory.
+    is_metadata: bool = False
+    special: Callable | None = None
+    in_place: InPlace | None = None
+
+
+_KINDS: dict[Callable, _Kind | None] = {
+    **dict.fromkeys(METADATA, _Kind(is_metadata=True)),
+    **{func: _Kind(special=handler) for func, handler in SPECIAL.items()},
+    **dict.fromkeys(MAY_SHARE, _Kind()),
+}
+
+
+def _kind_of(func: Callable) -> _Kind | None:
+    return None if (found := in_place(func)) is None else _Kind(in_place=found)
+
+
 class Call(NamedTuple):
     """A call of a torch function on duals or parameters in a pass."""
 
@@ -109,7 +134,7 @@ class Pass(TorchFunctionMode):
             torch._C._set_grad_enabled(True)
             self._grad_of_model = True
             self._is_inference = torch.is_inference_mode_enabled()
-            self._level = torch._C._functorch.maybe_current_level()
+            self._level = _current_level()
         return super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
@@ -125,38 +150,44 @@ class Pass(TorchFunctionMode):
         """Apply the rule of ``func``."""
         kwargs = kwargs or {}
         if not self._concerns(args) and not (kwargs and self._concerns(kwargs.values())):
-            if func is torch._C._set_grad_enabled and torch._C._is_fwd_grad_enabled():
+            if func is _set_grad_enabled and _is_fwd_grad_enabled():
                 self._grad_of_model = args[0]  # and not what a torch.autograd.Function sets for itself
             return func(*args, **kwargs)
-        if func in METADATA:
+        try:
+            kind = _KINDS[func]
+        except KeyError:
+            kind = _KINDS[func] = _kind_of(func)
+        if kind is not None and kind.is_metadata:
             if func == REQUIRES_GRAD:
                 return True
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if self._is_inside:
-            return self._apply(func, args, kwargs)
-        if func in SPECIAL:
-            return SPECIAL[func](self, func, *args, **kwargs)
-        if torch._C._functorch.maybe_current_level() != self._level:
+            return self._apply(func, kind, args, kwargs)
+        if kind is not None and kind.special is not None:
+            return kind.special(self, func, *args, **kwargs)
+        if _current_level() != self._level:
             raise NotImplementedError(
                 f"{function_name(func)} was called on a tensor with tangents inside a torch.func transform (grad, jvp, "
                 f"vmap, ...) of the model's own, which the stacked engine cannot follow. {OTHER_ENGINE}"
             )
-        is_switched_off = not torch.is_grad_enabled() or not torch._C._is_fwd_grad_enabled()
-        if is_switched_off and self._cuts(func):
+        if not (_is_grad_enabled() and _is_fwd_grad_enabled()) and self._cuts(func):
             return self.on_primals(func, args, kwargs)
         if not self._keeps_tape:
-            self._check_visible(args)
+            for value in args:
+                if type(value) in MAY_HIDE:
+                    self._check_visible(args)
+                    break
             if kwargs:
                 self._check_visible(kwargs.values())
-            torch._C._set_grad_enabled(False)
+            _set_grad_enabled(False)
         self._is_inside = True
         try:
-            return self._apply(func, args, kwargs)
+            return self._apply(func, kind, args, kwargs)
         finally:
             self._is_inside = False
             if not self._keeps_tape:
-                torch._C._set_grad_enabled(True)
+                _set_grad_enabled(True)
 
     def stack(self, x: Any) -> Tensor:
         """Return the rows of ``x``, shape (1 + R, ...). A plain tensor has one row, itself."""
@@ -299,11 +330,11 @@ class Pass(TorchFunctionMode):
                 if isinstance(leaf, Dual):
                     self._doubtful.check(leaf)
 
-    def _apply(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def _apply(self, func: Callable, kind: _Kind | None, args: tuple, kwargs: dict) -> Any:
         if self._doubtful is not None and self._doubtful.has_stale:
             self._check_fresh((args, kwargs))
         if kwargs:
-            if "input" in kwargs and not args:  # torch's name of the argument that rules take first
+            if "input" in kwargs and not args and func in RULES:  # torch's name of the argument that rules take first
                 args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
             if "inplace" in kwargs:  # handled here for all functions, so that rules never see it
                 kwargs = dict(kwargs)
@@ -313,13 +344,13 @@ class Pass(TorchFunctionMode):
                 raise NotImplementedError(
                     f"{function_name(func)}(out=...) has no derivative in torch. Leave out= away."
                 )
-        if (kind := in_place(func)) is not None:
-            return self._in_place(func, kind, args, kwargs)
+        if kind is not None and kind.in_place is not None:
+            return self._in_place(func, kind.in_place, args, kwargs)
         if self._filled is not None:
-            return self._with_filled(func, args, kwargs)
-        return self._call(func, args, kwargs)
+            return self._with_filled(func, kind, args, kwargs)
+        return self._call(func, kind, args, kwargs)
 
-    def _call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def _call(self, func: Callable, kind: _Kind | None, args: tuple, kwargs: dict) -> Any:
         rule = RULES.get(func)
         found = rule(self, *args, **kwargs) if rule is not None else NotImplemented
         has_rule = found is not NotImplemented
@@ -331,16 +362,17 @@ class Pass(TorchFunctionMode):
         if isinstance(found, Dual):
             if self.perturbation.per_example:
                 self._follow_examples(found)
-            if (func in MAY_SHARE or kwargs.get("memory_format") is not None) and isinstance(args[0], Dual):
+            is_doubtful = kind is not None or (kwargs and kwargs.get("memory_format") is not None)
+            if is_doubtful and isinstance(args[0], Dual):
                 self._doubt(args[0], found, function_name(func))
         return found
 
-    def _with_filled(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def _with_filled(self, func: Callable, kind: _Kind | None, args: tuple, kwargs: dict) -> Any:
         # Filled tensors go into the rule as duals. A view of one is a plain tensor again, whose tangents are a view.
         given = (args, kwargs)
         args, kwargs = tree_map(self.settle, given)
         num_doubts = self._num_doubts
-        found = self._call(func, args, kwargs)
+        found = self._call(func, kind, args, kwargs)
         pairs = zip(tree_leaves((args, kwargs)), tree_leaves(given), strict=True)
         memories = {memory_of(x.stack) for x, before in pairs if x is not before}
         shares = any(isinstance(y, Dual) and memory_of(y.stack) in memories for y in tree_leaves(found))
