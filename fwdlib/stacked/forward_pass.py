@@ -290,7 +290,8 @@ class Pass(TorchFunctionMode):
         return False
 
     def _is_filled(self, x: Any) -> bool:
-        return self._filled is not None and type(x) is Tensor and x in self._filled
+        # Filled tensors have a tape, and the views of one that were made under torch.no_grad() have none.
+        return self._filled is not None and type(x) is Tensor and x.grad_fn is not None and x in self._filled
 
     def _tangents(self, x: Tensor) -> Tensor:
         # Those of a plain tensor, to write into.
@@ -375,7 +376,8 @@ class Pass(TorchFunctionMode):
         found = self._call(func, kind, args, kwargs)
         pairs = zip(tree_leaves((args, kwargs)), tree_leaves(given), strict=True)
         memories = {memory_of(x.stack) for x, before in pairs if x is not before}
-        shares = any(isinstance(y, Dual) and memory_of(y.stack) in memories for y in tree_leaves(found))
+        tensors = [y.stack if isinstance(y, Dual) else y for y in tree_leaves(found) if isinstance(y, Tensor)]
+        shares = any(memory_of(y) in memories for y in tensors)
         if shares or self._num_doubts > num_doubts:
             with torch.enable_grad():
                 plain = func(*primals_of(given[0]), **primals_of(given[1]))
