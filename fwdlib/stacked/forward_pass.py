@@ -246,6 +246,12 @@ class Pass(TorchFunctionMode):
         if any(primal.shape != x.shape for x, primal in given.values()):
             raise NotImplementedError(_moved(func))
         same = {id(primal): x for x, primal in given.values()}  # a function in place returns its argument
+        if id(found) in same and (func is Tensor.contiguous or kwargs.get("memory_format") is not None):
+            raise NotImplementedError(
+                f"{function_name(func)} was called under torch.no_grad(). Whether it returns its argument, which has a "
+                f"gradient, depends on the layout, which the stacked engine does not keep as torch does. Use .detach(). "
+                f"{OTHER_ENGINE}"
+            )
         return tree_map(lambda y: same.get(id(y), y), found)
 
     def settle(self, x: Any) -> Any:
@@ -381,7 +387,7 @@ class Pass(TorchFunctionMode):
         if shares or self._num_doubts > num_doubts:
             with torch.enable_grad():
                 plain = func(*primals_of(given[0]), **primals_of(given[1]))
-            found = tree_map(lambda y, p: p if self._is_filled(p) else y, found, plain)
+            found = tree_map(lambda y, p: y if isinstance(y, Dual) and not self._is_filled(p) else p, found, plain)
         return found
 
     def _doubt(self, source: Dual, result: Dual, name: str) -> None:
