@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.style
 import numpy as np
@@ -12,14 +12,17 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from torch import Tensor
 
 from fwdlib import runtime
 from fwdlib.checks import check_choice
-from fwdlib.data import PENGUIN_FEATURES, Dataset
 from fwdlib.history import History, Run
 from fwdlib.results import Record
 from fwdlib.statistics import Interval, paired_ratio
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fwdlib.data import Dataset
 
 CURVES = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # for what is no method; never in one figure with METHODS
 QUANTITIES = ("test loss", "test accuracy", "misclassifications")
@@ -318,6 +321,8 @@ def plot_features(data: Dataset) -> Figure:
     Returns:
         A figure with two panels.
     """
+    from fwdlib.data import PENGUIN_FEATURES  # with torch, which no other figure needs
+
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(7.5, 3))
         panels = figure.subplots(1, 2)
