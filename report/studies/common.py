@@ -1,8 +1,8 @@
 """What the studies of the report share: the command line, files that an interrupted study continues, and tuning.
 
 A study is a module with a NamedTuple ``Settings``, two instances of it, ``FULL`` for the report and ``SHORT`` for
-``make evidence``, and a function ``measure(settings, folder, parts)``. The function measures the parts whose results
-``folder`` does not hold yet, and saves each result as soon as it has it.
+``make evidence``, and a function ``measure(settings, folder, parts)``; a study that is all of one piece has no parts.
+The function measures what ``folder`` does not hold yet, and saves each result as soon as it has it.
 """
 # No `from __future__ import annotations` here: tyro must see the annotations of the local function in main().
 
@@ -20,22 +20,23 @@ from fwdlib.data import Dataset
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-def main(measure: Callable[..., object], full: NamedTuple, short: NamedTuple, parts: Iterable[str]) -> None:
+def main(measure: Callable[..., object], full: NamedTuple, short: NamedTuple, parts: Iterable[str] = ()) -> None:
     """Run a study: ``python -m report.studies.NAME [parts ...] [--short] [--folder DIR]``.
 
     Args:
-        measure: the study's function, called with settings, folder and a tuple of parts.
+        measure: the study's function, called with settings, folder and, if it has parts, a tuple of these.
         full: settings for the report.
         short: settings for ``--short``.
-        parts: names of all parts.
+        parts: names of all parts; none if the study is all of one piece.
 
     Raises:
         SystemExit: after printing help (code 0), or if the words make no command (code 2).
     """
     names = tuple(parts)
+    words = tuple[Literal[*names], ...] if names else tuple[()]
 
     def command(
-        parts: tyro.conf.Positional[tuple[Literal[*names], ...]] = names,
+        parts: tyro.conf.Positional[words] = names,
         *,
         is_short: Annotated[bool, tyro.conf.arg(name="short"), tyro.conf.FlagCreatePairsOff] = False,
         folder: Path = RESULTS,
@@ -48,7 +49,7 @@ def main(measure: Callable[..., object], full: NamedTuple, short: NamedTuple, pa
             folder: Folder of the results. What it already holds is not measured again.
         """
         runtime.keep_freed_memory()
-        measure(short if is_short else full, folder.expanduser(), parts)
+        measure(short if is_short else full, folder.expanduser(), *([parts] if names else []))
 
     study = sys.modules[measure.__module__]
     tyro.cli(command, prog=f"python -m {study.__spec__.name}", description=study.__doc__)
