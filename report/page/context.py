@@ -16,9 +16,9 @@ import numpy as np
 
 from fwdlib.results import Record, iterations, load_run
 from fwdlib.statistics import Interval, median_interval, paired_difference, paired_ratio
-from report import published
-from report.sections import claims, cost, feedback, protocols
-from report.studies import common, frank_wolfe, functions, scaling, scratch, tangents
+from report import names, published
+from report.sections import claims, cost, feedback, protocols, scaling
+from report.studies import frank_wolfe, functions, scratch, tangents
 
 METHODS = {"backprop": "backprop", "forward": "forward gradient"}  # key -> as records and timings call it
 TIMINGS = "timings.json"
@@ -86,6 +86,7 @@ class Results(NamedTuple):
     records: dict[str, dict[str, Record]]  # task -> method -> the notebook's record
     timings: dict[str, Any]  # as report.studies.timings.measure returns them
     parts: dict[str, Any]  # what the modules of PARTS load
+    is_short: bool  # whether the studies were made with their short settings
 
 
 def load_results(folder: Path, studies: Path | None = None) -> Results:
@@ -120,7 +121,9 @@ def load_results(folder: Path, studies: Path | None = None) -> Results:
         raise ValueError(f"{path} has no timings ({error}); delete it and run `python -m report`") from error
     if not complete:
         raise ValueError(f"{path} has timings of {', '.join(timings['tasks'])}, not of {', '.join(TASKS)}")
-    return Results(records, timings, {name: part.load(studies or folder) for name, part in PARTS.items()})
+    studies = studies or folder
+    parts = {name: part.load(studies) for name, part in PARTS.items()}
+    return Results(records, timings, parts, (studies / names.SHORT_FORM).is_file())
 
 
 def build_context(results: Results) -> dict[str, Any]:
@@ -145,7 +148,7 @@ def build_context(results: Results) -> dict[str, Any]:
         **{name: part.context(results.parts[name]) for name, part in PARTS.items()},
         "barely": BARELY,
         "quoted": quoted,
-        "short": common.IS_SHORT,
+        "short": results.is_short,
         "quick": any(record.quick for record in records),
         "substitutes": [source for source in sources if source["substitute_for"]],
         # An iteration includes an evaluation. If the evaluation alone took longer, another program was running.

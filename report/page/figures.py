@@ -58,7 +58,7 @@ def _end_with_parent() -> None:
 def _needed(results: Results, name: str) -> Results:
     """Return the part of the results that one group of figures is drawn from."""
     if name in PARTS:
-        return Results({}, {}, {name: results.parts[name]})
+        return results._replace(records={}, timings={}, parts={name: results.parts[name]})
     return results._replace(parts={})
 
 
