@@ -16,15 +16,15 @@ import typst
 from fwdlib.history import Run
 from fwdlib.statistics import Interval
 from report.output import Output
-from report.page import figures, pandoc
+from report.page import figures
 from report.page.context import METHODS, Results, build_context
 from report.wording import count, duration, enumerated, interval, megabytes, number, times
 
 HERE = Path(__file__).parent
 PAGES = ("report.html", "report.pdf")
+MARKDOWN = "markdown-tex_math_single_backslash"
 CITE = ["--citeproc", f"--bibliography={HERE / 'references.bib'}"]
 NOTEBOOKS = HERE.parents[1] / "notebooks"
-LINKS: tuple[pandoc.Link, ...] = ({"href": PAGES[1], "text": "This report as PDF"},)
 NAMES = {"backprop": "backprop", "forward": "forward gradients"}  # in a sentence
 
 
@@ -77,14 +77,24 @@ def markdown(context: dict[str, Any]) -> str:
 
 
 def to_html(text: str, folder: Path) -> str:
-    """Return one HTML page that needs no other file and no network.
+    r"""Return one HTML page that needs no other file, no network, and no script to be complete.
+
+    Style sheet, script and figures are inside; formulas are MathML. Sections, figures and the first cells of tables get
+    what links and screen readers need (``page.lua``).
 
     Args:
         text: Markdown.
         folder: holds ``figures/``.
+
+    Example:
+        >>> page = to_html("---\ntitle: One\nlang: en\n---\n\n$x^2$", HERE)
+        >>> "<math" in page, page.count("<script>")
+        (True, 1)
     """
-    options = ["--toc-depth=3", "--syntax-highlighting=none", *CITE]
-    return pandoc.to_html(text, resources=folder, links=LINKS, options=options)
+    options = ["--standalone", f"--template={HERE / 'page.html'}", "--embed-resources", "--mathml", "--wrap=none"]
+    options += [f"--resource-path={folder}{os.pathsep}{HERE}", f"--lua-filter={HERE / 'page.lua'}"]
+    options += ["--toc", "--toc-depth=3", "--syntax-highlighting=none", *CITE]
+    return pypandoc.convert_text(text, "html5", MARKDOWN, extra_args=options)
 
 
 def to_pdf(text: str, folder: Path) -> bytes:
@@ -95,7 +105,7 @@ def to_pdf(text: str, folder: Path) -> bytes:
         folder: holds ``figures/``.
     """
     options = ["--standalone", f"--template={HERE / 'page.typ'}", "--shift-heading-level-by=-1", "--wrap=none", *CITE]
-    source = pypandoc.convert_text(text, "typst-citations", pandoc.MARKDOWN, extra_args=options)
+    source = pypandoc.convert_text(text, "typst-citations", MARKDOWN, extra_args=options)
     return typst.compile(source.encode(), root=folder, ignore_system_fonts=True, format="pdf", timestamp=0)
 
 
