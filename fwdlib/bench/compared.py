@@ -24,7 +24,13 @@ from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.stacked.estimator import SGDStep
 
 LEARNING_RATE = 1e-9
-METHODS = ("backprop", "forward gradient", "rank-one", "per-example", "activity")  # as plotting.METHODS calls them
+METHODS = (
+    "backprop",
+    "forward gradient",
+    "rank-one",
+    "per-example",
+    "activity",
+)  # names of METHOD_STYLES
 
 Step = Callable[[], Tensor]
 
