@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,15 +150,17 @@ def divergence(
         progress: what the progress bar is called; None for no bar.
 
     Returns:
-        As :func:`fwdlib.methods.stability_figures.plot_divergence` takes it: ``limits``, those of :func:`limits_at`; ``rates``,
-        from an eighth of backprop's limit to four times it; ``diverged``, method -> :func:`fractions_diverged`.
+        ``limits``, as :func:`limits_at` returns them; ``rates``, from an eighth of backprop's limit to four times it;
+        ``diverged``, method -> as :func:`fractions_diverged` returns them.
     """
     limits = limits_at(function, minimum)
     rates = limits["backprop"] * 2 ** (torch.arange(-6, 5, dtype=torch.float64) / 2)
     how = {"num_iterations": num_iterations, "progress": progress}
     diverged = {
         "backprop": fractions_diverged(function, start, backprop_gradient, rates, **how),
-        "forward gradient": fractions_diverged(function, start, forward_gradient, rates, seeds=seeds, **how),
+        "forward gradient": fractions_diverged(
+            function, start, partial(forward_gradient, tangents="normal"), rates, seeds=seeds, **how
+        ),
     }
     return {"rates": rates.tolist(), "diverged": diverged, "limits": limits}
 
@@ -212,7 +215,7 @@ def measure_growth(
     found = minimise(
         sphere,
         rates.new_ones(n),
-        forward_gradient,
+        partial(forward_gradient, tangents="normal"),
         learning_rate=rates.repeat_interleave(num_seeds),
         num_iterations=num_iterations,
         seeds=list(range(num_seeds)) * len(rates),
