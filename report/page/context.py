@@ -19,8 +19,8 @@ from fwdlib.models import CNN, MLP, LogisticRegression
 from fwdlib.results import Record, iterations, load_run
 from fwdlib.statistics import Interval, median_interval, paired_difference, paired_ratio
 from report import published
-from report.sections import claims, cost, feedback, protocols
-from report.studies import common, frank_wolfe, functions, scaling, scratch, tangents
+from report.sections import claims, cost, feedback, frank_wolfe, functions, protocols, scratch, tangents
+from report.studies import common, scaling
 
 METHODS = {"backprop": "backprop", "forward": "forward gradient"}  # key -> as records and timings call it
 TIMINGS = "timings.json"
