@@ -71,6 +71,7 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
     contents = [content for modes in found["studies"].values() for content in modes.values()]
     return {
         "studies": studies,
+        "missing": [title for task, title in TITLES.items() if task not in found["studies"]],
         "sources": list({content["source"]["fingerprint"]: content["source"] for content in contents}.values()),
         "modes": MODES,
         "steps": _steps(found["steps"]) if found["steps"] else None,

@@ -47,7 +47,7 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
     models = {name: _model(name, content, found["steps"]["seconds"][name]) for name, content in found["models"].items()}
     return {
         "models": models,
-        "missing": [TITLES[name] for name in MODELS if name not in models],
+        "missing": {name: title for name, title in TITLES.items() if name not in models},
         "num_seeds": sorted({model["settings"]["num_seeds"] for model in models.values() if model["threshold"]}),
         "environment": next(iter(found["models"].values()))["environment"],
         "timing_environment": found["steps"]["environment"],
