@@ -30,6 +30,7 @@ METHODS: dict[str, tuple[Estimator, int]] = {  # with the power of the first gue
     "per-example": (partial(stacked_forward_gradient, tangents="per-example"), 3),
     "activity": (partial(stacked_forward_gradient, tangents="activity"), 6),
 }
+PARTS = tuple(METHODS)
 MODEL = "784-1024-1024-10"
 BASE_RATE = 1e-4  # times a power of two
 
@@ -61,7 +62,7 @@ def build() -> nn.Module:
     )
 
 
-def measure(settings: Settings, folder: Path, methods: Sequence[str] = tuple(METHODS)) -> dict[str, Any]:
+def measure(settings: Settings, folder: Path, methods: Sequence[str] = PARTS) -> dict[str, Any]:
     """Tune and train with each of ``methods``, and return everything that the file then holds.
 
     Args:
@@ -136,4 +137,4 @@ def tune(run: Callable[..., dict[str, Any]], power: int, settings: Settings) -> 
 
 
 if __name__ == "__main__":
-    main(measure, FULL, SHORT, METHODS)
+    main(measure, FULL, SHORT, PARTS)

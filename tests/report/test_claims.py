@@ -1,4 +1,4 @@
-"""The claims table: each verdict follows from the data by its rule, and nothing that a claim needs can silently vanish."""
+"""The claims table: each verdict follows from the data by its rule, and no claim can silently vanish."""
 
 import copy
 import json
