@@ -1,19 +1,18 @@
 """Objectives: callables from params to a scalar loss.
 
-Any such callable can be differentiated by the estimators. :class:`BatchLoss` is the one for training: the loss of a
-model on a batch, as a function of the model's parameters. The test functions of optimization, at the end, are functions
-of a point and become objectives by :func:`as_objective`.
+The estimators differentiate any such callable. For training there are :class:`BatchLoss`, the loss of a model on a
+batch, and :class:`ClosureLoss`, whatever a closure computes with a model.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fwdlib.tangents import Params
 
@@ -51,21 +50,83 @@ def assign_gradients(model: nn.Module, grads: Params) -> None:
         named[name].grad = grad
 
 
-class BatchLoss:
-    """The loss of ``model`` on one batch as a function of its parameters.
+class ModelLoss(ABC):
+    """A loss that a model computes, as a function of the model's parameters.
 
-    Calling it leaves the model as it is: BatchNorm's running statistics are read and changed in a copy. The estimators
-    write that copy back once per estimate (:meth:`with_buffers`, :meth:`set_buffers`), as one forward pass of ordinary
-    training would, however many tangents they use. Dropout draws one mask per estimate, shared by all its tangents, so
-    that all are derivatives of the same function. Both follow ``model.train()`` and ``model.eval()``.
+    The estimators evaluate it in one of two ways. Where ``params`` are the model's own tensors, as :func:`params_of`
+    returns them, the model runs as it is (:meth:`run`), so its buffers, hooks and counters change as in one forward
+    pass of ordinary training. Elsewhere ``params`` and copies of the buffers take the places of the model's tensors for the
+    duration of the call (:meth:`with_buffers`), and the estimator writes the buffers back once (:meth:`set_buffers`).
+    Dropout draws one mask per estimate, shared by all tangents.
+
+    Calling the objective returns the loss and leaves the model as it was.
+    """
+
+    model: nn.Module
+    num_examples: int | None
+    """B, the number of examples in the batch; None where it is not known."""
+
+    @abstractmethod
+    def run(self) -> Tensor:
+        """Return the loss of the model as it is, a scalar."""
+
+    def __call__(self, params: Params) -> Tensor:
+        """Return the scalar loss at ``params``; parameters that are not in it keep their values."""
+        return self.with_buffers(params)[0]
+
+    def with_buffers(self, params: Params) -> tuple[Tensor, Params]:
+        """Return the loss at ``params`` and the buffers as this forward pass leaves them.
+
+        Raises:
+            ValueError: if a name in ``params`` is not a parameter of the model.
+        """
+        self.check_names(params)
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with swapped(self.model, params, buffers):
+            loss = self.run()
+        return loss, buffers
+
+    def own(self, params: Params) -> Params | None:
+        """Return the model's parameters of these names if ``params`` are the same memory, else None."""
+        return own_params(dict(self.model.named_parameters()), params)
+
+    @functools.cached_property
+    def _names(self) -> Iterable[str]:
+        return dict(self.model.named_parameters(remove_duplicate=False)).keys()
+
+    def check_names(self, params: Params) -> None:
+        """Refuse names that the model does not have.
+
+        Raises:
+            ValueError: if a name in ``params`` is not a parameter of the model.
+        """
+        if unknown := params.keys() - self._names:
+            raise ValueError(
+                f"params has {min(unknown)!r}, which is not a parameter of the model; it has {', '.join(self._names)}"
+            )
+
+    def set_buffers(self, buffers: Params) -> None:
+        """Write ``buffers`` into the model, in place where the shape is the same."""
+        for name, buffer in self.model.named_buffers():
+            value = buffers[name].detach()
+            if value.shape == buffer.shape and value.dtype == buffer.dtype:
+                buffer.copy_(value)
+            else:
+                owner, _, leaf = name.rpartition(".")
+                self.model.get_submodule(owner)._buffers[leaf] = value.clone()
+
+
+class BatchLoss(ModelLoss):
+    """The loss of ``model`` on one batch.
 
     Args:
         model: any module that maps ``inputs`` to logits.
         inputs: a batch, shape (B, ...).
-        targets: what ``loss`` takes, for the default shape (B,) of class indices.
+        targets: the second argument of ``loss``; class indices of shape (B,) for the default.
         loss: ``(logits, targets) -> scalar``; the mean cross entropy by default.
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(4, 3)
         >>> objective = BatchLoss(model, torch.zeros(5, 4), torch.zeros(5, dtype=torch.long))
         >>> objective({"weight": torch.zeros(3, 4), "bias": torch.zeros(3)})
@@ -84,159 +145,82 @@ class BatchLoss:
         self.targets = targets
         self.loss = loss
 
-    def __call__(self, params: Params) -> Tensor:
-        """Return the scalar loss at ``params``; parameters of the model that are not in it keep their values."""
-        return self.with_buffers(params)[0]
+    @property
+    def num_examples(self) -> int:
+        """B, the number of examples in the batch."""
+        return len(self.inputs)
 
-    def with_buffers(self, params: Params) -> tuple[Tensor, Params]:
-        """Return the loss at ``params`` and the model's buffers as this forward pass leaves them.
-
-        Raises:
-            ValueError: if a name in ``params`` is no parameter of the model.
-        """
-        self.check_names(params)
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        logits = functional_call(self.model, (params, buffers), (self.inputs,))
-        return self.loss(logits, self.targets), buffers
-
-    @functools.cached_property
-    def _names(self) -> Iterable[str]:
-        return dict(self.model.named_parameters(remove_duplicate=False)).keys()
-
-    def check_names(self, params: Params) -> None:
-        """Refuse parameters that the model has not.
-
-        Raises:
-            ValueError: if a name in ``params`` is no parameter of the model.
-        """
-        if unknown := params.keys() - self._names:
-            raise ValueError(f"params has {min(unknown)!r}, which the model has not; it has {', '.join(self._names)}")
-
-    def set_buffers(self, buffers: Params) -> None:
-        """Write ``buffers`` into the model."""
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(buffers[name])
+    def run(self) -> Tensor:
+        """Return the loss of the model as it is, a scalar."""
+        return self.loss(self.model(self.inputs), self.targets)
 
 
-def as_objective(function: Callable[[Tensor], Tensor]) -> Objective:
-    """Return a function of a point as an objective: ``params -> function(params["x"])``.
-
-    Example:
-        >>> as_objective(sphere)({"x": torch.tensor([1.0, 2.0])})
-        tensor(5.)
-    """
-    return lambda params: function(params["x"])
-
-
-def beale(point: Tensor) -> Tensor:
-    r"""Evaluate the function of Beale (1958): a long flat valley that bends towards its minimum, between steep walls.
-
-    .. math:: f(x, y) = (1.5 - x + xy)^2 + (2.25 - x + xy^2)^2 + (2.625 - x + xy^3)^2
-
-    Minimum 0 at (3, 0.5); usual domain -4.5 to 4.5 in both. Source: E. M. L. Beale 1958, *On an iterative method for
-    finding a local minimum of a function of more than one variable*.
+class ClosureLoss(ModelLoss):
+    """The loss that a closure computes with ``model``, whatever the model takes and returns.
 
     Args:
-        point: shape (2,).
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: if the point has another shape.
+        model: the module whose parameters are trained.
+        closure: takes nothing, calls the model and returns the loss, a scalar.
+        num_examples: B. Only ``"per-example"`` and ``"activity"`` tangents need it.
 
     Example:
-        >>> beale(torch.tensor([3.0, 0.5])), beale(torch.tensor([0.0, 0.0]))
-        (tensor(0.), tensor(14.2031))
+        >>> import torch
+        >>> model = nn.Bilinear(2, 2, 1)
+        >>> one, two = torch.ones(5, 2), torch.ones(5, 2)
+        >>> objective = ClosureLoss(model, lambda: model(one, two).square().mean())
+        >>> objective({"weight": torch.ones(1, 2, 2), "bias": torch.zeros(1)})
+        tensor(16.)
     """
-    _check_point("beale", point, exactly=2)
-    x, y = point.unbind()
-    return (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2
+
+    def __init__(self, model: nn.Module, closure: Callable[[], Tensor], num_examples: int | None = None) -> None:
+        self.model = model
+        self.closure = closure
+        self.num_examples = num_examples
+
+    def run(self) -> Tensor:
+        """Return the loss of the model as it is, a scalar."""
+        return self.closure()
 
 
-def rosenbrock(point: Tensor, a: float = 1.0, b: float = 100.0) -> Tensor:
-    r"""Evaluate the function of Rosenbrock (1960): a curved valley, whose floor falls gently and whose walls are steep.
+@contextmanager
+def swapped(model: nn.Module, params: Params, buffers: Params) -> Iterator[None]:
+    """Put tensors in the places of a model's parameters and buffers, and restore the model's own at the end.
 
-    .. math:: f(x) = \sum_{i=1}^{n-1} b\,(x_{i+1} - x_i^2)^2 + (a - x_i)^2
-
-    Minimum 0 at (1, ..., 1) for a = 1, in two dimensions at (a, a^2); from n = 4 on there is a second, local one near
-    (-1, 1, ..., 1). Usual domain -5 to 10 in each. Source: H. H. Rosenbrock 1960, *An automatic method for finding the
-    greatest or least value of a function*, The Computer Journal 3, for n = 2; chained to more as is common.
+    Each place is swapped once, also where a module or a tensor is shared, so the model holds the same objects after.
 
     Args:
-        point: shape (n,), n at least 2.
-        a: where the minimum is.
-        b: how steep the walls are.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: if the point has another shape.
-
-    Example:
-        >>> rosenbrock(torch.ones(5)), rosenbrock(torch.tensor([-1.0, 0.0]))
-        (tensor(0.), tensor(104.))
+        model: the module.
+        params: parameter by name. A name stands for all places that share its tensor.
+        buffers: buffer by name, likewise. At the end it holds what the forward pass has put there.
     """
-    _check_point("rosenbrock", point, at_least=2)
-    x, following = point[:-1], point[1:]
-    # By alpha: as a factor, b would be a tensor without a tangent, and that takes forward mode as long as all the rest.
-    return torch.add((a - x) ** 2, (following - x**2) ** 2, alpha=b).sum()
+    given = [(dict(model.named_parameters(remove_duplicate=False)), params)]
+    given.append((dict(model.named_buffers(remove_duplicate=False)), buffers))
+    replacements = {id(own[name]): tensor for own, tensors in given for name, tensor in tensors.items()}
+    names = {id(given[1][0][name]): name for name in buffers}
+    slots = [
+        (tensors, leaf, own)
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for leaf, own in tensors.items()
+        if id(own) in replacements
+    ]
+    try:
+        for tensors, leaf, own in slots:
+            tensors[leaf] = replacements[id(own)]
+        yield
+    finally:
+        for tensors, leaf, own in slots:
+            if id(own) in names:
+                buffers[names[id(own)]] = tensors[leaf]
+            tensors[leaf] = own
 
 
-def sphere(point: Tensor) -> Tensor:
-    r"""Evaluate the sum of squares, the function of which all is known: its Hessian is 2 I everywhere.
-
-    .. math:: f(x) = \sum_{i=1}^{n} x_i^2
-
-    Minimum 0 at 0; usual domain -5.12 to 5.12 in each. Source: the first of the functions of K. A. De Jong 1975, *An
-    analysis of the behavior of a class of genetic adaptive systems*.
-
-    Args:
-        point: shape (n,).
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: if the point has another shape.
-
-    Example:
-        >>> sphere(torch.tensor([3.0, 4.0]))
-        tensor(25.)
-    """
-    _check_point("sphere", point)
-    return (point**2).sum()
+def own_params(own: Params, params: Params) -> Params | None:
+    """Return the ``own`` tensors of these names if ``params`` are the same memory with the same layout, else None."""
+    if all(name in own and _is_same(p, own[name]) for name, p in params.items()):
+        return {name: own[name] for name in params}
+    return None
 
 
-def styblinski_tang(point: Tensor) -> Tensor:
-    r"""Evaluate the function of Styblinski and Tang (1990): two valleys in each direction, one deeper than the other.
-
-    .. math:: f(x) = \frac12 \sum_{i=1}^{n} x_i^4 - 16 x_i^2 + 5 x_i
-
-    Minimum -39.16617 n at (-2.903534, ...); a component that went to the other side ends at 2.746803. Usual domain -5
-    to 5 in each. Source: M. A. Styblinski & T.-S. Tang 1990, *Experiments in nonconvex optimization: stochastic
-    approximation with function smoothing and simulated annealing*, Neural Networks 3.
-
-    Args:
-        point: shape (n,).
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: if the point has another shape.
-
-    Example:
-        >>> styblinski_tang(torch.full((3,), -2.903534)) / 3
-        tensor(-39.1662)
-    """
-    _check_point("styblinski_tang", point)
-    quartic = torch.add(point**4, point**2, alpha=-16)  # alpha, as above
-    return torch.add(quartic, point, alpha=5).sum() / 2
-
-
-def _check_point(name: str, point: Tensor, at_least: int = 1, exactly: int | None = None) -> None:
-    if point.dim() != 1 or point.shape[0] < at_least or point.shape[0] != (exactly or point.shape[0]):
-        wanted = f"({exactly},)" if exactly else f"(n,) with n at least {at_least}"
-        raise ValueError(f"{name} takes a point of shape {wanted}, got {tuple(point.shape)}")
+def _is_same(p: Tensor, own: Tensor) -> bool:
+    return p.data_ptr() == own.data_ptr() and p.shape == own.shape and p.stride() == own.stride()

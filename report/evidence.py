@@ -180,7 +180,7 @@ def compare(committed: dict[str, str], short: dict[str, str]) -> Iterator[str]:
         again = short.get(text, "not judged")
         is_reversed = {outcome, again} == {"holds", "fails"}
         num_reversed += is_reversed
-        yield f"{'!' if is_reversed else ' '} {outcome:8} {again:10} {text}"
+        yield f"{'!' if is_reversed else ' '} {outcome:12} {again:12} {text}"
     same = sum(short.get(text) == outcome for text, outcome in committed.items())
     yield f"{same} of {len(committed)} verdicts are the same in short form; {num_reversed} reversed."
 

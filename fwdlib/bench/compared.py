@@ -24,7 +24,13 @@ from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.stacked.estimator import SGDStep
 
 LEARNING_RATE = 1e-9
-METHODS = ("backprop", "forward gradient", "rank-one", "per-example", "activity")  # as plotting.METHODS calls them
+METHODS = (
+    "backprop",
+    "forward gradient",
+    "rank-one",
+    "per-example",
+    "activity",
+)  # names of METHOD_STYLES
 
 Step = Callable[[], Tensor]
 
@@ -163,7 +169,7 @@ def make_step(variant: Variant, model: nn.Module, inputs: Tensor, targets: Tenso
         objective, optimizer = BatchLoss(model, inputs, targets), torch.optim.SGD(model.parameters(), LEARNING_RATE)
 
         def textbook() -> Tensor:
-            estimate = forward_gradient(objective, params_of(model))
+            estimate = forward_gradient(objective, params_of(model), tangents="normal")
             assign_gradients(model, estimate.grads)
             optimizer.step()
             return estimate.loss

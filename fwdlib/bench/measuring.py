@@ -1,7 +1,7 @@
 """What a training step costs: time, methods taking turns, and peak memory, each in a process of its own.
 
-:func:`run` measures, and returns what is written as JSON; :func:`text` makes the table of it, :mod:`fwdlib.plotting`
-the figures. What is compared is in :mod:`fwdlib.bench.compared`.
+:func:`run` measures, and returns what is written as JSON; :func:`text` makes the table of it,
+:mod:`fwdlib.bench.figures` the figures. What is compared is in :mod:`fwdlib.bench.compared`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tqdm.auto import trange
 from fwdlib import runtime
 from fwdlib.checks import check_count, check_positive
 from fwdlib.estimators import Estimator, GradientEstimate
-from fwdlib.objectives import as_objective
+from fwdlib.methods.functions import as_objective
 from fwdlib.seeds import single_estimate, stacked_estimate
 from fwdlib.tangents import check_params
 
@@ -97,7 +97,7 @@ def minimise(
 
     Example:
         >>> from fwdlib.estimators import backprop_gradient
-        >>> from fwdlib.objectives import sphere
+        >>> from fwdlib.methods.functions import sphere
         >>> start = torch.tensor([1.0, -1.0])
         >>> minimise(sphere, start, backprop_gradient, learning_rate=0.25, num_iterations=3, progress=None).values
         tensor([[2.0000, 0.5000, 0.1250, 0.0312]])

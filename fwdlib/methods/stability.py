@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch.func import hessian
 
 from fwdlib.checks import check_count, check_positive
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
+from fwdlib.methods.functions import sphere
 from fwdlib.methods.minimise import minimise
-from fwdlib.objectives import sphere
 
 
 def limits_at(function: Callable[[Tensor], Tensor], minimum: Tensor, num_tangents: int = 1) -> dict[str, float]:
@@ -31,7 +32,7 @@ def limits_at(function: Callable[[Tensor], Tensor], minimum: Tensor, num_tangent
         ValueError: if a curvature is not above 0, or K is below 1.
 
     Example:
-        >>> from fwdlib.objectives import sphere
+        >>> from fwdlib.methods.functions import sphere
         >>> {name: round(limit, 6) for name, limit in limits_at(sphere, torch.zeros(2)).items()}
         {'backprop': 1.0, 'forward gradient': 0.25}
     """
@@ -78,7 +79,7 @@ def mean_square_limit(curvatures: Sequence[float] | Tensor, num_tangents: int = 
     return brentq(excess, 0, (1 - 1e-12) * 2 * k / (k + 1)) / largest  # at the end a term is infinite
 
 
-def parts_diverged(
+def fractions_diverged(
     function: Callable[[Tensor], Tensor],
     start: Tensor,
     estimator: Estimator,
@@ -110,8 +111,8 @@ def parts_diverged(
 
     Example:
         >>> from fwdlib.estimators import backprop_gradient
-        >>> from fwdlib.objectives import sphere
-        >>> parts_diverged(sphere, torch.ones(2), backprop_gradient, [0.9, 1.1], num_iterations=10, progress=None)
+        >>> from fwdlib.methods.functions import sphere
+        >>> fractions_diverged(sphere, torch.ones(2), backprop_gradient, [0.9, 1.1], num_iterations=10, progress=None)
         [0.0, 1.0]
     """
     check_count("the number of rates", len(rates))
@@ -149,15 +150,17 @@ def divergence(
         progress: what the progress bar is called; None for no bar.
 
     Returns:
-        As :func:`fwdlib.methods.landscapes.plot_divergence` takes it: ``limits``, those of :func:`limits_at`; ``rates``,
-        from an eighth of backprop's limit to four times it; ``diverged``, method -> :func:`parts_diverged`.
+        ``limits``, as :func:`limits_at` returns them; ``rates``, from an eighth of backprop's limit to four times it;
+        ``diverged``, method -> as :func:`fractions_diverged` returns them.
     """
     limits = limits_at(function, minimum)
     rates = limits["backprop"] * 2 ** (torch.arange(-6, 5, dtype=torch.float64) / 2)
     how = {"num_iterations": num_iterations, "progress": progress}
     diverged = {
-        "backprop": parts_diverged(function, start, backprop_gradient, rates, **how),
-        "forward gradient": parts_diverged(function, start, forward_gradient, rates, seeds=seeds, **how),
+        "backprop": fractions_diverged(function, start, backprop_gradient, rates, **how),
+        "forward gradient": fractions_diverged(
+            function, start, partial(forward_gradient, tangents="normal"), rates, seeds=seeds, **how
+        ),
     }
     return {"rates": rates.tolist(), "diverged": diverged, "limits": limits}
 
@@ -212,7 +215,7 @@ def measure_growth(
     found = minimise(
         sphere,
         rates.new_ones(n),
-        forward_gradient,
+        partial(forward_gradient, tangents="normal"),
         learning_rate=rates.repeat_interleave(num_seeds),
         num_iterations=num_iterations,
         seeds=list(range(num_seeds)) * len(rates),

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fwdlib.methods.figures import plot_accuracies
+from fwdlib.methods.feedback_figures import plot_test_errors
 from fwdlib.statistics import Interval, paired_ratio, t_interval
 from report.names import FEEDBACK, LEARNS, MODES, PLAIN, RECORDED, STEPS, TASKS, feedback_file
 
@@ -71,6 +71,7 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
     contents = [content for modes in found["studies"].values() for content in modes.values()]
     return {
         "studies": studies,
+        "missing": [title for task, title in TITLES.items() if task not in found["studies"]],
         "sources": list({content["source"]["fingerprint"]: content["source"] for content in contents}.values()),
         "modes": MODES,
         "steps": _steps(found["steps"]) if found["steps"] else None,
@@ -84,7 +85,7 @@ def figures(found: dict[str, Any]) -> dict[str, Figure]:
     Args:
         found: as :func:`load` returns it.
     """
-    return {"feedback": plot_accuracies(curves(found["studies"]))} if found["studies"] else {}
+    return {"feedback": plot_test_errors(curves(found["studies"]))} if found["studies"] else {}
 
 
 def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:

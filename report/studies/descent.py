@@ -16,20 +16,20 @@ from torch import nn
 from tqdm import tqdm
 
 from fwdlib.data import Dataset, load_images
-from fwdlib.estimators import Estimator, backprop_gradient
+from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.results import write_json
-from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.training import train
 from report.names import DESCENT
 from report.studies.common import climb, main, reopen
 
 METHODS: dict[str, tuple[Estimator, int]] = {  # with the power of the first guess of the learning rate
     "backprop": (backprop_gradient, 11),
-    "rank-one": (stacked_forward_gradient, 2),
-    "rank-one, K = 16": (partial(stacked_forward_gradient, num_tangents=16), 5),
-    "per-example": (partial(stacked_forward_gradient, tangents="per-example"), 3),
-    "activity": (partial(stacked_forward_gradient, tangents="activity"), 6),
+    "rank-one": (forward_gradient, 2),
+    "rank-one, K = 16": (partial(forward_gradient, num_tangents=16), 5),
+    "per-example": (partial(forward_gradient, tangents="per-example"), 3),
+    "activity": (partial(forward_gradient, tangents="activity"), 6),
 }
+PARTS = tuple(METHODS)
 MODEL = "784-1024-1024-10"
 BASE_RATE = 1e-4  # times a power of two
 
@@ -61,7 +61,7 @@ def build() -> nn.Module:
     )
 
 
-def measure(settings: Settings, folder: Path, methods: Sequence[str] = tuple(METHODS)) -> dict[str, Any]:
+def measure(settings: Settings, folder: Path, methods: Sequence[str] = PARTS) -> dict[str, Any]:
     """Tune and train with each of ``methods``, and return everything that the file then holds.
 
     Args:
@@ -136,4 +136,4 @@ def tune(run: Callable[..., dict[str, Any]], power: int, settings: Settings) -> 
 
 
 if __name__ == "__main__":
-    main(measure, FULL, SHORT, METHODS)
+    main(measure, FULL, SHORT, PARTS)

@@ -30,7 +30,6 @@ from fwdlib.estimators import Estimator, GradientEstimate, backprop_gradient, fo
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
 from fwdlib.objectives import BatchLoss, Objective, assign_gradients, params_of
 from fwdlib.results import write_json
-from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.tangents import AnyGenerator, Params, normal
 from fwdlib.training import train
 from report import published
@@ -64,9 +63,9 @@ MODELS = {
 }
 METHODS: dict[str, Estimator] = {  # of the fair protocol
     "backprop": backprop_gradient,
-    "forward gradient": forward_gradient,
-    "rank-one": stacked_forward_gradient,
-    "rank-one, K = 16": partial(stacked_forward_gradient, num_tangents=16),
+    "forward gradient": partial(forward_gradient, tangents="normal"),
+    "rank-one": forward_gradient,
+    "rank-one, K = 16": partial(forward_gradient, num_tangents=16),
 }
 PARTS = (*MODELS, Path(STEPS).stem)
 
@@ -171,7 +170,7 @@ def as_published(settings: Settings, name: str) -> dict[str, dict[str, Training]
     model, theirs = MODELS[name], PUBLISHED[name]
     rate, blocks = model.learning_rate, model.blocks
     backprop = lambda data: backprop_gradient  # noqa: E731
-    forward = partial(forward_gradient, blocks=blocks)
+    forward = partial(forward_gradient, blocks=blocks, tangents="normal")
     found = {
         "backprop": {AS_PUBLISHED: Training(backprop, rate)},
         "forward": {AS_PUBLISHED: Training(lambda data: forward, rate)},
@@ -179,7 +178,9 @@ def as_published(settings: Settings, name: str) -> dict[str, dict[str, Training]
     if blocks == "parameter":
         sampler = partial(forward, tangents=standardised)
         found["forward"]["standardised tangents"] = Training(lambda data: sampler, rate)
-        found["forward"]["one tangent for all tensors"] = Training(lambda data: forward_gradient, rate)
+        found["forward"]["one tangent for all tensors"] = Training(
+            lambda data: partial(forward_gradient, tangents="normal"), rate
+        )
     if name == "logistic":
         found["backprop"]["step of 0.01"] = Training(backprop, theirs["learning_rate_used"], {"max_iterations": 20_000})
     if name == "mlp":
@@ -278,7 +279,10 @@ def _statements(model: Model, data: Dataset) -> dict[str, Any]:
     objective, params = BatchLoss(network, data.train_inputs, data.train_targets), params_of(network)
     exact = sum(g.square().sum() for g in backprop_gradient(objective, params).grads.values())
     draw = runtime.generator(FIRST_SEED, purpose="statements")
-    jvps = [forward_gradient(objective, params, num_tangents=50, generator=draw).jvps for _ in range(NUM_DRAWS // 50)]
+    jvps = [
+        forward_gradient(objective, params, num_tangents=50, generator=draw, tangents="normal").jvps
+        for _ in range(NUM_DRAWS // 50)
+    ]
     last = {name: p for name, p in params.items() if p.dim() == 1}.popitem()  # the biases of the readout
     v = standardised(dict([last]), 100 * NUM_DRAWS, draw)[last[0]]
     return {
@@ -346,7 +350,9 @@ def measure_steps(settings: Settings, folder: Path) -> dict[str, Any]:
     for name, model in MODELS.items():
         data = model.load()
         ours = {form: _step(model, data, estimator) for form, estimator in METHODS.items()}
-        ours["forward, published form"] = _step(model, data, partial(forward_gradient, blocks=model.blocks))
+        ours["forward, published form"] = _step(
+            model, data, partial(forward_gradient, blocks=model.blocks, tangents="normal")
+        )
         network = initialise(model.build, FIRST_SEED)
         forward = published_step(network, data, model.learning_rate, model.blocks == "parameter")
         backprop = published_backprop_step(network, data, model.learning_rate, name == "cnn")
