@@ -185,7 +185,7 @@ def test_a_step_of_the_whole_grid_is_that_of_minimise(method):
     estimator, k = study.METHODS[method]
     start, rates, seeds = torch.full((6,), -0.5, dtype=torch.float64), [1e-5, 1e-4], [1, 2]
     found = study.descend(rosenbrock, start, estimator, num_tangents=k, rates=rates, seeds=seeds, num_steps=15)
-    one = estimator if estimator is backprop_gradient else partial(estimator, num_tangents=k)
+    one = estimator if estimator is backprop_gradient else partial(estimator, num_tangents=k, tangents="normal")
     options = {"learning_rate": [1e-5, 1e-5, 1e-4, 1e-4], "seeds": [1, 2, 1, 2], "num_iterations": 15}
     expected = minimise(rosenbrock, start, one, progress=None, **options).values[:, -1]
     torch.testing.assert_close(found, expected.reshape(2, 2), rtol=1e-9, atol=0)
