@@ -14,7 +14,7 @@ from fwdlib.data import Dataset, Source
 from fwdlib.estimators import GradientEstimate, backprop_gradient, forward_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
 from fwdlib.objectives import BatchLoss, params_of
-from fwdlib.stacked.perturbations import Gradients
+from fwdlib.stacked.gradients import Gradients
 from fwdlib.training import OPTIMIZERS, evaluate, make_optimizer
 
 SEEDS = (3, 0, 5)
