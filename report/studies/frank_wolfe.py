@@ -141,7 +141,7 @@ def convergence_jobs(settings: Settings, _: dict[str, Any]) -> Iterator[tuple[st
 def converge(ball: str, form: str, num_steps: int, seeds: Sequence[int]) -> dict[str, Any]:
     """Run Frank-Wolfe for all places and seeds at once.
 
-    In each ball, a seed draws the direction of the goal, which all places share, and the tangents, which they share too.
+    A seed draws the direction of the goal and the tangents. All places of a ball share both.
 
     Args:
         ball: one of :data:`BALLS`.
@@ -150,8 +150,8 @@ def converge(ball: str, form: str, num_steps: int, seeds: Sequence[int]) -> dict
         seeds: of goals and tangents.
 
     Returns:
-        ``steps``, those that are recorded, and place -> ``gap`` and ``error``, a list for each seed: the Frank-Wolfe gap
-        of the exact gradient, and how far the loss is above its optimum, both in units of their values at the start.
+        ``steps``, those that are recorded, and place -> ``gap`` and ``error``, with a list for each seed: the
+        Frank-Wolfe gap of the exact gradient, and how far the loss is above its optimum, both relative to the start.
     """
     is_exact, averaged = FORMS[form]
     goals = torch.stack([place_goals(ball, seed) for seed in seeds])  # (seeds, places, P)

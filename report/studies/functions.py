@@ -135,7 +135,7 @@ def measure_divergence(settings: Settings) -> dict[str, Any]:
 
 
 def measure_growth(settings: Settings) -> dict[str, Any]:
-    """Return the factors of a step on the sphere, measured and in theory, and the rate from which a typical run grows."""
+    """Return the factors of a step on the sphere, measured and in theory, and the rate at which typical runs grow."""
 
     def theory(rates: Tensor) -> dict[str, Tensor]:
         return stability.growth(rates, generator=runtime.generator(0, purpose="growth"))

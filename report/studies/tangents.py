@@ -126,9 +126,7 @@ def in_turn(problems: dict[str, Problem], names: Sequence[str]) -> Iterator[tupl
         yield from ((name, n) for name, n in zip(names, sizes, strict=True) if n is not None)
 
 
-def tune(
-    settings: Settings, name: str, n: int, method: str, runs: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
+def tune(settings: Settings, name: str, n: int, method: str, runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the runs of a case that are missing, until the best learning rate is not at an end of the grid.
 
     Args:
