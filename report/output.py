@@ -111,10 +111,9 @@ class Output:
             path.replace(self.folder / path.relative_to(self.before))
 
     def _list(self, names: set[str]) -> None:
-        text = json.dumps(sorted(names), indent=1) + "\n"
         path = self.folder / MANIFEST
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            write_bytes(path, text.encode())
+        if not path.is_file() or self.written() != names:
+            write_bytes(path, f"{json.dumps(sorted(names), indent=1)}\n".encode())
 
 
 @contextmanager

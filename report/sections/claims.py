@@ -60,7 +60,7 @@ CLAIMS = [
         {
             "fails": "at the same learning rate there are as many iterations, and each takes longer",
             "partly": "the code stepped backprop by "
-            f"1/{LOGISTIC['learning_rate'] / LOGISTIC['learning_rate_used']:.0f} of what the text says",
+            f"1/{number(LOGISTIC['learning_rate'] / LOGISTIC['learning_rate_used'], 2)} of what the text says",
         },
     ),
     Claim(
@@ -321,7 +321,7 @@ CLAIMS = [
         "The projection improves on the mean of several tangents.",
         "last value above the minimum, projection over mean, K = 16, largest n",
         lambda c: {p["title"]: lookups.point(p["ratios"][16]) for p in made(c, "tangents", "projection")},
-        below(0.9, "below 0.9"),
+        below(0.9),
         {
             "partly": "for K far below n the directions are nearly the same",
             "fails": "for K far below n only the lengths differ, and the learning rate corrects that",
@@ -332,7 +332,7 @@ CLAIMS = [
         "Frank-Wolfe with plain forward gradients does not converge to the optimum.",
         "factor by which the gap falls in the last decade of steps, optimum on the surface",
         lookups.last_falls("plain"),
-        below(1.1, "below 1.1"),
+        below(1.1),
         {"holds": "a vertex does not depend on the length of a direction, so the noise does not average out"},
         partial(number, infinite="all of it"),
     ),
@@ -341,7 +341,7 @@ CLAIMS = [
         "With averaged directions it does.",
         "the same factor",
         lookups.last_falls("averaged"),
-        above(1.1, "above 1.1"),
+        above(1.1),
         {"holds": "the average forgets the noise faster than the gradient changes"},
         partial(number, infinite="all of it"),
     ),
@@ -353,7 +353,7 @@ CLAIMS = [
             f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}": next(iter(row["ratios"].values()))
             for row in made(c, "scratch", "times")
         },
-        below(1.1, "below 1.1"),
+        below(1.1),
         {"holds": "on a net so small it is PyTorch's overhead that counts"},
     ),
     Claim(

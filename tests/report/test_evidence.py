@@ -69,20 +69,12 @@ def test_the_committed_results_have_verdicts():
     assert set(outcomes.values()) <= {"holds", "partly", "fails", "inconclusive"}
 
 
-STUDIES = sorted({words[0] for words in evidence.TOGETHER + evidence.ALONE})
-
-
-@pytest.mark.parametrize("name", STUDIES)
-def test_the_short_form_differs_from_the_full_one(name):
-    study = importlib.import_module(f"report.studies.{name}")
-    assert type(study.SHORT) is type(study.FULL)
-    assert study.SHORT != study.FULL
-
-
 @pytest.mark.parametrize("words", evidence.TOGETHER + evidence.ALONE, ids=" ".join)
-def test_every_study_knows_its_words(words, tmp_path, monkeypatch):
+def test_every_study_knows_its_words_and_has_a_short_form(words, tmp_path, monkeypatch):
     name, *parts = words
     study, given = importlib.import_module(f"report.studies.{name}"), []
+    assert type(study.SHORT) is type(study.FULL)
+    assert study.SHORT != study.FULL
 
     def measure(*arguments):
         given.append(arguments)
