@@ -20,7 +20,8 @@ from fwdlib.doctor import PROG, Doctor
 from fwdlib.trainer import settings
 
 if TYPE_CHECKING:
-    from fwdlib.runs.batch import Job, Outcome, Place
+    from fwdlib.runs.jobs import Job, Outcome
+    from fwdlib.runs.places import Place
 
 ABOUT = "Gradients without backpropagation: forward gradients beside backprop."
 
