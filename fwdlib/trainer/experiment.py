@@ -32,8 +32,8 @@ from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.history import History, Run
 from fwdlib.models import alexnet, fully_connected, initialise, num_parameters, shallow_cnn
 from fwdlib.results import write_json, write_text
-from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.trainer.processes import ALONE, Workers, num_restarts, num_started
+from fwdlib.trainer.session import TrainerSession
 from fwdlib.trainer.settings import SHARED_MODES, Settings, why_not_shared
 from fwdlib.training import Augment, MakeOptimizer, make_optimizer, train
 
@@ -121,10 +121,12 @@ def _run(settings: Settings, device: torch.device, workers: Workers, progress: b
         evaluate_every=1 if settings.dry_run else steps,
         device=device,
         on_evaluation=partial(write_logs, folder, record) if writes else None,
-        checkpoint=None if settings.dry_run else checkpoint,
-        resume=resume and not settings.dry_run,
-        settings={name: getattr(settings, name) for name in BELONGS},
-        workers=workers,
+        session=TrainerSession(
+            None if settings.dry_run else checkpoint,
+            resume=resume and not settings.dry_run,
+            settings={name: getattr(settings, name) for name in BELONGS},
+            workers=workers,
+        ),
         progress=f"{settings.train_mode} on {settings.dataset}" if progress else None,
         progress_every=settings.log_interval,
     )
@@ -161,7 +163,7 @@ def together(settings: Settings, device: torch.device) -> Iterator[Workers]:
     if num_started() == 1:
         yield ALONE
         return
-    from fwdlib.beyond import distributed  # takes a second to import
+    from fwdlib.trainer import distributed  # takes a second to import
 
     with distributed.processes(device) as workers:
         if settings.train_mode not in SHARED_MODES:
@@ -260,11 +262,11 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
 
             return DataParallelGradient()
         case "FG":
-            return partial(forward_gradient, **tangents)
+            return partial(forward_gradient, tangents="normal", **tangents)
         case "FG-RANK1":
-            return partial(stacked_forward_gradient, tangents="rank-one", **tangents)
+            return partial(forward_gradient, tangents="rank-one", **tangents)
         case "FG-A":
-            return partial(stacked_forward_gradient, tangents="activity", **tangents)
+            return partial(forward_gradient, tangents="activity", **tangents)
     from fwdlib.methods import feedback
 
     inputs = data.train_inputs[:1]

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import StepLR
 from fwdlib import training
 from fwdlib.data import Dataset, Source
 from fwdlib.estimators import backprop_gradient, forward_gradient
-from fwdlib.stacked.estimator import stacked_forward_gradient
+from fwdlib.trainer.session import TrainerSession
 from fwdlib.training import evaluate, make_optimizer
 
 
@@ -83,7 +83,11 @@ def train(data, tmp_path):
     }
 
     def call(build=network, estimator=backprop_gradient, data=data, **options):
-        return training.train(build, data, estimator, **(defaults | options))
+        options = defaults | options
+        session = TrainerSession(
+            options.pop("checkpoint"), resume=options.pop("resume", False), settings=options.pop("settings", None)
+        )
+        return training.train(build, data, estimator, session=session, **options)
 
     return call
 
@@ -134,9 +138,9 @@ def interrupting(after, base):
 
 CASES = {
     "backprop": {},
-    "forward gradient": {"estimator": partial(forward_gradient, num_tangents=2)},
+    "forward gradient": {"estimator": partial(forward_gradient, num_tangents=2, tangents="normal")},
     "from factors": {
-        "estimator": partial(stacked_forward_gradient, num_tangents=2),
+        "estimator": partial(forward_gradient, num_tangents=2),
         "optimizer": make_optimizer("SGD", 0.01),
     },
     "momentum, no scheduler": {"optimizer": sgd, "scheduler": None},
@@ -166,7 +170,7 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(train, tmp_path, na
 @pytest.mark.parametrize("after", [1, 2, 3, 4, 8, 14])
 def test_it_may_be_interrupted_anywhere(train, tmp_path, after):
     def base(objective, params, *, generator=None):
-        return forward_gradient(objective, params, generator=generator)
+        return forward_gradient(objective, params, generator=generator, tangents="normal")
 
     whole = train(estimator=base, checkpoint=tmp_path / "whole.pt")
     with pytest.raises(KeyboardInterrupt):
@@ -263,7 +267,10 @@ def deeper():
         ({"optimizer": make_optimizer("Adam", 0.02, fused=True)}, "the optimizer's lr is 0.01 there, 0.02 here"),
         ({"scheduler": partial(StepLR, step_size=1, gamma=0.9)}, "the scheduler's gamma is 0.5 there, 0.9 here"),
         ({"scheduler": None}, "the scheduler is StepLR there, nothing here"),
-        ({"estimator": forward_gradient}, "the estimator is backprop_gradient there, forward_gradient here"),
+        (
+            {"estimator": partial(forward_gradient, tangents="normal")},
+            "the estimator is backprop_gradient there, forward_gradient here",
+        ),
         ({"estimator": Averaging()}, "the estimator is backprop_gradient there, Averaging here"),
         ({"batch_size": 20}, "batch_size is 25 there, 20 here"),
         ({"evaluate_every": 4}, "evaluate_every is 3 there, 4 here"),
@@ -348,8 +355,8 @@ def test_a_checkpoint_beyond_the_iterations_asked_for(train):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seeds": (0, 1)}, "a checkpoint is of a single seed, got 2"),
-        ({"checkpoint": None, "resume": True}, "resume=True needs the checkpoint to go on from"),
+        ({"seeds": (0, 1)}, "a checkpoint holds a single seed, got 2"),
+        ({"checkpoint": None, "resume": True}, "resume=True needs the checkpoint"),
     ],
 )
 def test_what_no_checkpoint_can_do(train, options, message):
