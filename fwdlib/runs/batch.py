@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fwdlib.checks import check_count, check_positive
 from fwdlib.runs import stamps
 from fwdlib.runs.jobs import Job, Outcome, check_jobs
-from fwdlib.runs.places import Execution, Here, Place
+from fwdlib.runs.places import Here, Place, RunningJob
 
 JOBS_BAR = "{n_fmt} of {total_fmt} jobs |{bar:20}| {elapsed}"
 
@@ -84,30 +84,30 @@ def run_batch(
     place = place or Here()
     room = num_jobs or place.num_jobs or max(1, len(jobs))
     waiting, next_start = [job for job in jobs if job.name not in outcomes], 0.0
-    running: list[Execution] = []
+    running: list[RunningJob] = []
     bar = tqdm(total=len(jobs), initial=len(outcomes), leave=False, disable=hidden, bar_format=JOBS_BAR)
     try:
         while waiting or running:
             place.check()
             while waiting and len(running) < room and time.monotonic() >= next_start:
-                slot = min(set(range(room)) - {execution.slot for execution in running})
+                slot = min(set(range(room)) - {each.slot for each in running})
                 running.append(place.start(waiting.pop(0), results, timeout, room > 1, slot, progress))
                 next_start = time.monotonic() + place.stagger
             while place.news:
                 say(place.news.popleft())
-            for execution in [execution for execution in running if execution.has_ended()]:
-                name = execution.job.name
+            for ended in [each for each in running if each.has_ended()]:
+                name = ended.job.name
                 owners = {path: other for other, outcome in outcomes.items() for path in outcome.results}
-                outcomes[name] = execution.collect(prints[name], results, executed, owners)
-                execution.remove()
-                running.remove(execution)
-                say(_line(outcomes[name], execution.where))
+                outcomes[name] = ended.collect(prints[name], results, executed, owners)
+                ended.remove()
+                running.remove(ended)
+                say(_line(outcomes[name], ended.where))
                 bar.update()
             time.sleep(0.1)
     finally:  # some still run after Ctrl-C, or when a folder cannot be written
         bar.close()
-        for execution in running:
-            execution.remove()
+        for each in running:
+            each.remove()
     return [outcomes[job.name] for job in jobs]
 
 

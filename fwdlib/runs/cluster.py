@@ -34,7 +34,7 @@ import nbformat
 from fwdlib import children
 from fwdlib.runs import notebook, stamps
 from fwdlib.runs.jobs import Job
-from fwdlib.runs.places import STAGGER, Execution, PlaceError, replace_paths
+from fwdlib.runs.places import STAGGER, PlaceError, RunningJob, replace_paths
 
 CONNECT_SECONDS = 10
 PING_SECONDS = 2
@@ -74,7 +74,7 @@ class Cluster:
         self._executor = self.client.get_executor(pure=False)
         self._name = f"fwdlib-{uuid.uuid4().hex[:8]}"
         self._num_sent, self._heard, self._state = 0, time.monotonic(), None
-        self.sent: dict[str, RemoteExecution] = {}
+        self.sent: dict[str, RemoteJob] = {}
         self.client.subscribe_topic(self._name, self._on_start)
         self._pings = asyncio.run_coroutine_threadsafe(self._ping(), self.client.loop.asyncio_loop)
         threads = self.client.nthreads().values()
@@ -95,13 +95,13 @@ class Cluster:
         with suppress(TimeoutError):
             self.client.close(timeout=5)
 
-    def start(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> Execution:
+    def start(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> RunningJob:
         """Send a job. On a cluster each job has one thread, and there is one bar for all jobs."""
         if self._state is None:
             from fwdlib import data
 
             self._state = _code_state() | {"data": data.lacking()}
-        remote = RemoteExecution(job, results, slot, self.scheduler)
+        remote = RemoteJob(job, results, slot, self.scheduler)
         self.sent[job.name] = remote
         # With one name and a number each, Dask treats the jobs as a group and holds back those that cannot run yet.
         key, self._num_sent = (self._name, self._num_sent), self._num_sent + 1
@@ -154,8 +154,8 @@ async def _greet(scheduler: str) -> None:
     await (await asyncio.wait_for(connection, CONNECT_SECONDS)).close()
 
 
-class RemoteExecution(Execution):
-    """An execution on a worker of the cluster; its folder fills when the answer arrives."""
+class RemoteJob(RunningJob):
+    """A job on a worker of the cluster; its folder fills when the answer comes."""
 
     future: Future[dict[str, Any]]
 

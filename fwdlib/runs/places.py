@@ -1,7 +1,6 @@
 """Where the jobs of a batch run. This machine is one place, a Dask cluster another (:mod:`fwdlib.runs.cluster`).
 
-An execution is one job at work. Wherever its notebook runs, its files end up in one folder here, and are collected here
-by the same rules.
+Wherever a job runs, its files end up in one folder here, and are collected here by the same rules.
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ class Place(Protocol):
     news: deque[str]
     """Lines for the user; whoever shows one takes it out."""
 
-    def start(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> Execution:
+    def start(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> RunningJob:
         """Start a job."""
 
     def check(self) -> None:
         """Raise :class:`PlaceError` if the place is gone."""
 
 
-class Execution:
-    """A job at work: its folder fills, and is collected when the notebook has ended.
+class RunningJob:
+    """A job that runs: its folder fills, and is collected when the notebook has ended.
 
     Args:
         job: to run.
@@ -147,18 +146,18 @@ class Here:
     def __init__(self) -> None:
         self.news: deque[str] = deque()
 
-    def start(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> Execution:
+    def start(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> RunningJob:
         """Start a process for the job."""
-        execution = LocalExecution(job, results, timeout, one_thread, slot, progress)
-        self.news.append(f"started  {job.name} ({execution.num_cells} cells)")
-        return execution
+        started = LocalJob(job, results, timeout, one_thread, slot, progress)
+        self.news.append(f"started  {job.name} ({started.num_cells} cells)")
+        return started
 
     def check(self) -> None:
         """Do nothing: this machine is always there."""
 
 
-class LocalExecution(Execution):
-    """An execution in a process on this machine, with a progress bar."""
+class LocalJob(RunningJob):
+    """A job in a process on this machine, with a progress bar."""
 
     def __init__(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> None:
         super().__init__(job, results, slot)

@@ -40,8 +40,10 @@ seen = {
 (folder / "deep" / "extra.txt").write_text("extra")
 (folder / "seen.json").write_text(json.dumps(seen))
 Path("litter.txt").write_text("")
-print("saved", folder / "seen.json")"""
-EXECUTION = places.LocalExecution  # before a test puts another in its place
+print("saved", folder / "seen.json")
+def draw():
+    from fwdlib import plotting"""
+LOCAL_JOB = places.LocalJob  # before a test puts another in its place
 ONE_FILE = "import os\nfrom pathlib import Path\n(Path(os.environ['FWDLIB_RESULTS']) / {name!r}).write_text('one')"
 
 
@@ -232,7 +234,7 @@ def again(first, tmp_path, monkeypatch):
     def start(*_):
         raise Started
 
-    monkeypatch.setattr(places, "LocalExecution", start)
+    monkeypatch.setattr(places, "LocalJob", start)
     monkeypatch.setattr(stamps, "PACKAGE", tmp_path / "fwdlib")
 
     def status(parameters=first[1]["writer"].job.parameters, **options) -> str:
@@ -293,8 +295,11 @@ def test_a_lost_copy_is_made_again(again):
     assert status() == "run"
 
 
-def test_another_fwdlib_runs_again(again):
+def test_a_file_of_fwdlib_counts_if_the_notebook_can_reach_it(again):
     folder, status = again
+    doctor = folder / "fwdlib" / "doctor.py"
+    doctor.write_text(doctor.read_text() + "\n# another")
+    assert status() == "reused"
     style = folder / "fwdlib" / "fwdlib.mplstyle"
     style.write_text(style.read_text() + "\n# another")
     assert status() == "run"
@@ -354,7 +359,7 @@ def test_an_interrupted_batch_leaves_nothing_and_can_be_run_again(tmp_path, sent
 
 def test_a_batch_that_dies_while_it_moves_results_leaves_no_stamp(again, monkeypatch):
     folder, status = again
-    worker = object.__new__(EXECUTION)
+    worker = object.__new__(LOCAL_JOB)
     worker.job, worker.begun, worker.folder = Job(folder / "writer.ipynb"), 0.0, folder / "worker"
     worker.staging, worker.process = worker.folder / "results", subprocess.CompletedProcess("", 0)
     worker.staging.mkdir(parents=True)
@@ -387,7 +392,7 @@ def refuse(tmp_path, monkeypatch):
     """Run a batch that must be refused before anything runs; return the message."""
 
     def run(*jobs: Job, error: type[Exception] = ValueError, **options) -> str:
-        monkeypatch.setattr(places, "LocalExecution", None)
+        monkeypatch.setattr(places, "LocalJob", None)
         with pytest.raises(error) as caught:
             run_batch(list(jobs), results=tmp_path / "results", executed=tmp_path / "executed", **options)
         assert not (tmp_path / "results").exists()

@@ -129,7 +129,7 @@ def no_start(monkeypatch, swept):
         started.append(job.name.removeprefix("1b_tiny-num_seeds=2-"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(places, "LocalExecution", start)
+    monkeypatch.setattr(places, "LocalJob", start)
     return started
 
 
@@ -187,10 +187,10 @@ def test_quick_runs_do_not_overwrite_real_ones(run, checkout, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "run takes either --notebook NAME, of notebooks, or --batches FILE, which declares them"),
-        ("--notebook 1b --batches b.toml", "run takes either --notebook NAME, of notebooks, or --batches FILE"),
-        ("--batches b.toml --seeds 2", "the parameters of b.toml are in it: --set and --seeds go with --notebook"),
-        ("--batches b.toml --set seed=2", "the parameters of b.toml are in it"),
+        ("", "run takes either --notebook NAME ... or --batches FILE, which declares notebooks"),
+        ("--notebook 1b --batches b.toml", "run takes either --notebook NAME ... or --batches FILE"),
+        ("--batches b.toml --seeds 2", "b.toml sets its own parameters: --set and --seeds go only with --notebook"),
+        ("--batches b.toml --set seed=2", "b.toml sets its own parameters"),
         ("--batches no.toml", "no.toml"),
         ("--notebook 2", "no notebook '2' in "),
         ("--notebook 1b --set rate=1", "has no parameter 'rate'; it has seed, num_seeds"),
@@ -204,6 +204,28 @@ def test_words_that_make_no_batch_are_refused_before_anything_runs(run, checkout
     assert message in errors
     assert "Traceback" not in errors
     assert sorted(checkout.rglob("*")) == before
+
+
+def test_a_notebook_without_a_kernel_runs_and_one_without_a_record_is_named(run, checkout, tmp_path):
+    path = write_notebook(tmp_path / "silent.ipynb", "print(seed)")
+    content = nbformat.read(path, 4)
+    del content.metadata["kernelspec"]
+    nbformat.write(content, path)
+    code, said, errors = run(f"--notebook {path} --set seed=3 --output {tmp_path / 'out'}")
+    assert (code, said) == (0, f"0 rows, from 0 of 1 jobs, in {tmp_path / 'out' / 'table.csv'}\n"), errors
+    assert "No row for silent-seed=3: no record was left." in errors
+    assert "save_run" in errors
+
+
+def test_brackets_stay_together(run, tmp_path):
+    path = write_notebook(tmp_path / "mine.ipynb", defaults="tup = (1, 2)\nnothing = None")
+    code, said, errors = run(f"--notebook {path} --output {tmp_path / 'out'} --dry-run --set nothing=[1,2]")
+    assert (code, errors) == (0, "")
+    assert "1 jobs, 1 to run" in said
+    code, _, errors = run(f"--notebook {path} --output {tmp_path / 'out'} --dry-run --set tup=(1,2) nothing=[1,2]")
+    assert code == 1
+    assert "parameter 'tup' of" in errors
+    assert "(1, 2) is a tuple, which papermill cannot pass on. Make the default a list" in errors
 
 
 def test_control_c_keeps_what_is_finished_and_says_how_to_go_on(checkout, tmp_path):
