@@ -11,15 +11,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fwdlib import children
 
-# papermill, nbformat and psutil are imported where they are used: the process listens for its parent's end before.
+# papermill and nbformat take a second; they are imported once the process listens for its parent's end.
 START_RETRIES = 2  # kernels that start at the same time can race for ports
-GRACE = 3.0  # seconds to end the kernel and remove the folder
+GRACE = 10.0  # seconds to end the kernel and remove the folder
 
 
 def start(
@@ -76,7 +79,8 @@ def main(folder: Path, order: str) -> None:
         order: notebook, parameters and timeout, as JSON.
     """
     tempfile.tempdir = str(folder)  # jupyter_client puts the kernel's connection file there
-    children.when_parent_ends(lambda: _clean_up(folder))
+    ending = threading.Event()
+    children.when_parent_ends(lambda: _clean_up(folder, ending))
     from papermill.exceptions import PapermillExecutionError, strip_color
 
     try:
@@ -87,18 +91,20 @@ def main(folder: Path, order: str) -> None:
         error = strip_color(f"cell {stop.exec_count}: {stop.ename}: {stop.evalue} (in: {first})")
     except Exception as stop:
         error = f"the notebook did not start: {type(stop).__name__}: {stop}"
+    if ending.is_set():  # the kernel was killed by _clean_up, which is about to end this process
+        time.sleep(GRACE)
     (folder / "error.part").write_text(error, encoding="utf-8")
     (folder / "error.part").replace(folder / "error.txt")
 
 
-def _clean_up(folder: Path) -> None:
-    import psutil
-
+def _clean_up(folder: Path, ending: threading.Event) -> None:
+    ending.set()
     kernels = psutil.Process().children(recursive=True)  # each in a session of its own
     for kernel in kernels:
         kernel.kill()
     psutil.wait_procs(kernels, timeout=GRACE / 2)  # so that none of them writes into the folder again
-    shutil.rmtree(folder, ignore_errors=True)
+    while folder.exists():  # papermill may write the executed copy at the same time
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _execute(folder: Path, notebook: str, parameters: dict[str, Any], timeout: float) -> None:

@@ -334,13 +334,14 @@ def test_an_interrupted_batch_leaves_nothing_and_can_be_run_again(tmp_path, sent
     results, executed = tmp_path / "results", tmp_path / "executed"
     arguments = {"notebook": notebook, "parameters": {"dataset": str(tmp_path / "gate")}}
     code = (
-        "from pathlib import PosixPath; from fwdlib.runs.batch import Job, run_batch; import signal\n"
+        "import signal; from pathlib import PosixPath; from fwdlib.runs.batch import run_batch\n"
+        "from fwdlib.runs.jobs import Job\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
         f"run_batch([Job(**{arguments!r})], results={results!r}, executed={executed!r}, num_jobs=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     try:
-        assert wait_until(lambda: list(results.glob(".running-*/results/a.txt")), 30)
+        assert wait_until(lambda: list(results.glob(".running-*/results/a.txt")), 120)
         assert len(processes_of(tmp_path)) >= 3  # batch, worker, kernel
     finally:
         process.send_signal(sent)
