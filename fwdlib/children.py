@@ -19,9 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# The shell starts its watching copy, then becomes the program: with the same process id, and with the pipe as input.
-# `read` returns when the pipe closes. $0 is the grace; 0 as a process id means the group.
-SCRIPT = 'exec 3<&0; { read _; sleep "$0"; kill -KILL 0; } <&3 >/dev/null 2>&1 & exec "$@" 3<&-'
+# The shell starts a copy of itself that watches, then becomes the program: with its own process id $$, and the pipe as
+# input. `read` returns when the pipe closes. $0 is the grace in tenths of a second. `kill -KILL 0` kills the group.
+WATCH = 'read _; n=0; while [ $n -lt "$0" ] && kill -0 $$; do sleep 0.1; n=$((n + 1)); done; kill -KILL 0'
+SCRIPT = f'exec 3<&0; {{ {WATCH}; }} <&3 >/dev/null 2>&1 & exec "$@" 3<&-'
 
 
 class Child(subprocess.Popen):
@@ -67,7 +68,7 @@ def start(
         3
         >>> end(child)  # the sleeping process, too
     """
-    command = ["/bin/sh", "-c", SCRIPT, str(grace), *map(str, arguments)]
+    command = ["/bin/sh", "-c", SCRIPT, str(round(10 * grace)), *map(str, arguments)]
     options = popen | {"stdin": subprocess.PIPE, "start_new_session": True}
     child = Child(command, env=environment, cwd=folder, **options)
     child.grace = grace

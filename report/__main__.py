@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
-    from fwdlib.runs.batch import Place
+    from fwdlib.runs.places import Place
     from report.output import Output
     from report.page.context import Results
 
@@ -139,8 +139,9 @@ class Build:
         return ", ".join(f"{dataset.source.name} {dataset.source.fingerprint}" for dataset in found)
 
     def _run_notebooks(self, folder: Path, notebooks: dict[str, dict[str, Any]], data: str) -> None:
-        from fwdlib.runs.batch import failures, run_batch
-        from fwdlib.runs.sweep import jobs_of
+        from fwdlib.runs.batch import run_batch
+        from fwdlib.runs.declarations import jobs_of
+        from fwdlib.runs.jobs import failures
 
         with self._place() as place:
             outcomes = run_batch(
@@ -174,7 +175,9 @@ class Build:
         num_rounds = 1 if runtime.is_quick() else 5
         if runtime.is_quick():
             pairs = dict.fromkeys(pairs, 1)
-        print_ = fingerprint({"pairs": pairs, "settings": settings, "data": data, "versions": runtime.versions()})
+        code = [HERE / "studies" / name for name in ("timings.py", "published_code.py")]
+        given = {"pairs": pairs, "settings": settings, "data": data, "versions": runtime.versions()}
+        print_ = fingerprint(code, given)
         if self.resume and _read(stamp) == {"fingerprint": print_, "result": sha256(path)}:
             say("reused   timings")
             return
@@ -222,14 +225,22 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def fingerprint(settings: dict[str, Any]) -> str:
-    """Return a hash of the settings and of all code that the times depend on."""
-    sources = [
-        *sorted((ROOT / "fwdlib").rglob("*.py")),
-        HERE / "studies" / "timings.py",
-        HERE / "studies" / "published_code.py",
-    ]
-    content = {"settings": settings, "sources": {path.relative_to(ROOT).as_posix(): sha256(path) for path in sources}}
+def fingerprint(files: list[Path], settings: dict[str, Any]) -> str:
+    """Return a hash of some code of the report, of the files of fwdlib that it can reach, and of settings.
+
+    Args:
+        files: Python files below ``report/``.
+        settings: what else the results depend on.
+    """
+    from fwdlib.runs import stamps
+    from fwdlib.runs.imports import Package
+
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    content = {
+        "settings": settings,
+        "fwdlib": stamps.sources(Package(stamps.PACKAGE).files_of(code)),
+        "report": {path.relative_to(HERE).as_posix(): sha256(path) for path in files},
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
