@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+NBVAL  := FWDLIB_QUICK=1 $(RUN) -m pytest -n 2 --dist loadfile -o addopts=--nbval-cell-timeout=120 --nbval-lax
 
 .DEFAULT_GOAL := help
-.PHONY: help report page site evidence bench test test-browser lint format notebooks wheel lab clean
+.PHONY: help report page site evidence bench test test-all test-browser lint format notebooks wheel lab clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,9 +37,13 @@ evidence: $(STAMP)  ## run every study of the report again in a short form, into
 bench: $(STAMP)  ## measure time and memory of a training step, alone on the machine (ARGS="--quick", "--device cuda")
 	@$(RUN) -m fwdlib bench $(ARGS)
 
-test: $(STAMP)  ## run the tests, and every notebook in quick mode
-	@$(RUN) -m pytest -n 2 --dist loadfile
-	@FWDLIB_QUICK=1 $(RUN) -m pytest -n 2 --dist loadfile -o addopts=--nbval-cell-timeout=120 --nbval-lax notebooks
+test: $(STAMP)  ## run the tests but the slow ones, and the six notebooks in quick mode
+	@$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
+	@$(NBVAL) notebooks/*.ipynb
+
+test-all: test  ## run the slow tests and the other notebooks as well
+	@$(RUN) -m pytest -n 2 --dist loadfile -m slow
+	@$(NBVAL) notebooks/beyond
 
 test-browser: $(STAMP)  ## look at the pages, and run a notebook in JupyterLab, in headless Chromium (installed by apt)
 	@tests/browser.sh $(RUN)
