@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
-    from fwdlib.runs.batch import Place
+    from fwdlib.runs.places import Place
 
 # The rest is imported where it is used: help must not wait for torch.
 HERE = Path(__file__).parent
@@ -90,8 +90,9 @@ class Build:
         return ", ".join(f"{dataset.source.name} {dataset.source.fingerprint}" for dataset in found)
 
     def _run_notebooks(self, notebooks: dict[str, dict[str, Any]], data: str) -> None:
-        from fwdlib.runs.batch import failures, run_batch
-        from fwdlib.runs.sweep import jobs_of
+        from fwdlib.runs.batch import run_batch
+        from fwdlib.runs.declarations import jobs_of
+        from fwdlib.runs.jobs import failures
 
         with self._place() as place:
             outcomes = run_batch(
