@@ -31,11 +31,12 @@ from fwdlib import runtime
 from fwdlib.atomic import write_bytes
 from fwdlib.bench import links
 from fwdlib.estimators import Estimator, backprop_gradient
-from fwdlib.models import fully_connected, initialise
+from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.stacked.perturbations import Gradients
 from fwdlib.trainer.distributed import DataParallelGradient, prime_factors, processes, start
+from fwdlib.trainer.networks import fully_connected
 from fwdlib.trainer.processes import Workers
 
 METHODS = {"BP": 0, "FG-RANK1, K = 1": 1, "FG-RANK1, K = 16": 16}  # with the number of tangents

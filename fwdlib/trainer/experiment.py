@@ -30,9 +30,10 @@ from fwdlib.atomic import write_bytes
 from fwdlib.data import Dataset, fetch, load_images
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.history import History, Run
-from fwdlib.models import alexnet, fully_connected, initialise, num_parameters, shallow_cnn
+from fwdlib.models import initialise, num_parameters
 from fwdlib.results import write_json, write_text
 from fwdlib.stacked.estimator import stacked_forward_gradient
+from fwdlib.trainer.networks import alexnet, fully_connected, shallow_cnn
 from fwdlib.trainer.processes import ALONE, Workers, num_restarts, num_started
 from fwdlib.trainer.settings import SHARED_MODES, Settings, why_not_shared
 from fwdlib.training import Augment, MakeOptimizer, make_optimizer, train
@@ -161,7 +162,7 @@ def together(settings: Settings, device: torch.device) -> Iterator[Workers]:
     if num_started() == 1:
         yield ALONE
         return
-    from fwdlib.beyond import distributed  # takes a second to import
+    from fwdlib.trainer import distributed  # takes a second to import
 
     with distributed.processes(device) as workers:
         if settings.train_mode not in SHARED_MODES:
