@@ -246,10 +246,10 @@ class Bench:
         Raises:
             ValueError: if an option is not one of those allowed.
         """
-        from fwdlib.bench import measuring
+        from fwdlib.bench import benchmark, table
         from fwdlib.results import write_json
 
-        found = measuring.run(
+        found = benchmark.run(
             device=self.device,
             models=self.models or None,
             batch=self.batch,
@@ -258,9 +258,9 @@ class Bench:
             quick=self.quick,
         )
         partial = bool(self.models) or not (self.memory and self.depth)
-        path = self.out or measuring.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
+        path = self.out or benchmark.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
         write_json(path, found)
-        print(measuring.text(found))
+        print(table.text(found))
         print(f"All numbers: {path}")
         return 0
 

@@ -399,11 +399,11 @@ def assert_same(first, second) -> None:
 @pytest.fixture
 def bench(monkeypatch, tmp_path) -> list[dict]:
     """A benchmark that measures nothing, in a checkout of its own; what it was asked for."""
-    from fwdlib.bench import measuring
+    from fwdlib.bench import benchmark
 
     asked = []
     monkeypatch.setattr(
-        measuring, "run", lambda **options: asked.append(options) or {"load": 0, "models": {}, "depth": {}}
+        benchmark, "run", lambda **options: asked.append(options) or {"load": 0, "models": {}, "depth": {}}
     )
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "fwdlib"\n')
     monkeypatch.chdir(tmp_path)
