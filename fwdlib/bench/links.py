@@ -1,9 +1,9 @@
-"""Links that are slow on purpose: processes in network namespaces of their own, joined by a switch, on one machine.
+"""Slow links on one machine: each process in a network namespace of its own, joined by a switch.
 
-Each process gets a namespace with one interface, through which a token bucket lets so many bits a second in either
-direction. The kernel does all of it, so what runs there needs no change. Linux alone has it, and only root may ask.
+Each namespace has one interface. A token bucket limits its bits per second in either direction. The kernel does all of
+it, so the programs need no change. It needs Linux, and root.
 
-Over these links, or any others, the kernel also counts what a process has sent.
+The kernel also counts what a process has sent, over these links or any others.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fwdlib.checks import check_count, check_positive
 
 PORT = 29500
 DEVICE = "eth0"
-DELAY = "200ms"  # that a packet waits at most before it is dropped
+DELAY = "200ms"  # longest wait of a packet before it is dropped
 
 
 def obstacle() -> str:
-    """Return why links cannot be slowed here, or nothing."""
+    """Return why links cannot be slowed here; empty if they can."""
     if not sys.platform.startswith("linux"):
-        return "network namespaces are a thing of Linux"
+        return "only Linux has network namespaces"
     if os.geteuid() != 0:
         return "only root may make network namespaces"
     lacking = [name for name in ("ip", "tc") if not shutil.which(name)]
     if lacking:
-        return f"there is no program {' or '.join(lacking)}; Debian's package iproute2 has both"
+        return f"{' and '.join(lacking)} not found: install Debian's package iproute2, which has ip and tc"
     try:
         with slowed(1, 100):
             return ""
@@ -44,14 +44,14 @@ def obstacle() -> str:
 
 @contextmanager
 def slowed(count: int, megabits: float | None) -> Iterator[list[str]]:
-    """Make namespaces for the time of a ``with`` block, and give their names.
+    """Make namespaces for the duration of a ``with`` block, and yield their names.
 
     Args:
-        count: how many.
-        megabits: a second, that each can send, and as many that it can receive; None for what the machine gives.
+        count: number of namespaces.
+        megabits: rate of each link, per second and direction; None for no limit.
 
     Raises:
-        OSError: if the system refuses; the message is its.
+        OSError: if the system refuses; the message quotes it.
         ValueError: if a number is out of its range.
     """
     check_count("count", count)
@@ -81,22 +81,22 @@ def slowed(count: int, megabits: float | None) -> Iterator[list[str]]:
 
 
 def address(rank: int) -> str:
-    """Return the address of a process in its namespace."""
+    """Return the address of the process of this rank."""
     return f"10.77.0.{rank + 1}"
 
 
 def run(command: Sequence[str], count: int, megabits: float | None, timeout: float = 600) -> None:
-    """Run a command once in each of several namespaces, with the variables that torchrun would set.
+    """Run a command in each of several namespaces, with the environment variables that torchrun sets.
 
     Args:
-        command: the words.
-        count: how many processes.
+        command: the program and its arguments.
+        count: number of processes.
         megabits: as in :func:`slowed`.
         timeout: seconds.
 
     Raises:
         OSError: if the system refuses.
-        RuntimeError: if one of them fails; the message has its last words.
+        RuntimeError: if a process fails; the message ends with the last of its output.
         TimeoutExpired: if they take longer.
     """
     processes: list[subprocess.Popen] = []
@@ -129,23 +129,23 @@ class Traffic(NamedTuple):
     """What this process has sent over TCP, as the kernel counts it."""
 
     num_bytes: int
-    """Of data, the exchange's own headers included; what was sent twice counts twice."""
+    """Bytes of data, with the headers of the exchange library. Data that was sent again counts again."""
     num_segments: int
-    """Packets, acknowledgements included; each has headers of its own, of 52 bytes with IPv4, and the link's."""
+    """Packets, acknowledgements included. Each also has 52 bytes of headers with IPv4, and those of the link."""
 
     def since(self, start: Traffic) -> Traffic:
-        """Return what was sent after ``start``."""
+        """Return the traffic after ``start``."""
         return Traffic(self.num_bytes - start.num_bytes, self.num_segments - start.num_segments)
 
 
 def traffic() -> Traffic:
-    """Count what the open TCP connections of this process have sent.
+    """Return what the open TCP connections of this process have sent.
 
     Raises:
-        OSError: where the system does not tell: on any but Linux.
+        OSError: on any system but Linux, which alone counts it.
     """
     if not sys.platform.startswith("linux"):
-        raise OSError("what a process has sent over TCP can be counted on Linux only")
+        raise OSError("the TCP traffic of a process can be counted on Linux only")
     num_bytes = num_segments = 0
     for entry in Path("/proc/self/fd").iterdir():
         try:
@@ -155,7 +155,7 @@ def traffic() -> Traffic:
                 if connection.type != socket.SOCK_STREAM or connection.family not in (socket.AF_INET, socket.AF_INET6):
                     continue
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        except FileNotFoundError:  # closed since it was listed
+        except FileNotFoundError:  # closed after it was listed
             continue
         num_segments += struct.unpack_from("=I", info, 136)[0]  # tcpi_segs_out and tcpi_bytes_sent of <linux/tcp.h>
         num_bytes += struct.unpack_from("=Q", info, 200)[0]
