@@ -175,7 +175,7 @@ def _textbook(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
     objective, optimizer = BatchLoss(model, inputs, targets), torch.optim.SGD(model.parameters(), LEARNING_RATE)
 
     def step() -> Tensor:
-        estimate = forward_gradient(objective, params_of(model))
+        estimate = forward_gradient(objective, params_of(model), tangents="normal")
         assign_gradients(model, estimate.grads)
         optimizer.step()
         return estimate.loss

@@ -22,10 +22,9 @@ from fwdlib import runtime
 from fwdlib.atomic import write_bytes
 from fwdlib.bench import links
 from fwdlib.bench.scaling import NUM_TANGENTS
-from fwdlib.estimators import Estimator, backprop_gradient
+from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.models import initialise, num_parameters
 from fwdlib.objectives import BatchLoss, params_of
-from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.trainer.distributed import DataParallelGradient, joined, start
 from fwdlib.trainer.networks import fully_connected
 from fwdlib.trainer.processes import Processes
@@ -123,7 +122,7 @@ def _calls(processes: Processes, shared: BatchLoss) -> dict[Call, Callable[[], o
     backprop = DataParallelGradient() if processes.size > 1 else backprop_gradient
     calls: dict[Call, Callable[[], object]] = {}
     for name, num_tangents in NUM_TANGENTS.items():
-        forward = partial(stacked_forward_gradient, num_tangents=num_tangents)
+        forward = partial(forward_gradient, num_tangents=num_tangents)
         calls[name, "seconds"] = _step(shared, forward if num_tangents else backprop)
         calls[name, "alone"] = _step(alone, forward if num_tangents else backprop_gradient)
     if processes.size > 1:

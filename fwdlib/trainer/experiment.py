@@ -32,7 +32,6 @@ from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.history import History, Run
 from fwdlib.models import initialise, num_parameters
 from fwdlib.results import write_json, write_text
-from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.trainer.networks import alexnet, fully_connected, shallow_cnn
 from fwdlib.trainer.processes import ALONE, Workers, num_restarts, num_started
 from fwdlib.trainer.session import TrainerSession
@@ -264,11 +263,11 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
 
             return DataParallelGradient()
         case "FG":
-            return partial(forward_gradient, **tangents)
+            return partial(forward_gradient, tangents="normal", **tangents)
         case "FG-RANK1":
-            return partial(stacked_forward_gradient, tangents="rank-one", **tangents)
+            return partial(forward_gradient, tangents="rank-one", **tangents)
         case "FG-A":
-            return partial(stacked_forward_gradient, tangents="activity", **tangents)
+            return partial(forward_gradient, tangents="activity", **tangents)
     from fwdlib.methods import feedback
 
     inputs = data.train_inputs[:1]
