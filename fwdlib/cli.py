@@ -151,7 +151,7 @@ class Train:
     task: Group[settings.Task] = field(default_factory=settings.Task)
     method: Group[settings.Method] = field(default_factory=settings.Method)
     steps: Group[settings.Steps] = field(default_factory=settings.Steps)
-    running: Group[settings.Running] = field(default_factory=settings.Running)
+    running: Group[settings.Execution] = field(default_factory=settings.Execution)
 
     def run(self) -> int:
         """Train, and say what came out.
@@ -175,7 +175,7 @@ class Train:
             runtime.use_determinism()
         try:
             record = experiment.run(asked)
-        except processes.ToldElsewhereError:
+        except processes.AlreadyReportedError:
             return 1
         except KeyboardInterrupt:
             if processes.num_started() > 1 and not processes.is_first():

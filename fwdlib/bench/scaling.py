@@ -65,10 +65,10 @@ def cost(num_tangents: int, count: int, compute: float, num_params: int) -> Cost
 def num_steps(num_tangents: int, num_params: int) -> float:
     """Return how many steps of the best length descend as far as one step along the exact gradient, on a round bowl.
 
-    A step along the estimate descends as far as a step along the gradient, times the squared cosine between them. For
-    tangents of unit variance and least second moment, such as rank-one tangents, the mean of that is 1 / (1 + (P - 1)/K).
-    All processes draw the same tangents, so N does not change it. The loss of a network curves in few directions only:
-    most of the noise is then harmless, and fewer steps are enough.
+    A step along the estimate descends as far as a step along the gradient, times the squared cosine between them. Its
+    mean is 1 / (1 + (P - 1)/K) for tangents of unit variance and least second moment, such as rank-one tangents. All
+    processes draw the same tangents, so N does not change it. The loss of a network curves in few directions only: most
+    of the noise is then harmless, and fewer steps are enough.
 
     Args:
         num_tangents: K; 0 for backprop.
