@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fwdlib.bench import scaling
-from fwdlib.bench.scaling import Cost, Link, cost, even_bandwidth, num_steps
+from fwdlib.bench.scaling import NUM_TANGENTS, Cost, Link, cost, even_bandwidth, num_steps
 from fwdlib.estimators import backprop_gradient, forward_gradient
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
@@ -68,9 +68,7 @@ def test_in_a_round_bowl_the_scalars_add_up_to_no_less_than_the_gradients(count,
 
 
 def row(count, megabits, seconds):
-    methods = {
-        name: {"seconds": [seconds], "alone": [seconds], "bytes": 1, "segments": 1} for name in scaling.NUM_TANGENTS
-    }
+    methods = {name: {"seconds": [seconds], "alone": [seconds], "bytes": 1, "segments": 1} for name in NUM_TANGENTS}
     return {"count": count, "megabits": megabits, "methods": methods, "exchange": [0.001], "num_params": P}
 
 

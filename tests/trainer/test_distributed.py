@@ -57,7 +57,7 @@ def trained(processes, name, make=build, **options):
     if name == "backprop" and processes.size > 1:
         estimator = distributed.DataParallelGradient()
     usual = {"optimizer": "Adam", "learning_rate": 1e-3, "batch_size": 32, "max_iterations": NUM_STEPS}
-    usual |= {"evaluate_every": 50, "progress": None, "processes": processes}
+    usual |= {"evaluate_every": 50, "progress": None, "session": TrainerSession(processes=processes)}
     return train(make, dataset(), estimator, **usual | options)
 
 
@@ -125,8 +125,9 @@ def refused(processes, **options) -> tuple[str, str]:
     chosen = {name: values[processes.rank == processes.size - 1] for name, values in options.items()}
     data, make = dataset(chosen.pop("num_train", 160)), chosen.pop("make", build)
     given = {"optimizer": "SGD", "learning_rate": 1e-3, "batch_size": 32, "max_iterations": 1, "progress": None}
+    session = TrainerSession(settings=chosen.pop("settings", None), processes=processes)
     try:
-        train(make, data, forward_gradient, session=TrainerSession(processes=processes), **given | chosen)
+        train(make, data, forward_gradient, session=session, **given | chosen)
     except (ValueError, AlreadyReportedError) as error:
         return type(error).__name__, str(error)
     return "nothing", ""
