@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fwdlib.stacked.dual import Dual, Pass, register_rule
+from fwdlib.stacked.dual import Dual
+from fwdlib.stacked.forward_pass import Pass, register_rule
 from fwdlib.trainer.processes import prime_factors
 
 

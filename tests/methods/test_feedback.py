@@ -20,7 +20,7 @@ from fwdlib.methods.feedback import (
 )
 from fwdlib.models import CNN
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
-from fwdlib.stacked.estimator import Dual
+from fwdlib.stacked.dual import Dual
 from fwdlib.trainer.networks import fully_connected
 from fwdlib.training import make_optimizer, train
 
