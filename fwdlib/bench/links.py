@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from fwdlib import children
 from fwdlib.checks import check_count, check_positive
 
 PORT = 29500
@@ -62,7 +63,7 @@ def slowed(count: int, megabits: float | None) -> Iterator[list[str]]:
     with ExitStack() as undo:
         for name in (hub, *names):
             _run("ip", "netns", "add", name)
-            undo.callback(subprocess.run, ["ip", "netns", "del", name], check=False, capture_output=True)
+            undo.callback(children.run, ["ip", "netns", "del", name])
             _run("ip", "-n", name, "link", "set", "lo", "up")
         _run("ip", "-n", hub, "link", "add", "switch", "type", "bridge")
         _run("ip", "-n", hub, "link", "set", "switch", "up")
@@ -99,28 +100,23 @@ def run(command: Sequence[str], count: int, megabits: float | None, timeout: flo
         RuntimeError: if a process fails; the message ends with the last of its output.
         TimeoutExpired: if they take longer.
     """
-    processes: list[subprocess.Popen] = []
-    with slowed(count, megabits) as names:
-        try:
-            for rank, name in enumerate(names):
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-                place |= {"MASTER_ADDR": address(0), "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": DEVICE}
-                prefix = ["ip", "netns", "exec", name]
-                env = {"OMP_NUM_THREADS": "1", **os.environ, **place}
-                streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-                processes.append(subprocess.Popen([*prefix, *command], env=env, cwd=Path.cwd(), **streams))
-            outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        if process.returncode:
-            raise RuntimeError(f"process {rank} ended with code {process.returncode}: {output[-2000:]}")
+    started: list[children.Child] = []
+    with slowed(count, megabits) as names, ExitStack() as ending:
+        for rank, name in enumerate(names):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+            place |= {"MASTER_ADDR": address(0), "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": DEVICE}
+            environment = {"OMP_NUM_THREADS": "1", **os.environ, **place}
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            child = children.start(["ip", "netns", "exec", name, *command], environment=environment, **streams)
+            started.append(ending.enter_context(child))
+        outputs = [child.communicate(timeout=timeout)[0] for child in started]
+    for rank, (child, output) in enumerate(zip(started, outputs, strict=True)):
+        if child.returncode:
+            raise RuntimeError(f"process {rank} ended with code {child.returncode}: {output[-2000:]}")
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = children.run(command)
     if done.returncode:
         raise OSError(f"`{' '.join(command)}`: {done.stderr.strip()}")
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+
+from fwdlib import children
 
 
 def peak_bytes(function: str, arguments: Mapping[str, object], device: torch.device | str = "cpu") -> int:
@@ -28,7 +29,7 @@ def peak_bytes(function: str, arguments: Mapping[str, object], device: torch.dev
         RuntimeError: if the process fails; the message is its last line on stderr, or its exit code.
     """
     command = [sys.executable, "-m", "fwdlib.bench.memory", function, json.dumps(arguments), str(device)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = children.run(command)
     if ended.returncode:
         ending = f"ended with code {ended.returncode}"  # -9 if the system was out of memory
         raise RuntimeError((ended.stderr.strip().splitlines() or [ending])[-1])
