@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from tqdm.auto import tqdm
 
 from fwdlib import runtime
@@ -426,13 +427,10 @@ def _plain_sgd(optimizer: Optimizer) -> float | None:
     # Its learning rate, if its step is nothing but p -= learning_rate * grad.
     group, *others = optimizer.param_groups
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    if type(optimizer) is not torch.optim.SGD or others or hooks or _global_hooks():
+    hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+    if type(optimizer) is not torch.optim.SGD or others or hooks:
         return None
     return None if group["momentum"] or group["weight_decay"] or group["maximize"] else group["lr"]
-
-
-def _global_hooks() -> bool:
-    return bool(torch.optim.optimizer._global_optimizer_pre_hooks or torch.optim.optimizer._global_optimizer_post_hooks)
 
 
 def _status(loss: float, threshold: float | None, is_last: bool) -> str:

@@ -156,7 +156,7 @@ def test_refuses_what_cannot_be_estimated(objective, params):
         stacked_gradient(lambda p: p["x"].sum(), {"x": torch.ones(2)})
     with pytest.raises(ValueError, match="nothing to differentiate"):
         stacked_gradient(objective, {})
-    with pytest.raises(ValueError, match="params has 'other', which the model has not"):
+    with pytest.raises(ValueError, match="params has 'other'"):
         stacked_gradient(objective, {"other": torch.ones(2)})
     with pytest.raises(ValueError, match="tangents must be one of 'rank-one', 'per-example', 'activity', 'normal'"):
         stacked_gradient(objective, params, tangents="uniform")
