@@ -11,11 +11,9 @@ there is not done again; so it can be interrupted.
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,8 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fwdlib import runtime
-from fwdlib.bench import measuring
-from fwdlib.bench.compared import find_task, perceptron, prepare
+from fwdlib.bench import memory
+from fwdlib.bench.compared import find_task
+from fwdlib.bench.measuring import steps_to_measure
 from fwdlib.checks import check_choice
 from fwdlib.data import Dataset, load_images
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
@@ -338,41 +337,32 @@ def memory_in_new_process(model: str, batch: int, method: str, form: str) -> dic
     Raises:
         RuntimeError: if it cannot be measured.
     """
-    words = ["memory-of", model, str(batch), method, form]
-    ended = subprocess.run(
-        [sys.executable, "-m", "report.studies.frank_wolfe", *words], capture_output=True, text=True, check=False
-    )
-    if ended.returncode:
-        reason = ended.stderr.strip().splitlines() or [f"ended with code {ended.returncode}"]  # -9: out of memory
-        raise RuntimeError(f"{' '.join(words)}: {reason[-1]}")
-    key = {"model": model, "title": find_task(model).title, "batch": batch, "method": method, "form": form}
-    return key | {"bytes": int(ended.stdout.split()[-1])}
+    arguments = {"model": model, "batch": batch, "method": method, "form": form}
+    try:
+        num_bytes = memory.peak_bytes("report.studies.frank_wolfe:steps_of", arguments)
+    except RuntimeError as error:
+        raise RuntimeError(f"memory of {model}, batch {batch}, {method}, {form}: {error}") from error
+    return {"model": model, "title": find_task(model).title, **arguments, "bytes": num_bytes}
 
 
-def memory_of(model: str, batch: str, method: str, form: str) -> int:
-    """Return the same, in this process. Another model warms up first: libraries are not what a step needs."""
-    task = find_task(model)
-    is_flat = len(task.shape) == 1
-    tiny = perceptron(8, 8, 2) if is_flat else nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten())
-    small = torch.randn(4, *((8,) if is_flat else (1, 8, 8)))
-    _take_steps(tiny, small, torch.zeros(4, dtype=torch.long), method, form)
-    prepared = prepare(task, batch=int(batch))
-    gc.collect()
-    before, peak = measuring._resident_memory()
-    _take_steps(*prepared, method, form)
-    return peak() - before
+def steps_of(model: str, batch: int, method: str, form: str) -> Callable[[], None]:
+    """Return a few steps on a model, ready to be measured."""
+    return steps_to_measure(partial(_make_step, method, form), model, batch=batch)
 
 
-def _take_steps(net: nn.Module, inputs: Tensor, targets: Tensor, method: str, form: str) -> None:
+def _make_step(method: str, form: str, net: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], None]:
     if form == "SGD":
         optimizer = torch.optim.SGD(net.parameters(), 1e-9)
     else:
         params = shrink_into(net.parameters(), "l1", MEMORY_RADIUS)
         optimizer = FrankWolfe(params, ball="l1", radius=MEMORY_RADIUS, averaged=form == "averaged")
-    for _ in range(measuring.STEPS_OF_MEMORY):
+
+    def step() -> None:
         optimizer.zero_grad()
         assign_gradients(net, MEMORY_ESTIMATORS[method](BatchLoss(net, inputs, targets), params_of(net)).grads)
         optimizer.step()
+
+    return step
 
 
 PARTS = {"memory": memory_jobs, "tuning": tuning_jobs, "training": training_jobs, "convergence": convergence_jobs}
@@ -593,8 +583,5 @@ def figures(found: dict[str, Any] | None) -> dict[str, Figure]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["memory-of"]:
-        print(memory_of(*sys.argv[2:]))
-    else:
-        runtime.keep_freed_memory()
-        measure([check_choice("part", word, PARTS) for word in sys.argv[1:]] or list(PARTS))
+    runtime.keep_freed_memory()
+    measure([check_choice("part", word, PARTS) for word in sys.argv[1:]] or list(PARTS))

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from fwdlib import runtime
-from fwdlib.bench import links, scaling
-from fwdlib.bench.scaling import METHODS
+from fwdlib.bench import links, scaling, sharing
+from fwdlib.bench.scaling import NUM_TANGENTS
 from fwdlib.results import write_json
 from fwdlib.statistics import Interval, median_interval, paired_ratio
 from report.studies.common import RESULTS, either, reopen
@@ -42,7 +42,7 @@ def measure(file: Path = RESULTS / FILE) -> dict[str, Any]:
     """Measure what is not there yet, with nothing beside it, and return everything that ``file`` then holds.
 
     Returns:
-        ``settings``, ``environment``, and ``rows``, as :func:`fwdlib.bench.scaling.measure` returns them;
+        ``settings``, ``environment``, and ``rows``, as :func:`fwdlib.bench.sharing.measure_step` returns them;
         ``obstacle``, why links could not be slowed, or nothing.
 
     Raises:
@@ -52,7 +52,7 @@ def measure(file: Path = RESULTS / FILE) -> dict[str, Any]:
         "counts": list(COUNTS),
         "rates": list(RATES),
         "num_rounds": NUM_ROUNDS,
-        "batch_size": scaling.BATCH_SIZE,
+        "batch_size": sharing.BATCH_SIZE,
     }
     found = reopen(file, settings, rows=[])
     found["obstacle"] = links.obstacle()
@@ -60,7 +60,7 @@ def measure(file: Path = RESULTS / FILE) -> dict[str, Any]:
     wanted = [(count, rate) for count in COUNTS for rate in RATES if count > 1 or rate is None]
     for count, rate in tqdm([each for each in wanted if each not in there], desc="scaling", unit="link"):
         if rate is None or not found["obstacle"]:
-            row = scaling.measure(count, rate, slow=rate is not None, num_rounds=NUM_ROUNDS)
+            row = sharing.measure_step(count, rate, slow=rate is not None, num_rounds=NUM_ROUNDS)
             found["rows"].append(row)
             write_json(file, found)
     return found
@@ -101,7 +101,7 @@ def context(measured: dict[str, Any] | None) -> dict[str, Any] | None:
             }
         ratios = {name: paired_ratio(row["methods"]["BP"]["seconds"], row["methods"][name]["seconds"]) for name in PART}
         rows.append(row | {"methods": methods, "ratios": ratios})
-    off = {name: [row["methods"][name]["off"] for row in rows if row["methods"][name]["off"]] for name in METHODS}
+    off = {name: [row["methods"][name]["off"] for row in rows if row["methods"][name]["off"]] for name in NUM_TANGENTS}
     paper = _paper(measured)
     num_params = measured["rows"][0]["num_params"]
     return {
@@ -119,9 +119,9 @@ def context(measured: dict[str, Any] | None) -> dict[str, Any] | None:
         "paper": paper,
         "latency": PAPER_LATENCY,
         "mega": 1e6,
-        "num_steps": {name: scaling.num_steps(k, num_params) for name, k in METHODS.items()},
+        "num_steps": {name: scaling.num_steps(k, num_params) for name, k in NUM_TANGENTS.items()},
         "never": not any(
-            _even(row, name, scaling.num_steps(METHODS[name], num_params)) for row in paper for name in PART
+            _even(row, name, scaling.num_steps(NUM_TANGENTS[name], num_params)) for row in paper for name in PART
         ),
         "descent": _descent(measured["descent"], paper),
         "ahead": {name: [row for row in paper if row["seconds"][name] < row["seconds"]["BP"]] for name in PART},
@@ -140,7 +140,7 @@ def figures(measured: dict[str, Any] | None) -> dict[str, Figure]:
         return {}
     return {
         "scaling-links": scaling_figures.plot_links(measured["rows"], scaling.predictions(measured["rows"])),
-        "scaling-workers": scaling_figures.plot_workers(_paper(measured)),
+        "scaling-workers": scaling_figures.plot_processes(_paper(measured)),
     }
 
 
