@@ -505,9 +505,9 @@ def test_refuses_what_is_no_ball():
     for function in (linear_minimiser, lambda d, ball, radius: frank_wolfe_gap(d, d, ball, radius)):
         with pytest.raises(ValueError, match="radius must be a finite number above 0, got 0"):
             function(torch.ones(2), "l1", 0)
-        with pytest.raises(ValueError, match=r"the nuclear ball is one of matrices, got \(2,\)"):
+        with pytest.raises(ValueError, match=r"the nuclear ball takes matrices, got \(2,\)"):
             function(torch.ones(2), "nuclear", 1.0)
-        with pytest.raises(ValueError, match=r"the l2 ball is one of vectors, got \(\)"):
+        with pytest.raises(ValueError, match=r"the l2 ball takes vectors, got \(\)"):
             function(torch.tensor(1.0), "l2", 1.0)
     with pytest.raises(ValueError, match="num_params must be a whole number of at least 1, got 0"):
         l2_reach(0)
