@@ -384,7 +384,8 @@ def _vmapped_derivatives(
     with _named_refusal(), torch.enable_grad():
         if len(next(iter(tangents.values()))) == 1:
             tangent = {name: v[0] for name, v in tangents.items()}
-            loss, jvps, buffers = along(tangent) if is_transformed() else _function_along(objective, params, tangent)
+            is_plain = not is_transformed() and not isinstance(objective, ModelLoss)
+            loss, jvps, buffers = _function_along(objective, params, tangent) if is_plain else along(tangent)
             jvps = jvps.reshape(1)
         else:  # randomness="same": one Dropout mask for all tangents, in every chunk
             losses, jvps, buffers = vmap(along, randomness="same", chunk_size=chunk_size)(tangents)

@@ -22,11 +22,31 @@ from torch.overrides import TorchFunctionMode
 from fwdlib.tangents import Params
 
 REQUIRES_GRAD = Tensor.requires_grad.__get__
-WITHOUT_FUSED: dict[Callable, Callable[[], AbstractContextManager]] = {
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Compute ``torch._weight_norm`` by functions that have a forward derivative."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+_with_math = functools.partial(sdpa_kernel, SDPBackend.MATH)
+CONTEXTS: dict[Callable, Callable[[], AbstractContextManager]] = {
     # function -> a context in which torch computes it by kernels that have a forward derivative
-    F.scaled_dot_product_attention: functools.partial(sdpa_kernel, SDPBackend.MATH),
-    torch.lstm: functools.partial(torch.backends.mkldnn.flags, enabled=False),
+    F.scaled_dot_product_attention: _with_math,
+    F.multi_head_attention_forward: _with_math,
+    torch.lstm: _without_mkldnn,
 }
+REPLACEMENTS: dict[Callable, Callable] = {torch._weight_norm: weight_norm}
 
 
 class ForwardMode(TorchFunctionMode):
@@ -34,7 +54,7 @@ class ForwardMode(TorchFunctionMode):
 
     - ``torch.no_grad()`` inside the model cuts tangents as it cuts gradients.
     - Parameters with a tangent say that they require a gradient, although no tape is kept for them.
-    - Attention and LSTM are computed by kernels that have a forward derivative.
+    - Attention, LSTM and weight normalisation are computed by kernels that have a forward derivative.
 
     Args:
         params: parameter by name; the tensors themselves, as the model uses them.
@@ -49,11 +69,12 @@ class ForwardMode(TorchFunctionMode):
         """Call ``func``, translated."""
         if func is torch._C._set_grad_enabled:
             self._follow(*args)
-        elif func is REQUIRES_GRAD and id(args[0]) in self._ids:
+        elif func == REQUIRES_GRAD and id(args[0]) in self._ids:
             return True
-        elif func in WITHOUT_FUSED:
-            with WITHOUT_FUSED[func]():
+        elif func in CONTEXTS:
+            with CONTEXTS[func]():
                 return func(*args, **(kwargs or {}))
+        func = REPLACEMENTS.get(func, func)
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _follow(self, enabled: bool) -> None:

@@ -505,9 +505,7 @@ def test_projection_depends_on_the_span_alone(num_params, num_tangents, seed):
 def test_refuses_bad_options(objective, params):
     with pytest.raises(ValueError, match="num_tangents must be a whole number of at least 1, got 0"):
         forward_gradient(objective, params, num_tangents=0, tangents="normal")
-    with pytest.raises(
-        ValueError, match="tangents must be one of 'normal', 'rademacher', .*'activity', got"
-    ):
+    with pytest.raises(ValueError, match=r"tangents must be one of 'normal', 'rademacher', .*'activity', got"):
         forward_gradient(objective, params, tangents="gaussian")
     with pytest.raises(ValueError, match="blocks must be one of 'joint', 'parameter', got 'layer'"):
         forward_gradient(objective, params, blocks="layer", tangents="normal")

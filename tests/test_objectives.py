@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fwdlib.objectives import BatchLoss, assign_gradients, params_of
+from fwdlib.objectives import BatchLoss, ClosureLoss, assign_gradients, params_of
 
 
 @pytest.fixture
@@ -66,3 +66,41 @@ def test_assign_gradients_says_what_is_wrong(model):
         assign_gradients(model, {"nowhere": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"grads\['0\.bias'\] must have shape \(5,\), got \(4,\)"):
         assign_gradients(model, {"0.bias": torch.zeros(4)})
+
+
+def test_a_closure_loss_is_the_loss_of_the_closure():
+    model, inputs, targets = nn.Linear(4, 3), torch.randn(5, 4), torch.randint(0, 3, (5,))
+    closed = ClosureLoss(model, lambda: F.cross_entropy(model(inputs), targets))
+    params = {name: torch.randn_like(p) for name, p in params_of(model).items()}
+    assert torch.equal(closed(params), BatchLoss(model, inputs, targets)(params))
+
+
+def test_calling_an_objective_leaves_a_model_that_assigns_a_buffer_as_it_was():
+    model = Ema()
+    before = dict(model.named_buffers()), dict(model.named_parameters())
+    objective = BatchLoss(model, torch.randn(6, 5), torch.randint(0, 3, (6,)))
+    _, buffers = objective.with_buffers({name: p + 1 for name, p in params_of(model).items()})
+    assert buffers["mean"].any()
+    assert not model.mean.any()
+    for now, then in zip((dict(model.named_buffers()), dict(model.named_parameters())), before, strict=True):
+        assert all(now[name] is then[name] for name in then)
+
+
+def test_a_shared_module_is_swapped_once():
+    shared = nn.PReLU()
+    model = nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared)
+    objective = BatchLoss(model, torch.randn(5, 4), torch.randint(0, 4, (5,)))
+    weight = shared.weight
+    at_zero = objective({**params_of(model), "1.weight": torch.zeros(1)})
+    assert shared.weight is weight
+    with torch.no_grad():
+        weight.zero_()
+        assert torch.equal(objective.run(), at_zero)
+
+
+def test_a_model_is_left_as_it_was_when_its_forward_raises():
+    model = nn.Linear(4, 3)
+    weight = model.weight
+    with pytest.raises(RuntimeError):
+        BatchLoss(model, torch.randn(5, 7), torch.zeros(5).long())(params_of(model))
+    assert model.weight is weight
