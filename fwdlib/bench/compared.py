@@ -24,7 +24,7 @@ from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.stacked.step import SGDStep
 
 LEARNING_RATE = 1e-9
-COMPARED = ("backprop", "forward gradient", "rank-one", "per-example", "activity")
+COMPARED = ("backprop", "forward gradient", "rank-one", "per-example", "activity")  # names of METHOD_STYLES
 SWEPT = COMPARED[:3]  # over the depth of an MLP
 
 Step = Callable[[], Tensor]

@@ -355,8 +355,8 @@ def draw(folder: Path, record: dict[str, Any]) -> None:
     """
     import matplotlib.style
 
-    from fwdlib.methods import figures
     from fwdlib.plotting import STYLE
+    from fwdlib.trainer import figures
 
     figure = figures.plot_epochs(record)
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):

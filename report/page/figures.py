@@ -25,7 +25,10 @@ from fwdlib.statistics import Interval, median_interval
 from report.page.context import METHODS, PARTS, TASKS, Results, arrivals
 
 PANEL = (3.0, 2.5)  # inches: three side by side on a page or a desktop, one on a phone
-MARKERS = {"backprop": "o", "forward": "D"}  # beside the colours of plotting.METHODS, for prints in black and white
+MARKERS = {
+    "backprop": "o",
+    "forward": "D",
+}  # beside the colours of METHOD_STYLES, for prints in black and white
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -121,13 +124,13 @@ def plot_summary(results: Results) -> dict[str, Figure]:
             axes.xaxis.set_major_formatter(ticker.FuncFormatter(_plain if name == "iterations" else _seconds))
             axes.xaxis.set_minor_formatter(ticker.NullFormatter())
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-            plotting._stamp(figure, records)
+            plotting.stamp_records(figure, records)
     return figures
 
 
 def _draw_row(axes: Axes, place: float, row: Sequence[float], method: str, ceiling: float) -> None:
     """Draw each seed as a dot, one that never arrived as an arrow at the right, the median and its interval on top."""
-    color = plotting.METHODS[METHODS[method]]["color"]
+    color = plotting.METHOD_STYLES[METHODS[method]]["color"]
     middle = Interval(*(min(end, ceiling) for end in median_interval(row)))  # min keeps a nan that comes first
     finite = [value for value in row if math.isfinite(value)]
     shift = np.linspace(-0.09, 0.09, len(row)) if len(row) > 1 else [0.0]  # apart, so that equal seeds can be seen

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fwdlib import plotting
+from fwdlib.bench import figures as bench_figures
 from fwdlib.statistics import Interval, median_interval, paired_ratio
 from report import published
 
@@ -60,9 +60,9 @@ def figures(measured: dict[str, Any]) -> dict[str, Figure]:
     """
     if not (bench := measured["bench"]):
         return {}
-    found = {"cost": plotting.plot_cost(bench)}
+    found = {"cost": bench_figures.plot_cost(bench)}
     if bench["depth"]:
-        found["depth"] = plotting.plot_depth(bench, published.load()["paper"]["depth"])
+        found["depth"] = bench_figures.plot_depth(bench, published.load()["paper"]["depth"])
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fwdlib.methods.figures import plot_accuracies
+from fwdlib.methods.feedback_figures import plot_test_errors
 from fwdlib.statistics import Interval, paired_ratio, t_interval
 from report.studies.alignment import LEARNED, MODES, PLAIN, STEPS, STUDIES, path_of
 
@@ -44,7 +44,7 @@ def measured(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def curves(studies: dict[str, Any]) -> dict[str, dict[str, list[list[float]]]]:
-    """Return the errors over the epochs for :func:`fwdlib.methods.figures.plot_accuracies`, without runs that diverged.
+    """Return the errors over the epochs as ``plot_test_errors`` takes them, without runs that diverged.
 
     Args:
         studies: as :func:`load` returns them.
@@ -85,7 +85,7 @@ def figures(found: dict[str, Any]) -> dict[str, Figure]:
     Args:
         found: as :func:`load` returns it.
     """
-    return {"feedback": plot_accuracies(curves(found["studies"]))} if found["studies"] else {}
+    return {"feedback": plot_test_errors(curves(found["studies"]))} if found["studies"] else {}
 
 
 def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:

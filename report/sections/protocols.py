@@ -80,9 +80,9 @@ def plot_tuned(models: dict[str, Any]) -> Figure:
         figure = Figure(figsize=(7.2, 2.1))
         panels = figure.subplots(1, len(models), sharex=True, sharey=True, squeeze=False)[0]
         for axes, model in zip(panels, models.values(), strict=True):
-            axes.axvline(1, **plotting.METHODS["backprop"], linewidth=1.2)
+            axes.axvline(1, **plotting.METHOD_STYLES["backprop"], linewidth=1.2)
             for place, method in enumerate(methods):
-                color = plotting.METHODS[method.partition(",")[0]]["color"]
+                color = plotting.METHOD_STYLES[method.partition(",")[0]]["color"]
                 row = model["fair"][method]
                 for ratio, face in ((row["step"], "white"), (row["against"]["total"], color)):
                     axes.plot([ratio.low, ratio.high], [place, place], color=color, linewidth=2.2, zorder=2)
@@ -102,7 +102,7 @@ def plot_tuned(models: dict[str, Any]) -> Figure:
                 ha="right",
                 va="top",
                 fontsize=8,
-                color=plotting.METHODS["backprop"]["color"],
+                color=plotting.METHOD_STYLES["backprop"]["color"],
             )
         panels[0].set_yticks(range(len(methods)), methods)
         panels[0].set_ylim(len(methods) - 0.5, -0.7)

@@ -33,7 +33,7 @@ from fwdlib.bench.measuring import steps_to_measure
 from fwdlib.checks import check_choice
 from fwdlib.data import Dataset, load_images
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
-from fwdlib.methods import figures as beyond
+from fwdlib.methods import frank_wolfe_figures
 from fwdlib.methods.frank_wolfe import FrankWolfe, frank_wolfe, frank_wolfe_gap, l2_reach, shrink_into
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.results import write_json
@@ -566,9 +566,9 @@ def figures(found: dict[str, Any] | None) -> dict[str, Figure]:
     if "l1" in balls:
         steps = measured["l1, plain"]["steps"]
         places = {f"l1 ball, goal {place}": panel("l1", place, "gap") for place in PLACES}
-        drawn["frank-wolfe-gap"] = beyond.plot_decay(places, steps, "Frank-Wolfe gap, relative")
+        drawn["frank-wolfe-gap"] = frank_wolfe_figures.plot_decay(places, steps, "Frank-Wolfe gap, relative")
         others = {f"{ball} ball": panel(ball, "outside", "error") for ball in balls}
-        drawn["frank-wolfe-error"] = beyond.plot_decay(others, steps, "loss above its optimum, relative")
+        drawn["frank-wolfe-error"] = frank_wolfe_figures.plot_decay(others, steps, "loss above its optimum, relative")
     runs = list(found.get("training", {}).values()) if found else []
     if runs:
         curves: dict[str, dict[float | None, list[tuple[float, float]]]] = {}
@@ -578,7 +578,7 @@ def figures(found: dict[str, Any] | None) -> dict[str, Figure]:
                 right = 1 - run["test_errors"][-1] / run["num_test"]
                 curves.setdefault(run["method"], {}).setdefault(run["radius"], []).append((run["holding"], right))
         quantity = f"parameters that hold {100 * HOLDS:g} % of the l1 norm"
-        drawn["frank-wolfe-sparsity"] = beyond.plot_sparsity(curves, quantity, runs[0]["num_test"])
+        drawn["frank-wolfe-sparsity"] = frank_wolfe_figures.plot_sparsity(curves, quantity, runs[0]["num_test"])
     return drawn
 
 

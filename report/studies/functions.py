@@ -26,9 +26,9 @@ from fwdlib import runtime
 from fwdlib.bench.measuring import interleave
 from fwdlib.checks import check_choice
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
-from fwdlib.methods import landscapes, stability
+from fwdlib.methods import minimise_figures, stability, stability_figures
+from fwdlib.methods.functions import beale, rosenbrock, sphere, styblinski_tang
 from fwdlib.methods.minimise import minimise, step_of
-from fwdlib.objectives import beale, rosenbrock, sphere, styblinski_tang
 from fwdlib.results import write_json
 from fwdlib.statistics import Interval, median_interval, paired_ratio
 from report.studies.common import RESULTS, either, reopen
@@ -241,10 +241,10 @@ def figures(found: dict[str, Any] | None) -> dict[str, Figure | bytes]:
         return {}
     growth, descents = found["growth"], _timed(found)
     return {
-        "functions-descents": landscapes.plot_descents(descents),
-        "functions-paths": landscapes.plot_paths(descents),
-        "functions-growth": landscapes.plot_growth(growth["rows"], growth["rates"], growth["theory"]),
-        "functions-divergence": landscapes.plot_divergence(found["divergence"]),
+        "functions-descents": minimise_figures.plot_descents(descents),
+        "functions-paths": minimise_figures.plot_paths(descents),
+        "functions-growth": stability_figures.plot_growth(growth["rows"], growth["rates"], growth["theory"]),
+        "functions-divergence": stability_figures.plot_divergence(found["divergence"]),
         ANIMATION: animation(found),
     }
 
@@ -259,7 +259,7 @@ def animation(found: dict[str, Any]) -> bytes:
         title: {name: rows | {"paths": rows["paths"][:10]} for name, rows in methods.items()}
         for title, methods in found["descents"].items()
     }
-    return landscapes.animate_paths(ten)
+    return minimise_figures.animate_paths(ten)
 
 
 def _timed(found: dict[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,7 @@ from fwdlib import runtime
 from fwdlib.bench.measuring import interleave
 from fwdlib.checks import check_choice
 from fwdlib.data import load_disc
-from fwdlib.methods import figures as beyond
-from fwdlib.methods import tinynet
+from fwdlib.methods import tinynet, tinynet_figures
 from fwdlib.results import write_json
 from fwdlib.statistics import Interval, median_interval, paired_ratio, t_interval
 from report.studies.common import RESULTS, either, reopen
@@ -568,8 +567,8 @@ def figures(found: dict[str, Any] | None) -> dict[str, Figure]:
     arrivals = {name: [run["arrival"] for run in runs.values()] for name, runs in trainings.items()}
     goal = f"{100 * GOAL:g} % of the validation points are right"
     return {
-        "scratch-validation": beyond.plot_validation(curves, NUM_POINTS, "summed squared error"),
-        "scratch-arrivals": beyond.plot_arrivals(arrivals, found["settings"]["num_epochs"], goal),
+        "scratch-validation": tinynet_figures.plot_validation(curves, NUM_POINTS, "summed squared error"),
+        "scratch-arrivals": tinynet_figures.plot_epochs_until(arrivals, found["settings"]["num_epochs"], goal),
     }
 
 

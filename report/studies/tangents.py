@@ -29,8 +29,8 @@ from tqdm import tqdm, trange
 from fwdlib import runtime
 from fwdlib.checks import check_choice
 from fwdlib.estimators import Estimator, backprop_gradient, multi_tangent_gradient, projected_gradient
-from fwdlib.methods.figures import plot_dimensions
-from fwdlib.objectives import as_objective, rosenbrock, sphere, styblinski_tang
+from fwdlib.methods.functions import as_objective, rosenbrock, sphere, styblinski_tang
+from fwdlib.methods.tangents_figures import plot_dimensions
 from fwdlib.results import write_json
 from fwdlib.tangents import sample_tangents
 from report.studies.common import RESULTS, either, reopen

@@ -181,8 +181,10 @@ def test_figures_are_those_that_the_section_shows(load, monkeypatch):
 
 def test_animation_is_drawn_twice_byte_for_byte_alike(load, monkeypatch):
     found, seen = load(content()), []
-    animate = functions.landscapes.animate_paths
-    monkeypatch.setattr(functions.landscapes, "animate_paths", lambda d: (seen.append(d), animate(d, num_frames=3))[1])
+    animate = functions.minimise_figures.animate_paths
+    monkeypatch.setattr(
+        functions.minimise_figures, "animate_paths", lambda d: (seen.append(d), animate(d, num_frames=3))[1]
+    )
     first = functions.animation(found)
     assert Image.open(io.BytesIO(first)).n_frames == 3
     assert functions.animation(found) == first

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fwdlib.estimators import backprop_gradient
+from fwdlib.methods.functions import rosenbrock, sphere
 from fwdlib.methods.minimise import minimise
-from fwdlib.objectives import rosenbrock, sphere
 from fwdlib.results import write_json
 from report import wording
 from report.page import render

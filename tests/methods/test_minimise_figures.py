@@ -1,23 +1,13 @@
-"""What is drawn: panels, lines and their data; that the same data give the same bytes; that the animation moves."""
+"""What is drawn: panels, lines and their data; that the animation moves."""
 
 import io
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 from PIL import Image
 
-from fwdlib.methods.landscapes import (
-    LANDSCAPES,
-    animate_paths,
-    plot_descents,
-    plot_divergence,
-    plot_growth,
-    plot_paths,
-)
-from fwdlib.plotting import METHODS, STYLE
-
-LIMITS = {"backprop": 0.04, "forward gradient": 0.01}
+from fwdlib.methods.minimise_figures import MAPS, animate_paths, plot_descents, plot_paths
+from fwdlib.plotting import METHOD_STYLES
 
 
 def make_method(num_seeds, seconds):
@@ -31,42 +21,21 @@ def make_descents(*titles):
     return dict.fromkeys(titles, methods)
 
 
-def make_growth():
-    rows = [{"rate": r, "mean": 1 - r, "error": 0.01, "typical": 1 - 2 * r} for r in (0.1, 0.2)]
-    return rows, [0.0, 0.5], {"backprop": [1.0, 0.0], "mean": [1.0, 2.0], "typical": [1.0, 0.5]}
-
-
-def make_grid():
-    diverged = {"backprop": [0.0, 1.0], "forward gradient": [0.25, 1.0]}
-    return {"rates": [0.01, 0.1], "diverged": diverged, "limits": LIMITS}
-
-
 FIGURES = {
     "descents": lambda: plot_descents(make_descents("Beale", "Rosenbrock")),
     "paths": lambda: plot_paths(make_descents("Beale", "Rosenbrock")),
-    "growth": lambda: plot_growth(*make_growth()),
-    "divergence": lambda: plot_divergence({"Beale": make_grid(), "sphere": make_grid()}),
 }
 
 
-def svg(figure):
-    file = io.BytesIO()
-    with mpl.style.context(STYLE):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
-
-
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_drawn_twice_byte_for_byte_alike_and_leaves_the_style_alone(name):
-    before = dict(mpl.rcParams)
-    assert svg(FIGURES[name]()) == svg(FIGURES[name]())
-    assert dict(mpl.rcParams) == before
+def test_every_figure_is_drawn_twice_byte_for_byte_alike_and_leaves_the_style_alone(name, check_drawing):
+    check_drawing(FIGURES[name])
 
 
-@pytest.mark.parametrize("name", LANDSCAPES)
+@pytest.mark.parametrize("name", MAPS)
 def test_the_minimum_is_on_the_map(name):
-    x, y = LANDSCAPES[name].minimum
-    left, right, bottom, top = LANDSCAPES[name].window
+    x, y = MAPS[name].minimum
+    left, right, bottom, top = MAPS[name].window
     assert left < x < right
     assert bottom < y < top
 
@@ -86,7 +55,7 @@ def test_descents_are_drawn_over_iterations_and_over_seconds():
     assert [text.get_text() for text in figure.legends[0].texts] == ["backprop", "forward gradient"]
 
 
-def test_descents_that_diverge_can_be_drawn():
+def test_descents_that_diverge_can_be_drawn(svg):
     descents = make_descents("Beale")
     descents["Beale"]["forward gradient"]["values"][0] = [14.0, "inf", "inf"]  # as JSON has it
     svg(plot_descents(descents))
@@ -98,32 +67,10 @@ def test_paths_have_a_line_for_each_seed_and_backprop_on_top():
     star, *lines, ring = figure.axes[1].lines
     assert star.get_xydata().tolist() == [[3.0, 0.5]]
     assert ring.get_xydata().tolist() == [[0.0, 0.5]]
-    assert [line.get_color() for line in lines] == 5 * [METHODS["forward gradient"]["color"]] + [
-        METHODS["backprop"]["color"]
+    assert [line.get_color() for line in lines] == 5 * [METHOD_STYLES["forward gradient"]["color"]] + [
+        METHOD_STYLES["backprop"]["color"]
     ]
     assert lines[2].get_xydata().tolist() == [[0.0, 0.5], [1.0, 0.2], [3.0, 0.5]]
-
-
-def test_growth_has_the_theory_as_lines_and_five_standard_errors():
-    figure = plot_growth(*make_growth())
-    (axes,) = figure.axes
-    named = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
-    assert list(named["forward gradient,\nmean of the runs"].get_ydata()) == [1.0, 2.0]
-    assert list(named["forward gradient,\ntypical run"].get_ydata()) == [1.0, 0.5]
-    assert named["backprop"].get_color() == METHODS["backprop"]["color"]
-    bars = axes.collections[0].get_segments()
-    assert [bar[1, 1] - bar[0, 1] for bar in bars] == pytest.approx([0.1, 0.1])
-    assert [list(line.get_ydata()) for line in axes.lines if line.get_markerfacecolor() == "white"] == [[0.8, 0.6]]
-
-
-def test_divergence_has_a_panel_for_each_function_with_the_limits_of_both_methods():
-    figure = plot_divergence({"Beale": make_grid(), "sphere": make_grid()})
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Beale", "sphere"]
-    at_limit, backprop, forward_limit, forward = figure.axes[0].lines
-    assert list(backprop.get_ydata()) == [0.0, 100.0]
-    assert list(forward.get_ydata()) == [25.0, 100.0]
-    assert [at_limit.get_xdata()[0], forward_limit.get_xdata()[0]] == [0.04, 0.01]
-    assert figure.axes[0].get_ylabel() == "seeds that diverge [%]"
 
 
 # the animation
