@@ -1,10 +1,10 @@
 """``python -m report.evidence``: all that the report rests on, from nothing, in half an hour on two cores.
 
 The studies of the report take some twenty hours of a core. Here each runs in a short form, with fewer seeds, steps and
-cases (:func:`report.studies.common.either`), two at a time; then, with nothing beside them, what takes times; then the six
+cases (their ``SHORT`` settings), two at a time; then, with nothing beside them, what takes times; then the six
 notebooks, and the page. It all goes into a folder of its own, so that no committed result is touched. At the end each
-claim's verdict stands beside the committed one. A short form has wider intervals: what it cannot tell is no objection,
-what it turns round is one.
+claim's verdict stands beside the committed one. A short form has wider intervals: an inconclusive verdict is no
+objection, a reversed one is.
 
     python -m report.evidence              # into evidence/
     python -m report.evidence elsewhere
@@ -18,7 +18,6 @@ What an interrupt leaves is gone on from, by the same code; by other code nothin
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -28,24 +27,24 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from report import names
 from report.__main__ import fingerprint, say, sha256
 from report.page import context as page_context
-from report.studies import common
 
 HERE = Path(__file__).parent
 FOLDER = HERE.parent / "evidence"
 REPORT = [sys.executable, "-m", "report"]
 TOGETHER = [  # modules and their words, the longest first
-    *(["protocols", "cnn"], ["alignment", "MNIST-2x800"], ["tangents"], ["alignment", "MNIST-cnn"]),
+    *(["protocols", "cnn"], ["feedback", "MNIST-2x800"], ["tangents"], ["feedback", "MNIST-cnn"]),
     *(["frank_wolfe", "tuning", "training", "convergence"], ["protocols", "logistic", "mlp"]),
     *(["functions", "descents", "divergence", "growth"], ["scratch", "agreement", "training"], ["descent"]),
-    *(["alignment", "FashionMNIST-2x800"], ["frank_wolfe", "memory"]),
+    *(["feedback", "FashionMNIST-2x800"], ["frank_wolfe", "memory"]),
 ]
 ALONE = [
     ["functions", "steps"],
     ["scratch", "steps"],
     ["protocols", "steps"],
-    ["alignment", "steps"],
+    ["feedback", "steps"],
     ["scaling"],
 ]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -79,26 +78,32 @@ def rebuild(folder: Path = FOLDER, scheduler: str | None = None) -> None:
     if stamp.is_file() and stamp.read_text() != code:
         raise StudyError(f"{folder} was begun with other code, and says nothing about this one: delete it")
     stamp.write_text(code)
-    studies_of = [[*REPORT[:2], f"report.{module}", *words] for module, *words in TOGETHER]
-    run(studies_of, results, logs, at_once=2)
-    timed = [[*REPORT[:2], f"report.{module}", *words] for module, *words in ALONE]
+    (results / names.SHORT_FORM).touch()
+    run([study(words, results) for words in TOGETHER], logs, at_once=2)
+    timed = [study(words, results) for words in ALONE]
     bench = [sys.executable, "-m", "fwdlib", "bench", "--quick", "--out", str(results / "bench-cpu.json")]
     page = [*REPORT, "--output", str(folder), *(["--scheduler", scheduler] if scheduler else [])]
-    run([*timed, bench, page], results, logs, at_once=1)
+    run([*timed, bench, page], logs, at_once=1)
     say(f"rebuilt in {(time.monotonic() - start) / 60:.1f} minutes: {folder / 'report.html'}")
-    command = [*REPORT[:2], "report.evidence", "verdicts"]
-    short = subprocess.run(command, env=_environment(results), check=False, stdout=subprocess.PIPE)
-    if short.returncode:
-        raise StudyError(f"the results in {results} cannot be judged; why stands above")
-    print(*compare(verdicts_of(HERE / "results"), json.loads(short.stdout)), sep="\n")
+    print(*compare(verdicts_of(HERE / "results"), verdicts_of(results)), sep="\n")
 
 
-def run(commands: Iterable[list[str]], results: Path, logs: Path, *, at_once: int) -> None:
+def study(words: list[str], results: Path) -> list[str]:
+    """Return the command that runs a study in short form.
+
+    Args:
+        words: its module, and the parts to measure.
+        results: folder to write to.
+    """
+    module, *parts = words
+    return [*REPORT[:2], f"report.studies.{module}", *parts, "--short", "--folder", str(results)]
+
+
+def run(commands: Iterable[list[str]], logs: Path, *, at_once: int) -> None:
     """Run commands, so many at once, each with a log of its own; when one fails, or at Ctrl-C, end the others.
 
     Args:
         commands: in the order in which they start.
-        results: folder that the studies write to.
         logs: folder for what the commands print.
         at_once: how many run beside each other; above 1, each is held to one thread.
 
@@ -106,7 +111,7 @@ def run(commands: Iterable[list[str]], results: Path, logs: Path, *, at_once: in
         StudyError: if one ends with an error.
     """
     waiting, running = list(commands), []
-    environment = _environment(results) | (ONE_THREAD if at_once > 1 else {})
+    environment = os.environ | (ONE_THREAD if at_once > 1 else {})
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -159,15 +164,8 @@ def compare(committed: dict[str, str], short: dict[str, str]) -> Iterator[str]:
     yield f"{same} of {len(committed)} verdicts come out the same in short form; {turned} the other way round."
 
 
-def _environment(results: Path) -> dict[str, str]:
-    return os.environ | {common.VARIABLE: str(results)}
-
-
 def main(words: list[str]) -> int:
     """Rebuild as ``words`` say, ``[folder] [--scheduler address]``; return 0, 1 with a message, 130 if interrupted."""
-    if words == ["verdicts"]:
-        print(json.dumps(verdicts_of(common.RESULTS)))
-        return 0
     scheduler = None
     if "--scheduler" in words[:-1]:
         at = words.index("--scheduler")

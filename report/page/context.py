@@ -18,9 +18,9 @@ from torch import nn
 from fwdlib.models import CNN, MLP, LogisticRegression
 from fwdlib.results import Record, iterations, load_run
 from fwdlib.statistics import Interval, median_interval, paired_difference, paired_ratio
-from report import published
-from report.sections import claims, cost, feedback, protocols
-from report.studies import common, frank_wolfe, functions, scaling, scratch, tangents
+from report import names, published
+from report.sections import claims, cost, feedback, protocols, scaling
+from report.studies import frank_wolfe, functions, scratch, tangents
 
 METHODS = {"backprop": "backprop", "forward": "forward gradient"}  # key -> as records and timings call it
 TIMINGS = "timings.json"
@@ -66,6 +66,7 @@ class Results(NamedTuple):
     records: dict[str, dict[str, Record]]  # task -> method -> its notebook's record
     timings: dict[str, Any]  # as report.studies.timings.measure returns them
     parts: dict[str, Any]  # what the modules of PARTS load
+    is_short: bool  # whether the studies were made with their short settings
 
 
 def load(folder: Path) -> Results:
@@ -99,7 +100,8 @@ def load(folder: Path) -> Results:
         raise ValueError(f"{path} holds no timings ({error}); delete it and run `python -m report`") from error
     if not complete:
         raise ValueError(f"{path} has timings of {', '.join(timings['tasks'])}, not of {', '.join(TASKS)}")
-    return Results(records, timings, {name: part.load(folder) for name, part in PARTS.items()})
+    parts = {name: part.load(folder) for name, part in PARTS.items()}
+    return Results(records, timings, parts, (folder / names.SHORT_FORM).is_file())
 
 
 def context(results: Results) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def context(results: Results) -> dict[str, Any]:
         **{name: part.context(results.parts[name]) for name, part in PARTS.items()},
         "barely": BARELY,
         "quoted": quoted,
-        "short": common.IS_SHORT,
+        "short": results.is_short,
         "quick": any(record.quick for record in records),
         "substitutes": [source for source in sources if source["substitute_for"]],
         # an iteration holds an evaluation: it cannot be the shorter of the two, unless others had the processor

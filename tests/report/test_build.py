@@ -277,8 +277,8 @@ def test_a_method_that_never_arrives_is_no_error(results, tmp_path):
     content["tasks"]["logistic"]["methods"]["forward gradient"]["status"] = ["diverged"] * 8
     write_json(results / "timings.json", content)
     text = text_of(results)
-    assert "the whole training does not arrive" in section(text, "models")
-    assert "the training does not arrive for the logistic regression" in section(text, "answer")
+    assert "the whole training does not converge" in section(text, "models")
+    assert "the training does not converge for the logistic regression" in section(text, "answer")
     assert "| 33.5 [30, 37] | never |" in section(text, "logistic")
     assert "not finite" in section(text, "logistic")
     render.render(page_context.load(results), tmp_path)

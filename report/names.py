@@ -1,0 +1,49 @@
+"""Names that studies save their results under, and by which the sections find them; see ``report/results/``."""
+
+from __future__ import annotations
+
+SHORT_FORM = "short-form.txt"  # marks a folder whose studies were made with their short settings
+BENCH = "bench-cpu.json"  # written by `python -m fwdlib bench`
+DESCENT = "descent.json"
+SCALING = "scaling.json"
+FEEDBACK = "feedback"  # a folder: a file for each task and mode, and one with the times of a step
+PROTOCOLS = "protocols"  # a folder: a file for each model, and one with the times of a step
+STEPS = "steps.json"
+
+# --- feedback: the modes of a task -----------------------------------------------------------------------------------
+
+LEARNS = {  # mode -> whether its feedback learns, and so has a learning rate of its own
+    "BP": False,
+    "FDFA": True,
+    "DKP": True,
+    "DFA": False,
+    "FG-CV": True,
+    "FG-A": False,
+    "FG": False,
+    "FG-RANK1": False,
+    "FG-CV, no feedback": False,
+    "FG-CV, alpha 0.1": True,
+    "FG-CV, alpha to 0": True,
+}
+MODES = tuple(LEARNS)
+MAIN_MODES = MODES[:8]
+TASKS = {"MNIST-2x800": MODES, "FashionMNIST-2x800": ("BP", "FDFA"), "MNIST-cnn": MAIN_MODES}
+PLAIN = "loss.backward()"  # a step of backprop as everyone writes it
+RECORDED = "BP, recorded"
+
+
+def feedback_file(task: str, mode: str) -> str:
+    """Return the name of the file of a mode.
+
+    Example:
+        >>> feedback_file("MNIST-2x800", "FG-CV, alpha to 0")
+        'MNIST-2x800-FG-CV-alpha-to-0.json'
+    """
+    return f"{task}-{mode.replace(', ', '-').replace(' ', '-')}.json"
+
+
+# --- protocols: the three models, and the methods of the fair protocol -----------------------------------------------
+
+MODELS = ("logistic", "mlp", "cnn")
+METHODS = ("backprop", "forward gradient", "rank-one", "rank-one, K = 16")
+AS_PUBLISHED = "as the text says"  # the form of a method without any departure
