@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 SHORT_FORM = "short-form.txt"  # marks a folder whose studies were made with their short settings
 BENCH = "bench-cpu.json"  # written by `python -m fwdlib bench`
 DESCENT = "descent.json"
@@ -47,3 +49,31 @@ def feedback_file(task: str, mode: str) -> str:
 MODELS = ("logistic", "mlp", "cnn")
 METHODS = ("backprop", "forward gradient", "rank-one", "rank-one, K = 16")
 AS_PUBLISHED = "as the text says"  # the form of a method without any departure
+
+# --- Frank-Wolfe, test functions, several tangents, backprop from scratch --------------------------------------------
+
+FRANK_WOLFE = "frank_wolfe.json"
+FUNCTIONS = "functions.json"
+TANGENTS = "tangents.json"
+SCRATCH = "scratch.json"
+
+WRITTEN_OUT = "Rosenbrock, written out"  # among the test functions whose steps are timed
+STYBLINSKI_TANG = -39.16616570377142  # the minimum of Styblinski and Tang's function, for each of the n numbers
+
+
+class Cell(NamedTuple):
+    """The two differences between the published framework and PyTorch, each on or off."""
+
+    divided: bool
+    """Whether each linear layer divides its gradients by the batch size, although the loss sums."""
+    xavier: bool
+    """Whether weights start normal with gain sqrt 2 and there are no biases at the start, not by PyTorch's default."""
+
+
+CELLS = {
+    "as PyTorch": Cell(divided=False, xavier=False),
+    "Xavier": Cell(divided=False, xavier=True),
+    "divided": Cell(divided=True, xavier=False),
+    "divided, Xavier": Cell(divided=True, xavier=True),
+}
+COMPARED = {"tinynet": "divided, Xavier", "PyTorch": "as PyTorch"}  # framework -> its cell in the published comparison

@@ -98,3 +98,18 @@ def enumerated(items: Iterable[str]) -> str:
     """
     *rest, last = items
     return f"{', '.join(rest)} and {last}" if rest else last
+
+
+def scientific(value: float) -> str:
+    """Return a number to three digits, with a power of ten where it needs one, in pandoc's Markdown.
+
+    Example:
+        >>> scientific(0.000204), scientific(22.7), scientific(0.0), scientific(float("inf"))
+        ('2.04 × 10^−4^', '22.7', '0', 'diverged')
+    """
+    if value == 0 or (math.isfinite(value) and 1e-3 <= abs(value) < 1e6):
+        return number(value) if value else "0"
+    if not math.isfinite(value):
+        return "diverged"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa} \N{MULTIPLICATION SIGN} 10^{int(exponent)}^".replace("-", "\N{MINUS SIGN}")

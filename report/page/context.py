@@ -19,8 +19,7 @@ from fwdlib.models import CNN, MLP, LogisticRegression
 from fwdlib.results import Record, iterations, load_run
 from fwdlib.statistics import Interval, median_interval, paired_difference, paired_ratio
 from report import names, published
-from report.sections import claims, cost, feedback, protocols, scaling
-from report.studies import frank_wolfe, functions, scratch, tangents
+from report.sections import claims, cost, feedback, frank_wolfe, functions, protocols, scaling, scratch, tangents
 
 METHODS = {"backprop": "backprop", "forward": "forward gradient"}  # key -> as records and timings call it
 TIMINGS = "timings.json"
