@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 NBVAL  := FWDLIB_QUICK=1 $(RUN) -m pytest -n 2 --dist loadfile -o addopts=--nbval-cell-timeout=120 --nbval-lax
 
 .DEFAULT_GOAL := help
-.PHONY: help report page site evidence bench test test-all test-browser lint format notebooks wheel lab clean
+.PHONY: help report page publish site evidence bench test test-all test-browser lint format notebooks wheel lab clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,20 +21,22 @@ $(STAMP): requirements.txt pyproject.toml
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-report: $(STAMP)  ## run the six notebooks headless and make report/report.html and report.pdf (ARGS="--jobs 4 --no-resume", "--scheduler tcp://...")
+report: $(STAMP)  ## run the six notebooks and make build/report/report.html and report.pdf (ARGS="--jobs 4 --no-resume", "--scheduler tcp://...")
 	@$(RUN) -m report $(ARGS)
-	@$(RUN) -m report.site
 
-page: $(STAMP)  ## draw the figures and the page again from the saved results, and the notebooks' pages
-	@$(RUN) -m report.site & site=$$!; $(RUN) -m report --only-render && wait $$site
+page: $(STAMP)  ## draw build/report again from saved results, without running anything
+	@$(RUN) -m report --only-render $(ARGS)
+
+publish: $(STAMP)  ## for maintainers: make the committed report again, from real data only (ARGS=--only-render: from the committed results)
+	@$(RUN) -m report --publish $(ARGS)
 
 site: $(STAMP)  ## make report/site: the notebooks as pages, to read without running them
 	@$(RUN) -m report.site
 
-evidence: $(STAMP)  ## run every study of the report again in a short form, into evidence/: half an hour (ARGS="--scheduler tcp://...")
+evidence: $(STAMP)  ## run every study of the report again in a short form, into build/evidence: half an hour (ARGS="--scheduler tcp://...")
 	@$(RUN) -m report.evidence $(ARGS)
 
-bench: $(STAMP)  ## measure time and memory of a training step, alone on the machine (ARGS="--quick", "--device cuda")
+bench: $(STAMP)  ## measure time and memory of a training step, with nothing else running (ARGS="--quick", "--device cuda")
 	@$(RUN) -m fwdlib bench $(ARGS)
 
 test: $(STAMP)  ## run the tests but the slow ones, and the six notebooks in quick mode
@@ -56,7 +58,7 @@ format: $(STAMP)  ## put code and notebooks into the project's format
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-notebooks: $(STAMP)  ## execute the committed notebooks on the real data and write them back, cleaned
+notebooks: $(STAMP)  ## execute the committed notebooks on real data and write them back, cleaned
 	@$(RUN) -m report.notebooks $(ARGS)
 
 wheel: $(STAMP)  ## build dist/fwdlib-*.whl, for Colab

@@ -10,8 +10,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from scipy.stats import binomtest
-
 from fwdlib.statistics import Interval
 from report.sections.verdicts import Cases, NotMeasuredError, made
 
@@ -148,5 +146,7 @@ def mean(values: list[float]) -> Interval:
 
 def share(count: int, number: int) -> Interval:
     """Return a share in percent with its exact binomial interval."""
+    from scipy.stats import binomtest  # a second to import
+
     found = binomtest(count, number).proportion_ci()
     return Interval(100 * found.low, 100 * count / number, 100 * found.high)

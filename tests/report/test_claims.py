@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from fwdlib.statistics import Interval
-from report.page import context as page_context
 from report.page import render
+from report.page.context import PARTS, build_context, load_results
 from report.sections import verdicts
 from report.sections.claims import CLAIMS
 from report.sections.verdicts import Claim, ClaimError, NotMeasuredError, above, below, compatible, judge, made, within
-from tests.report.test_build import make_results, section
+from tests.report.records import make_results, section
 
 RESULTS = Path(__file__).resolve().parents[2] / "report" / "results"
 every_claim = pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.text[:40].lower().replace(" ", "-"))
@@ -22,7 +22,7 @@ every_claim = pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.t
 
 @pytest.fixture(scope="module")
 def context():
-    return page_context.context(page_context.load(RESULTS))
+    return build_context(load_results(RESULTS))
 
 
 def interval_at(middle, half=1e-3):
@@ -103,7 +103,7 @@ def test_a_claim_whose_key_is_missing_is_an_error_that_names_both(claim, context
 
 @every_claim
 def test_a_study_that_was_not_made_is_a_verdict_of_its_own(claim, context):
-    found = judge(claim, context | dict.fromkeys(page_context.PARTS))
+    found = judge(claim, context | dict.fromkeys(PARTS))
     if found.verdict != "not measured here":
         assert found == judge(claim, context)  # it needs no study
     else:
@@ -111,7 +111,7 @@ def test_a_study_that_was_not_made_is_a_verdict_of_its_own(claim, context):
 
 
 def test_the_page_says_which_claims_were_not_measured(tmp_path):
-    context = page_context.context(page_context.load(make_results(tmp_path)))
+    context = build_context(load_results(make_results(tmp_path)))
     assert len(context["claims"]) == len(CLAIMS)
     text = section(render.markdown(context), "claims")
     number = sum(found.outcome == "not measured" for found in context["claims"])
@@ -176,4 +176,4 @@ def test_a_changed_result_changes_its_verdict(context, tmp_path):
         return next(f.verdict for f in context["claims"] if "multilayer" in f.claim.source and "Each" in f.claim.text)
 
     assert verdict(context) == "holds"
-    assert verdict(page_context.context(page_context.load(tmp_path / "results"))) == "does not hold"
+    assert verdict(build_context(load_results(tmp_path / "results"))) == "does not hold"

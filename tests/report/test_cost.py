@@ -13,12 +13,12 @@ from fwdlib.bench.compared import MODELS
 from fwdlib.data import Dataset, Source
 from fwdlib.results import write_json
 from report.names import BENCH, DESCENT
-from report.page import context as page_context
 from report.page import render
+from report.page.context import build_context, load_results
 from report.sections import cost
 from report.studies import descent as study
 from report.studies.common import RESULTS
-from tests.report.test_build import make_results, section
+from tests.report.records import draw, make_results, section
 
 ROUNDS = 9
 
@@ -107,7 +107,7 @@ def text(tmp_path, bench, descent):
     folder = make_results(tmp_path)
     write_json(folder / BENCH, bench)
     write_json(folder / DESCENT, descent)
-    return render.markdown(page_context.context(page_context.load(folder)))
+    return render.markdown(build_context(load_results(folder)))
 
 
 def test_ratios_are_to_the_fastest_backprop_that_torch_offers_and_by_the_faster_form(bench):
@@ -159,15 +159,15 @@ def test_the_section_prints_it(text):
 
 
 def test_without_measurements_there_is_no_section(tmp_path):
-    text = render.markdown(page_context.context(page_context.load(make_results(tmp_path))))
+    text = render.markdown(build_context(load_results(make_results(tmp_path))))
     assert "{#cost}" not in text
 
 
 def test_the_page_is_drawn_with_its_figures(tmp_path, bench):
     folder = make_results(tmp_path / "results")
     write_json(folder / BENCH, bench)
-    render.render(page_context.load(folder), tmp_path / "output")
-    assert {"cost.svg", "depth.svg"} <= {path.name for path in (tmp_path / "output" / "figures").iterdir()}
+    output = draw(folder, tmp_path / "output")
+    assert {"cost.svg", "depth.svg"} <= {path.name for path in (output / "figures").iterdir()}
 
 
 @pytest.mark.parametrize(("best", "start"), [(5, 2), (5, 7), (5, 5)])

@@ -11,12 +11,12 @@ import torch
 from fwdlib.data import Dataset, Source
 from fwdlib.results import write_json
 from report.names import LEARNS, MODES, TASKS, feedback_file
-from report.page import context as page_context
 from report.page import render
+from report.page.context import build_context, load_results
 from report.sections import feedback
 from report.studies import feedback as study
 from report.studies.common import RESULTS, climb
-from tests.report.test_build import make_results, section
+from tests.report.records import make_results, section
 
 
 def training(mode, seed, errors, purpose="measured", status="completed"):
@@ -88,7 +88,7 @@ def test_what_diverged_has_learned_nothing_and_is_not_drawn(folder):
 
 
 def page(folder):
-    return render.markdown(page_context.context(page_context.load(make_results(folder))))
+    return render.markdown(build_context(load_results(make_results(folder))))
 
 
 def test_section_prints_the_table_and_the_verdict(folder):

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from report.page import context as page_context
 from report.page import render
+from report.page.context import build_context, load_results
 
 REPORT = Path(__file__).parents[2] / "report"
 RESULTS = REPORT / "results"
@@ -74,7 +74,7 @@ def shaken(value: Any, draw: random.Random, key: str = "") -> Any:
 
 def sections(results: Path) -> dict[str, str]:
     """Return the text of the report by the names of its headings."""
-    text = render.markdown(page_context.context(page_context.load(results)))
+    text = render.markdown(build_context(load_results(results)))
     pieces = re.split(r"^##+ .*\{#([\w-]+) ?\}$", text, flags=re.MULTILINE)
     return dict(zip(pieces[1::2], pieces[2::2], strict=True))
 

@@ -10,12 +10,12 @@ from fwdlib.bench import links
 from fwdlib.bench.scaling import NUM_TANGENTS
 from fwdlib.results import write_json
 from report.names import SCALING
-from report.page import context as page_context
 from report.page import render
+from report.page.context import build_context, load_results
 from report.sections import scaling
 from report.studies import scaling as study
 from report.studies.common import RESULTS
-from tests.report.test_build import make_results, section
+from tests.report.records import make_results, section
 
 FEW, MANY = scaling.FEW, scaling.MANY
 SECONDS = {"BP": 0.010, FEW: 0.005, MANY: 0.020}
@@ -98,7 +98,7 @@ def test_without_measurements_there_is_no_section_and_no_figure(tmp_path, measur
 def test_the_section_says_what_was_measured(tmp_path, measured):
     make_results(tmp_path)
     write_json(tmp_path / SCALING, measured)
-    text = section(render.markdown(page_context.context(page_context.load(tmp_path))), "scaling")
+    text = section(render.markdown(build_context(load_results(tmp_path))), "scaling")
     assert "| 4 | 100 | 624" in text.replace("\N{NARROW NO-BREAK SPACE}", " ")
     assert "Then forward gradients are ahead over no link" in text
 
@@ -106,7 +106,7 @@ def test_the_section_says_what_was_measured(tmp_path, measured):
 def test_without_root_the_page_says_why_links_are_not_slow(tmp_path, measured):
     make_results(tmp_path)
     write_json(tmp_path / SCALING, measured | {"obstacle": "only root may", "rows": [row(1), row(2)]})
-    text = section(render.markdown(page_context.context(page_context.load(tmp_path))), "scaling")
+    text = section(render.markdown(build_context(load_results(tmp_path))), "scaling")
     assert "Links could not be slowed on this machine (only root may)" in text
     assert "A model with three numbers" not in text
 
