@@ -6,10 +6,9 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +27,8 @@ from fwdlib.history import History, Run
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.seeds import keep_rows, single_estimate, stacked_estimate
-from fwdlib.stacked.perturbations import Gradients
+from fwdlib.session import Progress, Running, Session
 from fwdlib.tangents import Params
-from fwdlib.trainer.checkpoint import Checkpoint, Part, Randomness, describe
-from fwdlib.trainer.processes import ALONE, Workers
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -109,10 +106,7 @@ def train(
     stacked: bool | None = None,
     device: str | torch.device = "cpu",
     on_evaluation: Callable[[Run], object] | None = None,
-    checkpoint: Path | None = None,
-    resume: bool = False,
-    settings: Mapping[str, object] | None = None,
-    workers: Workers = ALONE,
+    session: Session | None = None,
     progress: str | None = "training",
     progress_every: int = 1,
 ) -> History:
@@ -123,11 +117,6 @@ def train(
 
     With ``stacked``, all seeds train at once: the parameters get a leading axis and the estimator is vmapped over it.
     Each seed sees the same random numbers as alone, so the numbers are the same up to the order of floating-point sums.
-
-    With ``checkpoint``, each evaluation leaves a file from which a run goes on that was interrupted or killed. It ends
-    with the same parameters, buffers, state of the estimator and history as one that was not, bit for bit, apart from
-    the times. The file has the state that was evaluated: after a whole run, what the run ended with. With a larger
-    ``max_iterations`` a finished run goes on, too. No file is written where a loss is not finite.
 
     Args:
         build: makes the model, for example a class of :mod:`fwdlib.models`.
@@ -152,11 +141,8 @@ def train(
             is for models without convolutions, buffers and Dropout and for elementwise optimizers.
         device: ``"cpu"``, ``"cuda"``, ...
         on_evaluation: called after each evaluation with the run so far.
-        checkpoint: the file, for a single seed.
-        resume: go on from the file, where there is one.
-        settings: what else the run depends on, name -> value; a checkpoint with others is not gone on from.
-        workers: the processes that train the model together; each calls this function with the same arguments. A batch
-            is then the examples of all of them, of which each takes its share, and so is the whole training part.
+        session: what surrounds the run, for example the checkpoint and the processes of
+            :class:`fwdlib.trainer.session.TrainerSession`; None for one process that keeps no file.
         progress: what the progress bar is called; None for no bar.
         progress_every: steps between two updates of the bar.
 
@@ -165,8 +151,7 @@ def train(
 
     Raises:
         ValueError: if an argument is out of its range, ``stacked=True`` cannot give the numbers of single runs, or the
-            checkpoint is damaged or that of something else; the message says what differs.
-        OSError: if the checkpoint cannot be written; the one before is still there.
+            session refuses the run.
     """
     if isinstance(optimizer, str):
         elementwise = optimizer in ELEMENTWISE
@@ -187,13 +172,8 @@ def train(
         num_train = len(data.train_targets)
         raise ValueError(f"batch_size must be at most the {num_train} training examples, got {batch_size}")
     check_count("the number of seeds", len(seeds))
-    if checkpoint and len(seeds) > 1:
-        raise ValueError(f"a checkpoint is of a single seed, got {len(seeds)}: train them one by one, a file for each")
-    if resume and not checkpoint:
-        raise ValueError("resume=True needs the checkpoint to go on from: name its file")
-    if (batch_size or len(data.train_targets)) % workers.size:
-        batch = f"batch_size {batch_size}" if batch_size else f"the batch of all {len(data.train_targets)} examples"
-        raise workers.told(ValueError(f"{batch} must be a multiple of the {workers.size} processes that share it"))
+    session = session or Session()
+    session.check(len(seeds), batch_size, len(data.train_targets))
     device = runtime.resolve_device(device)
     data = Dataset(*(part.to(device) if isinstance(part, Tensor) else part for part in data))
     models = [initialise(build, seed).to(device) for seed in seeds]
@@ -209,10 +189,7 @@ def train(
         evaluate_every=evaluate_every,
         test_batch_size=test_batch_size,
         on_evaluation=on_evaluation or (lambda run: None),
-        checkpoint=checkpoint,
-        resume=resume,
-        settings=settings or {},
-        workers=workers,
+        session=session,
         progress_every=progress_every,
     )
     obstacle = _why_not_stacked(models[0], elementwise, task)
@@ -229,7 +206,7 @@ def train(
     histories = []
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        tqdm(total=limit, desc=progress, leave=False, disable=progress is None or workers.rank > 0, **counting) as bar,
+        tqdm(total=limit, desc=progress, leave=False, disable=progress is None or session.rank > 0, **counting) as bar,
     ):
         for group in groups:
             histories.append(
@@ -260,10 +237,7 @@ class _Task:
     evaluate_every: int
     test_batch_size: int
     on_evaluation: Callable[[Run], object]
-    checkpoint: Path | None
-    resume: bool
-    settings: Mapping[str, object]
-    workers: Workers
+    session: Session
     progress_every: int
 
     @property
@@ -274,10 +248,10 @@ class _Task:
 def _train_group(
     models: list[nn.Module], seeds: Sequence[int], generators: list[torch.Generator], task: _Task, bar: tqdm
 ) -> tuple[list[Run], list[Params], float]:
-    model, data, max_iterations, workers = models[0], task.data, task.max_iterations, task.workers
+    model, data, max_iterations, session = models[0], task.data, task.max_iterations, task.session
     many = len(models) > 1
     params = {name: p.detach() for name, p in stack_module_state(models)[0].items()} if many else params_of(model)
-    objective = BatchLoss(model, data.train_inputs, data.train_targets, workers.loss)
+    objective = BatchLoss(model, data.train_inputs, data.train_targets, session.loss)
     make_estimate = stacked_estimate if many else single_estimate
     estimate_rows = make_estimate(task.estimator, objective, generators)
     evaluate_all = partial(evaluate, model)
@@ -294,30 +268,35 @@ def _train_group(
         if _has_state(task.estimator):
             task.estimator.reset(seeds[0])
         # for Dropout and crops, which only know torch's global generator; train() puts that back
-        purpose = f"dropout of process {workers.rank}" if workers.rank else "dropout"
+        purpose = f"dropout of process {session.rank}" if session.rank else "dropout"
         torch.manual_seed(runtime.generator(seeds[0], purpose=purpose).initial_seed())
 
     batches = _Batches(task, runtime.generator(seeds[0], purpose="batches"))
     recent: list[list[float]] = []  # training losses since the last evaluation
-    first, checkpoint = 0, None
-    about = _about(task, seeds[0], model, optimizer, scheduler) if task.checkpoint or workers.size > 1 else {}
-    workers.check_alike(about)
-    if task.checkpoint:
-        checkpoint = _checkpoint_of(task, about, model, optimizer, scheduler, batches, generators[0])
-        if task.resume and checkpoint.exists():
-            first, runs[0], recent, clock.total = _resume(checkpoint, max_iterations)
-            bar.initial = bar.n = first * task.examples_a_step
+    first = 0
+    about = Running(
+        seeds[0],
+        model,
+        optimizer,
+        scheduler,
+        task.estimator,
+        batches,
+        generators[0],
+        data,
+        task.batch_size,
+        task.evaluate_every,
+        max_iterations,
+    )
+    if progress := session.begin(about):
+        first, runs[0], recent, clock.total = progress
+        bar.initial = bar.n = first * task.examples_a_step
     shown = first
 
     for iteration in range(first, max_iterations + 1):
         is_last = iteration == max_iterations
         is_due = iteration % task.evaluate_every == 0 or is_last
         if is_due:
-            workers.settle(model)
-        if is_due and checkpoint:  # as things are before this evaluation, so that it is made again by who goes on
-            packed = checkpoint.pack(
-                {"iteration": iteration, "run": vars(runs[0]), "recent": recent, "seconds": clock.total}
-            )
+            session.before_evaluation(about, Progress(iteration, runs[0], recent, clock.total))
         objective.inputs, objective.targets = batches.draw()
         if is_due:
             evaluated = evaluate_all(params, data.test_inputs, data.test_targets, task.test_batch_size)
@@ -342,8 +321,8 @@ def _train_group(
                     ends[i] = {name: p[row].clone() if many else p.clone() for name, p in params.items()}
                     running.remove(i)
             recent.clear()
-            if is_due and checkpoint and math.isfinite(runs[0].train_loss[-1] + runs[0].test_loss[-1]):
-                checkpoint.write(packed)
+            if is_due:
+                session.after_evaluation(is_finite=math.isfinite(runs[0].train_loss[-1] + runs[0].test_loss[-1]))
             for _, i in of_running:
                 task.on_evaluation(runs[i])
         if not running:
@@ -395,11 +374,11 @@ class _Batches:
         if self._task.batch_size is not None:
             if self._position == len(self._order):
                 self._shuffle()
-            rows = self._task.workers.share(self._order[self._position])
+            rows = self._task.session.share(self._order[self._position])
             self._position += 1
             inputs, targets = inputs.index_select(0, rows), targets.index_select(0, rows)
         else:
-            inputs, targets = map(self._task.workers.share, (inputs, targets))
+            inputs, targets = map(self._task.session.share, (inputs, targets))
         return (augment(inputs) if augment else inputs), targets
 
     def _shuffle(self) -> None:
@@ -419,51 +398,6 @@ class _Batches:
             self._position = state["position"]
 
 
-def _about(
-    task: _Task, seed: int, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None
-) -> dict[str, str]:
-    # What makes the run what it is, in words.
-    data = task.data
-    named = {**task.settings, "seed": seed, "batch_size": task.batch_size, "evaluate_every": task.evaluate_every}
-    about = {name: repr(value) for name, value in named.items()}
-    about["the number of processes"] = str(task.workers.size)
-    about["the device"] = data.train_inputs.device.type
-    about["the number of training images"] = str(len(data.train_targets))
-    about["the data"] = data.source.fingerprint if data.source else str(tuple(data.train_inputs.shape))
-    return about | describe(model, optimizer, scheduler, task.estimator)
-
-
-def _checkpoint_of(
-    task: _Task,
-    about: dict[str, str],
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler | None,
-    batches: _Batches,
-    generator: torch.Generator,
-) -> Checkpoint:
-    randomness = Randomness({"tangents": generator}, task.data.train_inputs.device)
-    parts: dict[str, Part] = {"model": model, "optimizer": optimizer, "batches": batches}
-    parts["random numbers"] = task.workers.each(randomness)
-    if scheduler:
-        parts["scheduler"] = scheduler
-    if _has_state(task.estimator):
-        parts["estimator"] = task.estimator
-    return Checkpoint(task.checkpoint, about, parts, task.workers)
-
-
-def _resume(checkpoint: Checkpoint, max_iterations: int) -> tuple[int, Run, list[list[float]], float]:
-    progress = checkpoint.load()
-    if progress["iteration"] > max_iterations:
-        raise checkpoint.workers.told(
-            ValueError(
-                f"{checkpoint.path} is of a run after {progress['iteration']} iterations, so max_iterations must be at "
-                f"least that, got {max_iterations}"
-            )
-        )
-    return progress["iteration"], Run(**progress["run"]), progress["recent"], progress["seconds"]
-
-
 def _advance(scheduler: LRScheduler) -> None:
     with warnings.catch_warnings():
         # After a resumption, and where _step updates from factors, there has been no optimizer.step() that it knows of.
@@ -475,9 +409,10 @@ def _has_state(estimator: Estimator) -> bool:
     return callable(getattr(estimator, "reset", None))
 
 
-def _step(optimizer: Optimizer, params: Params, grads: Params | Gradients) -> None:
-    if isinstance(grads, Gradients) and (learning_rate := _plain_sgd(optimizer)) is not None:
-        grads.add_to_(params, -learning_rate)
+def _step(optimizer: Optimizer, params: Params, grads: Params) -> None:
+    add_to_ = getattr(grads, "add_to_", None)  # gradients that are kept as factors offer it
+    if add_to_ and (learning_rate := _plain_sgd(optimizer)) is not None:
+        add_to_(params, -learning_rate)
         return
     for name, p in params.items():
         p.grad = grads[name]

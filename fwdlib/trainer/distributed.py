@@ -45,6 +45,7 @@ from fwdlib.stacked.estimator import Dual, own_params, register_rule
 from fwdlib.tangents import Params
 from fwdlib.trainer.checkpoint import Part, differences
 from fwdlib.trainer.processes import ALONE, ToldElsewhereError, Workers, num_restarts, num_started
+from fwdlib.trainer.session import TrainerSession
 from fwdlib.training import train
 
 T = TypeVar("T")
@@ -407,5 +408,5 @@ def train_together(
 
 def _train(folder: str, build: Callable, data: Dataset, estimator: Estimator, options: dict[str, Any]) -> None:
     with processes(torch.device(options.get("device", "cpu"))) as workers:
-        history = train(build, data, estimator, workers=workers, **options)
+        history = train(build, data, estimator, session=TrainerSession(workers=workers), **options)
         torch.save(history, Path(folder) / f"{workers.rank}.pt")

@@ -34,6 +34,7 @@ from fwdlib.models import alexnet, fully_connected, initialise, num_parameters, 
 from fwdlib.results import write_json, write_text
 from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.trainer.processes import ALONE, Workers, num_restarts, num_started
+from fwdlib.trainer.session import TrainerSession
 from fwdlib.trainer.settings import SHARED_MODES, Settings, why_not_shared
 from fwdlib.training import Augment, MakeOptimizer, make_optimizer, train
 
@@ -121,10 +122,12 @@ def _run(settings: Settings, device: torch.device, workers: Workers, progress: b
         evaluate_every=1 if settings.dry_run else steps,
         device=device,
         on_evaluation=partial(write_logs, folder, record) if writes else None,
-        checkpoint=None if settings.dry_run else checkpoint,
-        resume=resume and not settings.dry_run,
-        settings={name: getattr(settings, name) for name in BELONGS},
-        workers=workers,
+        session=TrainerSession(
+            None if settings.dry_run else checkpoint,
+            resume=resume and not settings.dry_run,
+            settings={name: getattr(settings, name) for name in BELONGS},
+            workers=workers,
+        ),
         progress=f"{settings.train_mode} on {settings.dataset}" if progress else None,
         progress_every=settings.log_interval,
     )

@@ -29,6 +29,7 @@ from fwdlib.methods.frank_wolfe import (
 from fwdlib.models import LogisticRegression
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.stacked.estimator import stacked_forward_gradient
+from fwdlib.trainer.session import TrainerSession
 from fwdlib.training import train
 
 ESTIMATORS = {"backprop": backprop_gradient, "forward": forward_gradient, "stacked": stacked_forward_gradient}
@@ -473,8 +474,10 @@ def test_a_checkpoint_resumes_bit_for_bit(blobs, tmp_path):
     options = {"optimizer": partial(FrankWolfe, ball="l1", radius=20.0), "evaluate_every": 10, "progress": None}
     whole = train(build, blobs, forward_gradient, max_iterations=40, **options)
     file = tmp_path / "checkpoint.pt"
-    train(build, blobs, forward_gradient, max_iterations=20, checkpoint=file, **options)
-    resumed = train(build, blobs, forward_gradient, max_iterations=40, checkpoint=file, resume=True, **options)
+    train(build, blobs, forward_gradient, max_iterations=20, session=TrainerSession(file), **options)
+    resumed = train(
+        build, blobs, forward_gradient, max_iterations=40, session=TrainerSession(file, resume=True), **options
+    )
     assert all(torch.equal(p, resumed.params[0][name]) for name, p in whole.params[0].items())
 
 

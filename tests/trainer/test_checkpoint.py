@@ -16,6 +16,7 @@ from fwdlib import training
 from fwdlib.data import Dataset, Source
 from fwdlib.estimators import backprop_gradient, forward_gradient
 from fwdlib.stacked.estimator import stacked_forward_gradient
+from fwdlib.trainer.session import TrainerSession
 from fwdlib.training import evaluate, make_optimizer
 
 
@@ -83,7 +84,11 @@ def train(data, tmp_path):
     }
 
     def call(build=network, estimator=backprop_gradient, data=data, **options):
-        return training.train(build, data, estimator, **(defaults | options))
+        options = defaults | options
+        session = TrainerSession(
+            options.pop("checkpoint"), resume=options.pop("resume", False), settings=options.pop("settings", None)
+        )
+        return training.train(build, data, estimator, session=session, **options)
 
     return call
 
@@ -348,8 +353,8 @@ def test_a_checkpoint_beyond_the_iterations_asked_for(train):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seeds": (0, 1)}, "a checkpoint is of a single seed, got 2"),
-        ({"checkpoint": None, "resume": True}, "resume=True needs the checkpoint to go on from"),
+        ({"seeds": (0, 1)}, "a checkpoint holds a single seed, got 2"),
+        ({"checkpoint": None, "resume": True}, "resume=True needs the checkpoint"),
     ],
 )
 def test_what_no_checkpoint_can_do(train, options, message):

@@ -23,6 +23,7 @@ from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.trainer import distributed, experiment
 from fwdlib.trainer.processes import ALONE, ToldElsewhereError
+from fwdlib.trainer.session import TrainerSession
 from fwdlib.trainer.settings import Settings
 from fwdlib.training import train
 
@@ -126,7 +127,7 @@ def refused(workers, **options) -> tuple[str, str]:
     data, make = dataset(chosen.pop("num_train", 160)), chosen.pop("make", build)
     given = {"optimizer": "SGD", "learning_rate": 1e-3, "batch_size": 32, "max_iterations": 1, "progress": None}
     try:
-        train(make, data, stacked_forward_gradient, workers=workers, **given | chosen)
+        train(make, data, stacked_forward_gradient, session=TrainerSession(workers=workers), **given | chosen)
     except (ValueError, ToldElsewhereError) as error:
         return type(error).__name__, str(error)
     return "nothing", ""
