@@ -31,13 +31,14 @@ endif
 
 report: $(STAMP)  ## run the six notebooks headless and make report/report.html and report.pdf (ARGS="--jobs 4 --no-resume", "--scheduler tcp://...")
 	@$(RUN) -m report $(ARGS)
-	@$(RUN) -m report.site
 
-page: $(STAMP)  ## draw the figures and the page again from the saved results, and the notebooks' pages
-	@$(RUN) -m report.site & site=$$!; $(RUN) -m report --only-render && wait $$site
+page: $(STAMP)  ## draw the figures and the page again from the saved results
+	@$(RUN) -m report --only-render
 
-site: $(STAMP)  ## make report/site: the notebooks as pages, to read without running them
-	@$(RUN) -m report.site
+site: $(STAMP)  ## make build/site: the notebooks as pages, the API reference and the committed report; a warning is an error
+	@rm -rf build/site build/jupyter_execute
+	@$(RUN) -m sphinx --quiet --fail-on-warning --keep-going -d build/site/.doctrees report/site build/site
+	@echo build/site/index.html
 
 evidence: $(STAMP)  ## run every study of the report again in a short form, into evidence/: half an hour (ARGS="--scheduler tcp://...")
 	@$(RUN) -m report.evidence $(ARGS)
@@ -70,5 +71,5 @@ lab: $(STAMP)  ## open JupyterLab on the notebooks
 	@$(RUN) -m jupyter lab notebooks
 
 clean:  ## remove what these commands made: build/, the wheel, caches; keep .venv, results/ and the committed report
-	@rm -rf build/report build/site build/evidence dist/fwdlib-*.whl .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build/report build/site build/jupyter_execute build/evidence dist/fwdlib-*.whl .pytest_cache .ruff_cache .hypothesis
 	@find fwdlib report tests notebooks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,140 @@
+"""A Sphinx extension: the pages that are templates, filled with what the repository holds, and the report beside them.
+
+Every page but the notebooks is a Jinja template. It can use :func:`notebooks`, :func:`reference` and
+:func:`public_names`, so that no list of notebooks or modules is kept by hand.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import nbformat
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+
+REPORT = Path(__file__).parents[1]
+ROOT = REPORT.parent
+NOTEBOOK_LINK = re.compile(r'href="[^"]*?notebooks/([\w/]+)\.ipynb"')
+
+
+class Entry(NamedTuple):
+    """A notebook in a list."""
+
+    document: str
+    """Its path from the site's sources, without the ending."""
+    claim: str
+    """The paragraph in which it says what it claims, in Markdown without links; empty if there is none."""
+
+
+def notebooks(folder: str) -> list[Entry]:
+    """Return the notebooks of a folder in the order of their numbers.
+
+    Args:
+        folder: below the root of the repository, ``"notebooks/beyond"``.
+    """
+    paths = (ROOT / folder).glob("[0-9]*.ipynb")
+    ordered = sorted(paths, key=lambda path: (int(re.match(r"\d+", path.name)[0]), path.name))
+    return [Entry(f"{folder}/{path.stem}", claim(nbformat.read(path, 4).cells[0].source)) for path in ordered]
+
+
+def claim(text: str) -> str:
+    """Return the paragraph of a notebook's first cell that begins with "Claim.".
+
+    Example:
+        >>> claim("# 1b\\n\\n**Claim.** As [1a](1a.ipynb), but *forward*.\\n\\nMore.")
+        'As 1a, but *forward*.'
+    """
+    found = re.search(r"^\*\*Claim\.\*\* (.+?)(?:\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", found[1]) if found else ""
+
+
+def reference(package: str) -> str:
+    """Return the reference of a package and of the modules that lie directly in it, as reStructuredText.
+
+    Args:
+        package: its name, ``"fwdlib.stacked"``.
+    """
+    folder = importlib.import_module(package).__path__
+    names = [found.name for found in pkgutil.iter_modules(folder) if not found.ispkg and not found.name.startswith("_")]
+    sections = [f"{name}\n{'-' * len(name)}\n\n.. automodule:: {package}.{name}\n" for name in sorted(names)]
+    return "\n".join([f".. automodule:: {package}\n   :no-members:\n", *sections])
+
+
+def public_names() -> dict[str, str]:
+    """Return where each name of ``import fwdlib`` is documented, by name: ``"fwdlib.estimators.forward_gradient"``."""
+    package = importlib.import_module("fwdlib")
+    values = {name: getattr(package, name) for name in getattr(package, "__all__", ())}
+    return {name: f"{value.__module__}.{value.__qualname__}" for name, value in values.items() if callable(value)}
+
+
+def fill(app: Sphinx, document: str, source: list[str]) -> None:
+    """Render a page that is a template.
+
+    Args:
+        app: Sphinx.
+        document: the page's name.
+        source: its text, as a list of one; changed in place.
+    """
+    if not document.startswith("notebooks/"):
+        names: dict[str, Any] = {"notebooks": notebooks, "reference": reference, "public_names": public_names}
+        source[0] = jinja2.Template(source[0], undefined=jinja2.StrictUndefined).render(names)
+
+
+def mend_links(app: Sphinx, document: nodes.document) -> None:
+    """Make links between notebooks lead to their pages: MyST follows the link ``report/site/notebooks`` out of the sources.
+
+    Args:
+        app: Sphinx.
+        document: a page that has been read; changed in place.
+    """
+    for link in document.findall(addnodes.pending_xref):
+        if Path(link["reftarget"]).is_relative_to(ROOT):
+            link["reftarget"] = Path(link["reftarget"]).relative_to(ROOT).as_posix()
+
+
+def keep_colons(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Keep napoleon from reading an attribute's docstring ``"Seeds: one each."`` as a type and a description.
+
+    Args:
+        app: Sphinx.
+        what: the kind of thing documented.
+        name: of it.
+        value: it.
+        options: of the directive.
+        lines: the docstring; changed in place.
+    """
+    if what in {"attribute", "data", "property"}:
+        lines.insert(0, "")
+
+
+def copy_report(app: Sphinx, error: Exception | None) -> None:
+    """Put the committed report beside the pages, its links to notebooks turned into links to their pages.
+
+    Args:
+        app: Sphinx.
+        error: what has stopped the build, if anything.
+    """
+    if error is None:
+        text = (REPORT / "report.html").read_text(encoding="utf-8")
+        text = NOTEBOOK_LINK.sub(r'href="notebooks/\1.html"', text)
+        (app.outdir / "report.html").write_text(text, encoding="utf-8")
+        (app.outdir / "report.pdf").write_bytes((REPORT / "report.pdf").read_bytes())
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Connect the steps above to Sphinx's build.
+
+    Args:
+        app: Sphinx.
+    """
+    app.connect("source-read", fill)
+    app.connect("doctree-read", mend_links)
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # napoleon's is 500
+    app.connect("build-finished", copy_report)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
