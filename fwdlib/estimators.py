@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad_and_value, jvp, vmap
 
 from fwdlib.checks import check_choice, check_count
-from fwdlib.objectives import BatchLoss, Objective
-from fwdlib.tangents import AnyGenerator, Params, Sampler, check_params, is_transformed, sample_tangents
+from fwdlib.objectives import ClosureLoss, ModelLoss, Objective, assign_gradients, params_of
+from fwdlib.tangents import TANGENTS, AnyGenerator, Params, Sampler, check_params, is_transformed, sample_tangents
 
 BLOCKS = ("joint", "parameter")
+ENGINES = ("auto", "stacked", "torch")
+STRUCTURED = ("rank-one", "per-example", "activity")  # tangents that the stacked engine never writes out
 RESCALES = ("unbiased",)
 RANK_TOLERANCE = 1e-12  # eigenvalues below it, relative to the largest, count as zero
 
@@ -82,8 +84,9 @@ def forward_gradient(
     params: Params,
     *,
     num_tangents: int = 1,
-    tangents: str | Sampler = "normal",
+    tangents: str | Sampler = "rank-one",
     blocks: str = "joint",
+    engine: str = "auto",
     chunk_size: int | None = None,
     generator: AnyGenerator = None,
 ) -> GradientEstimate:
@@ -112,6 +115,11 @@ def forward_gradient(
     and no graph is built (so an outer ``torch.func.grad`` sees a constant). All jvps go through the model together
     unless ``chunk_size`` is set. The tangents themselves take K P numbers, with blocks K P times the number of tensors.
 
+    Engines: both give the same numbers from the same tangents, up to rounding. ``"torch"`` is torch's own forward mode.
+    ``"stacked"`` sends the primal and its tangents through the model as one batch (:mod:`fwdlib.stacked`); structured
+    tangents are never written out there, so a pass costs less than one of backprop. ``"auto"`` takes the stacked engine
+    where it is faster: for the loss of a model, joint blocks and structured tangents.
+
     Every operation of the model needs a forward derivative in torch; one that has none raises NotImplementedError with
     its name. (On a CPU ``nn.LSTM`` has one inside ``torch.backends.mkldnn.flags(enabled=False)``.) BatchNorm's running
     statistics advance once per estimate, Dropout draws one mask per estimate: see
@@ -121,19 +129,26 @@ def forward_gradient(
         objective: params -> scalar.
         params: the point, a dict of real tensors.
         num_tangents: K, how many tangents to average over.
-        tangents: ``"normal"``, ``"rademacher"``, ``"orthonormal"``, ``"rank-one"`` or a sampler (see
-            :mod:`fwdlib.tangents`).
+        tangents: ``"rank-one"``, ``"normal"``, ``"rademacher"``, ``"orthonormal"`` or a sampler (see
+            :mod:`fwdlib.tangents`); for the loss of a model also ``"per-example"`` and ``"activity"`` (see
+            :mod:`fwdlib.stacked.perturbations`), which have less variance and exist in the stacked engine alone.
         blocks: ``"joint"``, one tangent over all parameters together, or ``"parameter"``, one per parameter tensor.
-        chunk_size: how many tangents go through the model at once; None for all. Bounds the memory, changes no number.
+        engine: ``"auto"``, ``"stacked"`` or ``"torch"``.
+        chunk_size: how many tangents go through torch's engine at once; None for all. Bounds the memory and changes no
+            number.
         generator: where the tangents come from; None for torch's global generator.
 
     Returns:
-        The estimate; ``jvps`` has shape (K,), or (K, number of parameters) with ``blocks="parameter"``.
+        The estimate; ``jvps`` has shape (K,), or (K, number of parameters) with ``blocks="parameter"``. The
+        ``grads`` of the stacked engine are a mapping that writes out a gradient when it is read;
+        ``grads.add_to_(params, -learning_rate)`` takes a step of SGD without writing one out.
 
     Raises:
-        ValueError: if ``num_tangents`` or ``chunk_size`` is below 1, ``tangents`` or ``blocks`` is unknown, there are
-            no parameters, or the objective is not a scalar.
-        TypeError: if a parameter is not a real floating tensor.
+        ValueError: if ``num_tangents`` or ``chunk_size`` is below 1, ``tangents``, ``blocks`` or ``engine`` is unknown
+            or does not go with the others, there are no parameters, or the objective is not a scalar.
+        TypeError: if a parameter is not a real floating tensor, or the objective does not show its model and the
+            stacked engine is asked for.
+        NotImplementedError: if a function of the model has no forward derivative.
 
     Example:
         >>> objective = lambda p: (p["x"] ** 2).sum()
@@ -144,8 +159,25 @@ def forward_gradient(
         [2.1, 4.0]
     """
     check_choice("blocks", blocks, BLOCKS)
+    check_choice("engine", engine, ENGINES)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
+    if isinstance(tangents, str):
+        check_choice("tangents", tangents, dict.fromkeys([*TANGENTS, *STRUCTURED]))
+    is_structured = isinstance(tangents, str) and tangents in STRUCTURED
+    if engine == "auto":
+        engine = "stacked" if is_structured and _suits_stacked(objective, blocks, chunk_size) else "torch"
+    if engine == "stacked":
+        if blocks != "joint" or chunk_size is not None:
+            raise ValueError(f"the stacked engine takes blocks='joint' and no chunk_size, got {blocks!r}, {chunk_size}")
+        from fwdlib.stacked.estimator import stacked_gradient
+
+        return stacked_gradient(objective, params, num_tangents, tangents, generator)
+    if is_structured and tangents not in TANGENTS:
+        raise ValueError(
+            f"{tangents!r} tangents belong to the layers of a model: they need a BatchLoss or ClosureLoss, "
+            f"blocks='joint', no chunk_size, and engine 'auto' or 'stacked'"
+        )
     sampled = sample_tangents(params, num_tangents, tangents, generator)
     if blocks == "joint":
         loss, jvps = _directional_derivatives(objective, params, sampled, chunk_size)
@@ -160,8 +192,37 @@ def forward_gradient(
     return GradientEstimate(loss, grads, jvps)
 
 
-multi_tangent_gradient = forward_gradient
-"""The mean over K tangents, as Flügel et al. call it: :func:`forward_gradient` itself, with ``num_tangents`` for K."""
+def _suits_stacked(objective: Objective, blocks: str, chunk_size: int | None) -> bool:
+    return isinstance(objective, ModelLoss) and blocks == "joint" and chunk_size is None
+
+
+def forward_grad_(model: nn.Module, closure: Callable[[], Tensor], **options: Any) -> Tensor:
+    """Set ``.grad`` of a model's parameters to a forward gradient, in place of ``zero_grad()`` and ``loss.backward()``.
+
+    Works with any model and any inputs: the closure calls the model as your loop does.
+
+    Args:
+        model: the module whose trainable parameters get a ``.grad``.
+        closure: takes nothing, calls the model and returns the loss, a scalar.
+        options: of :func:`forward_gradient`, for example ``num_tangents=4`` or ``generator=...``.
+
+    Returns:
+        The loss, a scalar without a graph.
+
+    Raises:
+        ValueError: as :func:`forward_gradient`.
+        TypeError: as :func:`forward_gradient`.
+
+    Example:
+        >>> model = nn.Linear(3, 2)
+        >>> inputs, targets = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+        >>> loss = forward_grad_(model, lambda: nn.functional.cross_entropy(model(inputs), targets), num_tangents=4)
+        >>> loss.shape, model.weight.grad.shape
+        (torch.Size([]), torch.Size([2, 3]))
+    """
+    estimate = forward_gradient(ClosureLoss(model, closure), params_of(model), **options)
+    assign_gradients(model, estimate.grads)
+    return estimate.loss
 
 
 @torch.no_grad()
@@ -310,7 +371,7 @@ def _jvp(evaluate: Callable, params: Params, tangent: Params) -> tuple[Tensor, T
 
 
 def _with_buffers(objective: Objective) -> Callable[[Params], tuple[Tensor, Params]]:
-    evaluate = objective.with_buffers if isinstance(objective, BatchLoss) else lambda params: (objective(params), {})
+    evaluate = objective.with_buffers if isinstance(objective, ModelLoss) else lambda params: (objective(params), {})
 
     def checked(params: Params) -> tuple[Tensor, Params]:
         loss, buffers = evaluate(params)
@@ -332,5 +393,5 @@ def check_scalar(loss: Any) -> Tensor:
 
 
 def _keep_buffers(objective: Objective, buffers: dict[str, Any]) -> None:
-    if buffers and isinstance(objective, BatchLoss):
+    if buffers and isinstance(objective, ModelLoss):
         objective.set_buffers(buffers)

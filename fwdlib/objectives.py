@@ -1,19 +1,20 @@
 """Objectives: callables from params to a scalar loss.
 
-Any such callable can be differentiated by the estimators. :class:`BatchLoss` is the one for training: the loss of a
-model on a batch, as a function of the model's parameters. The test functions of optimization, at the end, are functions
-of a point and become objectives by :func:`as_objective`.
+The estimators differentiate any such callable. For training there are :class:`BatchLoss`, the loss of a model on a
+batch, and :class:`ClosureLoss`, whatever a closure computes with a model. The test functions of optimization, at the
+end, are functions of a point and become objectives by :func:`as_objective`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fwdlib.tangents import Params
 
@@ -51,18 +52,79 @@ def assign_gradients(model: nn.Module, grads: Params) -> None:
         named[name].grad = grad
 
 
-class BatchLoss:
-    """The loss of ``model`` on one batch as a function of its parameters.
+class ModelLoss(ABC):
+    """A loss that a model computes, as a function of the model's parameters.
 
-    Calling it leaves the model as it is: BatchNorm's running statistics are read and changed in a copy. The estimators
-    write that copy back once per estimate (:meth:`with_buffers`, :meth:`set_buffers`), as one forward pass of ordinary
-    training would, however many tangents they use. Dropout draws one mask per estimate, shared by all its tangents, so
-    that all are derivatives of the same function. Both follow ``model.train()`` and ``model.eval()``.
+    The estimators evaluate it in one of two ways. Where ``params`` are the model's own tensors, as :func:`params_of`
+    returns them, the model runs as it is (:meth:`run`), so its buffers, hooks and counters change as in one forward
+    pass of ordinary training. Elsewhere ``params`` and copies of the buffers take the places of the model's tensors for the
+    duration of the call (:meth:`with_buffers`), and the estimator writes the buffers back once (:meth:`set_buffers`).
+    Dropout draws one mask per estimate, shared by all tangents.
+
+    Calling the objective returns the loss and leaves the model as it was.
+    """
+
+    model: nn.Module
+    num_examples: int | None
+    """B, the number of examples in the batch; None where it is not known."""
+
+    @abstractmethod
+    def run(self) -> Tensor:
+        """Return the loss of the model as it is, a scalar."""
+
+    def __call__(self, params: Params) -> Tensor:
+        """Return the scalar loss at ``params``; parameters that are not in it keep their values."""
+        return self.with_buffers(params)[0]
+
+    def with_buffers(self, params: Params) -> tuple[Tensor, Params]:
+        """Return the loss at ``params`` and the buffers as this forward pass leaves them.
+
+        Raises:
+            ValueError: if a name in ``params`` is not a parameter of the model.
+        """
+        self.check_names(params)
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with swapped(self.model, params, buffers):
+            loss = self.run()
+        return loss, buffers
+
+    def own(self, params: Params) -> Params | None:
+        """Return the model's parameters of these names if ``params`` are the same memory, else None."""
+        return own_params(dict(self.model.named_parameters()), params)
+
+    @functools.cached_property
+    def _names(self) -> Iterable[str]:
+        return dict(self.model.named_parameters(remove_duplicate=False)).keys()
+
+    def check_names(self, params: Params) -> None:
+        """Refuse names that the model does not have.
+
+        Raises:
+            ValueError: if a name in ``params`` is not a parameter of the model.
+        """
+        if unknown := params.keys() - self._names:
+            raise ValueError(
+                f"params has {min(unknown)!r}, which is not a parameter of the model; it has {', '.join(self._names)}"
+            )
+
+    def set_buffers(self, buffers: Params) -> None:
+        """Write ``buffers`` into the model, in place where the shape is the same."""
+        for name, buffer in self.model.named_buffers():
+            value = buffers[name].detach()
+            if value.shape == buffer.shape and value.dtype == buffer.dtype:
+                buffer.copy_(value)
+            else:
+                owner, _, leaf = name.rpartition(".")
+                self.model.get_submodule(owner)._buffers[leaf] = value.clone()
+
+
+class BatchLoss(ModelLoss):
+    """The loss of ``model`` on one batch.
 
     Args:
         model: any module that maps ``inputs`` to logits.
         inputs: a batch, shape (B, ...).
-        targets: what ``loss`` takes, for the default shape (B,) of class indices.
+        targets: the second argument of ``loss``; class indices of shape (B,) for the default.
         loss: ``(logits, targets) -> scalar``; the mean cross entropy by default.
 
     Example:
@@ -84,38 +146,84 @@ class BatchLoss:
         self.targets = targets
         self.loss = loss
 
-    def __call__(self, params: Params) -> Tensor:
-        """Return the scalar loss at ``params``; parameters of the model that are not in it keep their values."""
-        return self.with_buffers(params)[0]
+    @property
+    def num_examples(self) -> int:
+        """B, the number of examples in the batch."""
+        return len(self.inputs)
 
-    def with_buffers(self, params: Params) -> tuple[Tensor, Params]:
-        """Return the loss at ``params`` and the model's buffers as this forward pass leaves them.
+    def run(self) -> Tensor:
+        """Return the loss of the model as it is, a scalar."""
+        return self.loss(self.model(self.inputs), self.targets)
 
-        Raises:
-            ValueError: if a name in ``params`` is no parameter of the model.
-        """
-        self.check_names(params)
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        logits = functional_call(self.model, (params, buffers), (self.inputs,))
-        return self.loss(logits, self.targets), buffers
 
-    @functools.cached_property
-    def _names(self) -> Iterable[str]:
-        return dict(self.model.named_parameters(remove_duplicate=False)).keys()
+class ClosureLoss(ModelLoss):
+    """The loss that a closure computes with ``model``, whatever the model takes and returns.
 
-    def check_names(self, params: Params) -> None:
-        """Refuse parameters that the model has not.
+    Args:
+        model: the module whose parameters are trained.
+        closure: takes nothing, calls the model and returns the loss, a scalar.
+        num_examples: B. Only ``"per-example"`` and ``"activity"`` tangents need it.
 
-        Raises:
-            ValueError: if a name in ``params`` is no parameter of the model.
-        """
-        if unknown := params.keys() - self._names:
-            raise ValueError(f"params has {min(unknown)!r}, which the model has not; it has {', '.join(self._names)}")
+    Example:
+        >>> model = nn.Bilinear(2, 2, 1)
+        >>> one, two = torch.ones(5, 2), torch.ones(5, 2)
+        >>> objective = ClosureLoss(model, lambda: model(one, two).square().mean())
+        >>> objective({"weight": torch.ones(1, 2, 2), "bias": torch.zeros(1)})
+        tensor(16.)
+    """
 
-    def set_buffers(self, buffers: Params) -> None:
-        """Write ``buffers`` into the model."""
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(buffers[name])
+    def __init__(self, model: nn.Module, closure: Callable[[], Tensor], num_examples: int | None = None) -> None:
+        self.model = model
+        self.closure = closure
+        self.num_examples = num_examples
+
+    def run(self) -> Tensor:
+        """Return the loss of the model as it is, a scalar."""
+        return self.closure()
+
+
+@contextmanager
+def swapped(model: nn.Module, params: Params, buffers: Params) -> Iterator[None]:
+    """Put tensors in the places of a model's parameters and buffers, and restore the model's own at the end.
+
+    Each place is swapped once, also where a module or a tensor is shared, so the model holds the same objects after.
+
+    Args:
+        model: the module.
+        params: parameter by name. A name stands for all places that share its tensor.
+        buffers: buffer by name, likewise. At the end it holds what the forward pass has put there.
+    """
+    given = [(dict(model.named_parameters(remove_duplicate=False)), params)]
+    given.append((dict(model.named_buffers(remove_duplicate=False)), buffers))
+    replacements = {id(own[name]): tensor for own, tensors in given for name, tensor in tensors.items()}
+    names = {id(given[1][0][name]): name for name in buffers}
+    slots = [
+        (tensors, leaf, own)
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for leaf, own in tensors.items()
+        if id(own) in replacements
+    ]
+    try:
+        for tensors, leaf, own in slots:
+            tensors[leaf] = replacements[id(own)]
+        yield
+    finally:
+        for tensors, leaf, own in slots:
+            if id(own) in names:
+                buffers[names[id(own)]] = tensors[leaf]
+            tensors[leaf] = own
+
+
+def own_params(own: Params, params: Params) -> Params | None:
+    """Return the ``own`` tensors of these names if ``params`` are the same memory with the same layout, else None."""
+    if all(name in own and _is_same(p, own[name]) for name, p in params.items()):
+        return {name: own[name] for name in params}
+    return None
+
+
+def _is_same(p: Tensor, own: Tensor) -> bool:
+    return p.data_ptr() == own.data_ptr() and p.shape == own.shape and p.stride() == own.stride()
 
 
 def as_objective(function: Callable[[Tensor], Tensor]) -> Objective:

@@ -78,8 +78,7 @@ def rank_one(params: Params, num_tangents: int = 1, generator: AnyGenerator = No
     Components have zero mean and unit variance and are uncorrelated, so the forward gradient is unbiased, and
     |v|^2 = P exactly, so E|g|^2 = P |grad f|^2: as for independent signs, the least that unit variance allows. But
     the error is spread otherwise: components of one tensor share their signs. The factors cost p + q numbers instead
-    of p q; :func:`fwdlib.stacked.estimator.stacked_forward_gradient` never writes them out. Arguments and return value are those of
-    :func:`normal`.
+    of p q, and the stacked engine never writes them out. Arguments and return value are those of :func:`normal`.
     """
     factors = rank_one_factors(params, num_tangents, functools.partial(random_signs, generator=generator))
     return {name: factor.dense() for name, factor in factors.items()}

@@ -113,7 +113,8 @@ def train(
     """Train a model from each of several seeds until its training loss reaches the threshold.
 
     A seed fixes the initial parameters, the tangents and the batches. The test set is evaluated outside the timer.
-    Plain SGD on an estimate of :func:`fwdlib.stacked.estimator.stacked_forward_gradient` updates the parameters from its factors.
+    Where gradients offer ``add_to_``, as those of the stacked engine do, plain SGD updates the parameters from their
+    factors and never writes a gradient out.
 
     With ``stacked``, all seeds train at once: the parameters get a leading axis and the estimator is vmapped over it.
     Each seed sees the same random numbers as alone, so the numbers are the same up to the order of floating-point sums.

@@ -10,16 +10,16 @@ import torch
 from hypothesis import assume, given, settings
 from torch import nn
 
-from fwdlib.estimators import backprop_gradient, forward_gradient, multi_tangent_gradient, projected_gradient
+from fwdlib.estimators import backprop_gradient, forward_gradient, projected_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.tangents import Replicates, sample_tangents
 
 ALL = {
     "backprop": backprop_gradient,
-    "forward": forward_gradient,
-    "forward, K = 3": partial(forward_gradient, num_tangents=3),
-    "forward, blocks": partial(forward_gradient, blocks="parameter"),
+    "forward": partial(forward_gradient, tangents="normal"),
+    "forward, K = 3": partial(forward_gradient, num_tangents=3, tangents="normal"),
+    "forward, blocks": partial(forward_gradient, blocks="parameter", tangents="normal"),
     "projected": projected_gradient,
     "projected, K = 3": partial(projected_gradient, num_tangents=3),
 }
@@ -131,7 +131,9 @@ def test_blocks_take_one_derivative_per_tensor(objective, params):
 
 def test_jvps_of_blocks_add_up_to_the_joint_one(objective, params):
     joint, blocks = (
-        forward_gradient(objective, params, num_tangents=3, blocks=b, generator=torch.Generator().manual_seed(0))
+        forward_gradient(
+            objective, params, num_tangents=3, blocks=b, generator=torch.Generator().manual_seed(0), tangents="normal"
+        )
         for b in ("joint", "parameter")
     )
     torch.testing.assert_close(blocks.jvps.sum(1), joint.jvps)
@@ -142,7 +144,13 @@ def test_jvps_of_blocks_add_up_to_the_joint_one(objective, params):
 def test_chunks_change_no_number(objective, params, blocks, chunk_size):
     whole, chunked = (
         forward_gradient(
-            objective, params, num_tangents=5, blocks=blocks, chunk_size=c, generator=torch.Generator().manual_seed(0)
+            objective,
+            params,
+            num_tangents=5,
+            blocks=blocks,
+            chunk_size=c,
+            generator=torch.Generator().manual_seed(0),
+            tangents="normal",
         )
         for c in (None, chunk_size)
     )
@@ -187,17 +195,17 @@ def test_forward_gradient_builds_no_graph(objective):
         seen.append(torch.is_grad_enabled())
         return objective(params)
 
-    forward_gradient(watched, dict(objective.model.named_parameters()))
+    forward_gradient(watched, dict(objective.model.named_parameters()), tangents="normal")
     assert seen == [False]
 
 
 def test_a_parameter_that_the_objective_does_not_use_gets_zero_where_its_derivative_is_taken_alone():
     params = {"used": torch.tensor([2.0]), "unused": torch.tensor([3.0])}
-    for estimator in (backprop_gradient, partial(forward_gradient, blocks="parameter")):
+    for estimator in (backprop_gradient, partial(forward_gradient, blocks="parameter", tangents="normal")):
         assert estimator(lambda p: (p["used"] ** 2).sum(), params).grads["unused"] == 0
     # a joint tangent gives it the noise of the others; a constant objective has no slope at all
-    assert forward_gradient(lambda p: (p["used"] ** 2).sum(), params).grads["unused"] != 0
-    assert forward_gradient(lambda p: torch.tensor(1.0), params).jvps == 0
+    assert forward_gradient(lambda p: (p["used"] ** 2).sum(), params, tangents="normal").grads["unused"] != 0
+    assert forward_gradient(lambda p: torch.tensor(1.0), params, tangents="normal").jvps == 0
 
 
 def test_shared_and_frozen_parameters():
@@ -213,10 +221,6 @@ def test_shared_and_frozen_parameters():
 
 
 # the projection, exact cases
-
-
-def test_the_mean_has_the_name_of_the_paper_too():
-    assert multi_tangent_gradient is forward_gradient
 
 
 @pytest.mark.parametrize("more", [0, 1, 10])
@@ -235,7 +239,11 @@ def test_projection_on_orthonormal_tangents_is_their_scaled_sum(objective, param
     options = {"num_tangents": num, "tangents": "orthonormal"}
     projected, rescaled, mean = (
         flat(estimator(objective, params, generator=torch.Generator().manual_seed(0), **options).grads)
-        for estimator in (projected_gradient, partial(projected_gradient, rescale="unbiased"), forward_gradient)
+        for estimator in (
+            projected_gradient,
+            partial(projected_gradient, rescale="unbiased"),
+            partial(forward_gradient, tangents="normal"),
+        )
     )
     torch.testing.assert_close(projected, num / 26 * mean, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(rescaled, mean, rtol=1e-10, atol=1e-14)
@@ -387,7 +395,7 @@ def assert_mean(values, expected):
 @pytest.mark.parametrize("num", [1, 3, 8, P_LARGE])
 @pytest.mark.parametrize(("tangents", "spread"), [("normal", 1), ("rademacher", -1), ("orthonormal", None)])
 def test_second_moments_of_the_mean_agree_with_the_closed_forms(tangents, spread, num):
-    estimates, gradient = many_estimates(partial(multi_tangent_gradient, num_tangents=num, tangents=tangents))
+    estimates, gradient = many_estimates(partial(forward_gradient, num_tangents=num, tangents=tangents))
     error = P_LARGE / num - 1 if spread is None else (P_LARGE + spread) / num
     assert_mean(estimates, gradient)
     assert_mean((estimates - gradient).square().sum(1), error)
@@ -495,15 +503,15 @@ def test_projection_depends_on_the_span_alone(num_params, num_tangents, seed):
 
 def test_refuses_bad_options(objective, params):
     with pytest.raises(ValueError, match="num_tangents must be a whole number of at least 1, got 0"):
-        forward_gradient(objective, params, num_tangents=0)
+        forward_gradient(objective, params, num_tangents=0, tangents="normal")
     with pytest.raises(
         ValueError, match="tangents must be one of 'normal', 'rademacher', 'orthonormal', 'rank-one', got"
     ):
         forward_gradient(objective, params, tangents="gaussian")
     with pytest.raises(ValueError, match="blocks must be one of 'joint', 'parameter', got 'layer'"):
-        forward_gradient(objective, params, blocks="layer")
+        forward_gradient(objective, params, blocks="layer", tangents="normal")
     with pytest.raises(ValueError, match="chunk_size must be a whole number of at least 1, got 0"):
-        forward_gradient(objective, params, chunk_size=0)
+        forward_gradient(objective, params, chunk_size=0, tangents="normal")
     with pytest.raises(ValueError, match="rescale must be one of 'unbiased', got 'longer'"):
         projected_gradient(objective, params, rescale="longer")
     with pytest.raises(ValueError, match="chunk_size must be a whole number of at least 1, got 0"):
@@ -530,7 +538,7 @@ def test_a_non_finite_loss_is_returned_not_hidden(name):
 
 def test_refuses_a_name_that_the_model_has_not(objective, params):
     with pytest.raises(ValueError, match=r"params has 'wieght', which the model has not; it has 0\.weight, 0\.bias"):
-        forward_gradient(objective, {**params, "wieght": torch.zeros(2)})
+        forward_gradient(objective, {**params, "wieght": torch.zeros(2)}, tangents="normal")
 
 
 def test_refuses_a_sampler_that_returns_other_shapes(objective, params):
@@ -553,6 +561,6 @@ def test_a_constant_objective_has_no_gradient():
 
 def test_tangents_are_drawn_in_the_widest_dtype():
     params = {"half": torch.zeros(2, dtype=torch.bfloat16), "double": torch.zeros(10_000, dtype=torch.float64)}
-    estimate = forward_gradient(lambda p: p["double"].sum() + p["half"].sum().double(), params)
+    estimate = forward_gradient(lambda p: p["double"].sum() + p["half"].sum().double(), params, tangents="normal")
     assert estimate.grads["double"].unique().numel() > 9_990
     assert estimate.grads["half"].dtype == torch.bfloat16

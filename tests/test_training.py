@@ -14,14 +14,13 @@ from fwdlib.data import Dataset, Source
 from fwdlib.estimators import GradientEstimate, backprop_gradient, forward_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
 from fwdlib.objectives import BatchLoss, params_of
-from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.stacked.perturbations import Gradients
 from fwdlib.training import OPTIMIZERS, evaluate, make_optimizer
 
 SEEDS = (3, 0, 5)
 ESTIMATORS = {
     "backprop": backprop_gradient,
-    "forward, joint": partial(forward_gradient, num_tangents=2),
+    "forward, joint": partial(forward_gradient, num_tangents=2, tangents="normal"),
     "forward, parameter": partial(forward_gradient, blocks="parameter", tangents="rademacher"),
 }
 
@@ -181,7 +180,15 @@ def test_a_stack_of_convolutions_is_possible_and_gives_the_same_numbers():
     draw = torch.Generator().manual_seed(0)
     images, targets = torch.rand(6, 1, 28, 28, generator=draw), torch.arange(6) % 3
     data = Dataset(images, targets, images[:2], targets[:2], tuple("abc"), None)
-    call = partial(training.train, CNN, data, forward_gradient, learning_rate=1e-3, max_iterations=2, progress=None)
+    call = partial(
+        training.train,
+        CNN,
+        data,
+        partial(forward_gradient, tangents="normal"),
+        learning_rate=1e-3,
+        max_iterations=2,
+        progress=None,
+    )
     stacked, default = call(seeds=(1, 2), stacked=True), call(seeds=(1, 2))
     assert (stacked.stack_size, default.stack_size) == (2, 1)
     assert_same_runs(stacked, default)
@@ -195,13 +202,15 @@ def test_the_same_call_gives_the_same_numbers(train, estimator, stacked):
 
 
 def test_a_seed_has_the_same_numbers_in_whatever_company(train):
-    alone = train(MLP, forward_gradient, seeds=(5,))
-    among = train(MLP, forward_gradient, seeds=(9, 5, 1))
+    alone = train(MLP, partial(forward_gradient, tangents="normal"), seeds=(5,))
+    among = train(MLP, partial(forward_gradient, tangents="normal"), seeds=(9, 5, 1))
     assert alone.runs[0].train_loss == pytest.approx(among.runs[1].train_loss, rel=1e-4)
 
 
 def test_two_methods_start_from_the_same_parameters(train):
-    first, second = (train(MLP, e, seeds=SEEDS) for e in (backprop_gradient, forward_gradient))
+    first, second = (
+        train(MLP, e, seeds=SEEDS) for e in (backprop_gradient, partial(forward_gradient, tangents="normal"))
+    )
     for run, other in zip(first.runs, second.runs, strict=True):
         assert run.train_loss[0] == pytest.approx(other.train_loss[0], rel=1e-5)
         assert run.train_loss[1] != pytest.approx(other.train_loss[1], rel=1e-5)
@@ -331,7 +340,7 @@ def with_frozen():
     ("build", "reason"), [(with_dropout, "Dropout"), (with_batchnorm, "buffers"), (with_frozen, "frozen parameters")]
 )
 def test_models_that_cannot_be_stacked_run_one_after_the_other(train, build, reason):
-    for estimator in (backprop_gradient, forward_gradient):
+    for estimator in (backprop_gradient, partial(forward_gradient, tangents="normal")):
         history = train(build, estimator, seeds=(0, 1), max_iterations=3, learning_rate=0.01)
         assert history.stack_size == 1
         again = train(build, estimator, seeds=(1,), max_iterations=3, learning_rate=0.01)
@@ -356,7 +365,7 @@ def test_dropout_draws_a_new_mask_at_each_step_and_another_for_each_seed(train):
 def test_training_leaves_the_global_generator_alone(train):
     for build, stacked in ((LogisticRegression, True), (LogisticRegression, False), (with_dropout, False)):
         before = torch.random.get_rng_state()
-        train(build, forward_gradient, seeds=(0, 1), stacked=stacked, max_iterations=2)
+        train(build, partial(forward_gradient, tangents="normal"), seeds=(0, 1), stacked=stacked, max_iterations=2)
         assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -485,7 +494,10 @@ def test_refuses_a_learning_rate_beside_an_optimizer_that_has_its_own(train):
 
 def test_a_stack_that_shrinks_goes_on_as_its_seeds_would_alone(train):
     options = {"optimizer": "Adam", "learning_rate": 0.05, "threshold": 0.5, "max_iterations": 300, "seeds": range(9)}
-    stacked, alone = (train(LogisticRegression, forward_gradient, stacked=s, **options) for s in (True, False))
+    stacked, alone = (
+        train(LogisticRegression, partial(forward_gradient, tangents="normal"), stacked=s, **options)
+        for s in (True, False)
+    )
     ends = sorted(run.iterations for run in alone.runs)
     assert ends[0] < ends[4] < ends[-1]  # it has shrunk more than once
     assert_same_runs(stacked, alone)
@@ -529,7 +541,11 @@ def test_both_methods_see_the_same_batches_and_another_seed_others(train):
 
         return estimator
 
-    for name, seed, base in (("a", 0, backprop_gradient), ("b", 0, forward_gradient), ("c", 1, backprop_gradient)):
+    for name, seed, base in (
+        ("a", 0, backprop_gradient),
+        ("b", 0, partial(forward_gradient, tangents="normal")),
+        ("c", 1, backprop_gradient),
+    ):
         train(estimator=spy(name, base), batch_size=25, max_iterations=1, seeds=[seed])
     assert seen["a"] == seen["b"] != seen["c"]
 
@@ -629,7 +645,7 @@ class Recording(torch.optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("estimator", [backprop_gradient, stacked_forward_gradient])
+@pytest.mark.parametrize("estimator", [backprop_gradient, forward_gradient])
 def test_a_scheduler_steps_after_each_evaluation_but_the_first(train, estimator):
     rates = []
     train(
@@ -646,7 +662,7 @@ def test_a_scheduler_steps_after_each_evaluation_but_the_first(train, estimator)
 def test_a_scheduler_slows_updates_from_factors_too(train):
     def step_lengths(scheduler):
         ends = [
-            train(MLP, stacked_forward_gradient, learning_rate=1e-3, max_iterations=n, scheduler=scheduler).params[0]
+            train(MLP, forward_gradient, learning_rate=1e-3, max_iterations=n, scheduler=scheduler).params[0]
             for n in (1, 2)
         ]
         return (ends[1]["fc1.weight"] - ends[0]["fc1.weight"]).norm().item()
@@ -733,7 +749,7 @@ def test_plain_sgd_updates_from_the_factors_and_any_other_from_gradients(train, 
     written_out = []
     read = Gradients.__getitem__
     monkeypatch.setattr(Gradients, "__getitem__", lambda self, name: written_out.append(name) or read(self, name))
-    estimator = partial(stacked_forward_gradient, num_tangents=2)
+    estimator = partial(forward_gradient, num_tangents=2)
     plain = train(MLP, estimator, learning_rate=1e-3, stacked=False)
     assert written_out == []
     # the same steps, by an optimizer that is not plain and steps alike

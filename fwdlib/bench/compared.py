@@ -163,7 +163,7 @@ def make_step(variant: Variant, model: nn.Module, inputs: Tensor, targets: Tenso
         objective, optimizer = BatchLoss(model, inputs, targets), torch.optim.SGD(model.parameters(), LEARNING_RATE)
 
         def textbook() -> Tensor:
-            estimate = forward_gradient(objective, params_of(model))
+            estimate = forward_gradient(objective, params_of(model), tangents="normal")
             assign_gradients(model, estimate.grads)
             optimizer.step()
             return estimate.loss

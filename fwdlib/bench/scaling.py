@@ -30,10 +30,9 @@ import torch.nn.functional as F
 from fwdlib import runtime
 from fwdlib.atomic import write_bytes
 from fwdlib.bench import links
-from fwdlib.estimators import Estimator, backprop_gradient
+from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.models import fully_connected, initialise
 from fwdlib.objectives import BatchLoss, params_of
-from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.stacked.perturbations import Gradients
 from fwdlib.trainer.distributed import DataParallelGradient, prime_factors, processes, start
 from fwdlib.trainer.processes import Workers
@@ -104,7 +103,7 @@ def _measure(workers: Workers, num_rounds: int, seconds: float) -> dict[str, Any
     backprop = DataParallelGradient() if workers.size > 1 else backprop_gradient
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for name, num_tangents in METHODS.items():
-        forward = partial(stacked_forward_gradient, num_tangents=num_tangents)
+        forward = partial(forward_gradient, num_tangents=num_tangents)
         calls[name, "seconds"] = _step(shared, forward if num_tangents else backprop)
         calls[name, "alone"] = _step(alone, forward if num_tangents else backprop_gradient)
     if workers.size > 1:

@@ -37,8 +37,7 @@ from fwdlib import runtime
 from fwdlib.checks import check_choice, check_count, check_fraction
 from fwdlib.estimators import GradientEstimate, check_scalar
 from fwdlib.methods.blocks import ErrorsOfBlocks, Network, shapes_of
-from fwdlib.objectives import BatchLoss
-from fwdlib.stacked.estimator import own_params
+from fwdlib.objectives import BatchLoss, own_params
 from fwdlib.tangents import AnyGenerator, Params, check_params, is_transformed, random_signs
 from fwdlib.training import MakeOptimizer, make_optimizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,7 +158,9 @@ def divergence(
     how = {"num_iterations": num_iterations, "progress": progress}
     diverged = {
         "backprop": parts_diverged(function, start, backprop_gradient, rates, **how),
-        "forward gradient": parts_diverged(function, start, forward_gradient, rates, seeds=seeds, **how),
+        "forward gradient": parts_diverged(
+            function, start, partial(forward_gradient, tangents="normal"), rates, seeds=seeds, **how
+        ),
     }
     return {"rates": rates.tolist(), "diverged": diverged, "limits": limits}
 
@@ -212,7 +215,7 @@ def measure_growth(
     found = minimise(
         sphere,
         rates.new_ones(n),
-        forward_gradient,
+        partial(forward_gradient, tangents="normal"),
         learning_rate=rates.repeat_interleave(num_seeds),
         num_iterations=num_iterations,
         seeds=list(range(num_seeds)) * len(rates),

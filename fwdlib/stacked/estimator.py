@@ -1,8 +1,8 @@
 """The stacked pass: forward gradients for the price of two forward passes, or less.
 
 The primal and its tangents go through the model as one batch, so that each linear layer is one matrix product, and
-structured tangents (:mod:`fwdlib.stacked.perturbations`) make what a weight's own tangent adds almost free. It works on any
-model: what has no rule goes through :func:`torch.func.jvp`, call by call, and :func:`explain` tells which calls do.
+structured tangents (:mod:`fwdlib.stacked.perturbations`) make what a weight's own tangent adds almost free. It works on
+any model: what has no rule goes through :func:`torch.func.jvp`, call by call, and :func:`explain` tells which calls do.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fwdlib import runtime
 from fwdlib.checks import check_choice, check_count, check_positive
 from fwdlib.estimators import GradientEstimate, check_scalar
-from fwdlib.objectives import BatchLoss, params_of
+from fwdlib.objectives import BatchLoss, ModelLoss, params_of, swapped
 from fwdlib.stacked.dual import Call, Dual, Pass, register_rule
 from fwdlib.stacked.perturbations import PERTURBATIONS, DensePerturbation, DrawSigns, Perturbation
 from fwdlib.tangents import (
@@ -37,14 +36,13 @@ from fwdlib.tangents import (
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Dual", "SGDStep", "explain", "register_rule", "stacked_forward_gradient", "stacked_jvp"]
+__all__ = ["Dual", "SGDStep", "explain", "register_rule", "stacked_gradient", "stacked_jvp"]
 
 
 @torch.no_grad()
-def stacked_forward_gradient(
-    objective: BatchLoss,
+def stacked_gradient(
+    objective: ModelLoss,
     params: Params,
-    *,
     num_tangents: int = 1,
     tangents: str | Sampler = "rank-one",
     generator: AnyGenerator = None,
@@ -91,16 +89,18 @@ def stacked_forward_gradient(
     Example:
         >>> model = nn.Linear(3, 2)
         >>> objective = BatchLoss(model, torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
-        >>> estimate = stacked_forward_gradient(objective, params_of(model), num_tangents=4)
+        >>> estimate = stacked_gradient(objective, params_of(model), num_tangents=4)
         >>> estimate.jvps.shape, estimate.grads["weight"].shape
         (torch.Size([4]), torch.Size([2, 3]))
     """
     check_count("num_tangents", num_tangents)
     _check(objective, params)
-    num_examples = len(objective.inputs)
+    num_examples = objective.num_examples
     if isinstance(tangents, str):
         check_choice("tangents", tangents, dict.fromkeys([*PERTURBATIONS, *TANGENTS]))
     if tangents in PERTURBATIONS:
+        if num_examples is None and PERTURBATIONS[tangents].per_example:
+            raise ValueError(f"{tangents!r} tangents need the number of examples: ClosureLoss(..., num_examples=B)")
         draw_signs = partial(random_signs, generator=generator)
         perturbation = PERTURBATIONS[tangents](params, num_tangents, num_examples, draw_signs)
     else:
@@ -112,7 +112,7 @@ def stacked_forward_gradient(
 
 
 @torch.no_grad()
-def stacked_jvp(objective: BatchLoss, params: Params, tangents: Params) -> tuple[Tensor, Tensor]:
+def stacked_jvp(objective: ModelLoss, params: Params, tangents: Params) -> tuple[Tensor, Tensor]:
     """Differentiate along given tangents, as :func:`torch.func.jvp` does, all of them in one stacked pass.
 
     Args:
@@ -124,7 +124,7 @@ def stacked_jvp(objective: BatchLoss, params: Params, tangents: Params) -> tuple
         The loss, and the K directional derivatives.
 
     Raises:
-        TypeError: as :func:`stacked_forward_gradient`.
+        TypeError: as :func:`stacked_gradient`.
         ValueError: as there, or if a tangent is missing or has another shape.
     """
     _check(objective, params)
@@ -134,7 +134,7 @@ def stacked_jvp(objective: BatchLoss, params: Params, tangents: Params) -> tuple
         expected, given = (num_tangents, *p.shape), None if tangents[name] is None else tuple(tangents[name].shape)
         if given != expected:
             raise ValueError(f"tangents[{name!r}] must have shape {expected}, got {given}")
-    loss, jvps, _ = _evaluate(objective, params, DensePerturbation(params, len(objective.inputs), tangents))
+    loss, jvps, _ = _evaluate(objective, params, DensePerturbation(params, objective.num_examples, tangents))
     return loss, jvps
 
 
@@ -197,7 +197,7 @@ class SGDStep:
         """Take one step and return the loss before it, a scalar.
 
         Raises:
-            ValueError: as :func:`stacked_forward_gradient`.
+            ValueError: as :func:`stacked_gradient`.
         """
         params, buffers = self._params, self._buffers
         draw_signs = partial(random_signs, generator=self.generator)
@@ -299,24 +299,23 @@ def explain(model: nn.Module, inputs: Tensor) -> pd.DataFrame:
     calls: list[Call] = []
     perturbation = Perturbation(params, 1, len(inputs), random_signs)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng(), Pass(perturbation, params, calls):
-        functional_call(model, (params, buffers), (inputs,))
+    with torch.random.fork_rng(), swapped(model, params, buffers), Pass(perturbation, params, calls):
+        model(inputs)
     rows = [(call.name, call.shape, "rule" if call.has_rule else "torch.func.jvp") for call in calls]
     return pd.DataFrame(rows, columns=["function", "shape", "by"])
 
 
 def _evaluate(
-    objective: BatchLoss, params: Params, perturbation: Perturbation, buffers: Params | None = None
+    objective: ModelLoss, params: Params, perturbation: Perturbation, buffers: Params | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     # The loss, its derivatives (K,), and what each example adds to them, (K, B), where that is known.
-    model, inputs = objective.model, objective.inputs
-    own = None if buffers or is_transformed() else own_params(dict(model.named_parameters()), params)
+    own = None if buffers or is_transformed() else objective.own(params)
     if own is not None:
         with Pass(perturbation, own):
-            loss = objective.loss(model(inputs), objective.targets)
+            loss = objective.run()
     else:
-        with Pass(perturbation, params):
-            loss = objective.loss(functional_call(model, (params, buffers or {}), (inputs,)), objective.targets)
+        with swapped(objective.model, params, buffers or {}), Pass(perturbation, params):
+            loss = objective.run()
     check_scalar(loss)
     if not isinstance(loss, Dual):
         return loss.detach(), loss.new_zeros(perturbation.num_tangents), None
@@ -325,24 +324,14 @@ def _evaluate(
     return stack[0], stack[1 : 1 + k], stack[1 + k :].reshape(k, -1) if len(stack) > 1 + k else None
 
 
-def own_params(own: Params, params: Params) -> Params | None:
-    """Return the model's ``own`` tensors of these names, if ``params`` are the same memory, seen alike; else None."""
-    if all(name in own and _is_same(p, own[name]) for name, p in params.items()):
-        return {name: own[name] for name in params}
-    return None
-
-
-def _is_same(p: Tensor, own: Tensor) -> bool:
-    return p.data_ptr() == own.data_ptr() and p.shape == own.shape and p.stride() == own.stride()
-
-
-def _check(objective: BatchLoss, params: Params) -> None:
-    if not isinstance(objective, BatchLoss):
+def _check(objective: ModelLoss, params: Params) -> None:
+    if not isinstance(objective, ModelLoss):
         raise TypeError(
-            f"the stacked pass needs the layers of a model: objective must be a BatchLoss(model, inputs, targets), got "
-            f"{type(objective).__name__}. For a plain function there is fwdlib.estimators.forward_gradient."
+            f"the stacked engine needs the layers of a model: the objective must be a BatchLoss(model, inputs, "
+            f"targets) or a ClosureLoss(model, closure), got {type(objective).__name__}. For a plain function use "
+            f"forward_gradient(..., engine='torch')."
         )
     check_params(params)
     objective.check_names(params)
-    if not len(objective.inputs):
+    if objective.num_examples == 0:
         raise ValueError("inputs is an empty batch: its mean loss is not a number, and it has no gradient")

@@ -39,9 +39,9 @@ from fwdlib import runtime
 from fwdlib.data import Dataset, fingerprint
 from fwdlib.estimators import Estimator, GradientEstimate
 from fwdlib.history import History
-from fwdlib.objectives import BatchLoss
+from fwdlib.objectives import BatchLoss, own_params
 from fwdlib.stacked.dual import Pass
-from fwdlib.stacked.estimator import Dual, own_params, register_rule
+from fwdlib.stacked.estimator import Dual, register_rule
 from fwdlib.tangents import Params
 from fwdlib.trainer.checkpoint import Part, differences
 from fwdlib.trainer.processes import ALONE, ToldElsewhereError, Workers, num_restarts, num_started

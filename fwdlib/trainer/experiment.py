@@ -32,7 +32,6 @@ from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.history import History, Run
 from fwdlib.models import alexnet, fully_connected, initialise, num_parameters, shallow_cnn
 from fwdlib.results import write_json, write_text
-from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.trainer.processes import ALONE, Workers, num_restarts, num_started
 from fwdlib.trainer.session import TrainerSession
 from fwdlib.trainer.settings import SHARED_MODES, Settings, why_not_shared
@@ -164,7 +163,7 @@ def together(settings: Settings, device: torch.device) -> Iterator[Workers]:
     if num_started() == 1:
         yield ALONE
         return
-    from fwdlib.beyond import distributed  # takes a second to import
+    from fwdlib.trainer import distributed  # takes a second to import
 
     with distributed.processes(device) as workers:
         if settings.train_mode not in SHARED_MODES:
@@ -263,11 +262,11 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
 
             return DataParallelGradient()
         case "FG":
-            return partial(forward_gradient, **tangents)
+            return partial(forward_gradient, tangents="normal", **tangents)
         case "FG-RANK1":
-            return partial(stacked_forward_gradient, tangents="rank-one", **tangents)
+            return partial(forward_gradient, tangents="rank-one", **tangents)
         case "FG-A":
-            return partial(stacked_forward_gradient, tangents="activity", **tangents)
+            return partial(forward_gradient, tangents="activity", **tangents)
     from fwdlib.methods import feedback
 
     inputs = data.train_inputs[:1]

@@ -21,9 +21,8 @@ from tqdm import tqdm
 from fwdlib import runtime
 from fwdlib.checks import check_choice
 from fwdlib.data import load_images
-from fwdlib.estimators import Estimator, backprop_gradient
+from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.results import write_json
-from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.training import train
 from report.studies.common import RESULTS, climb, either, reopen
 
@@ -42,10 +41,10 @@ TUNING_ITERATIONS = either(3_000, 200)
 
 METHODS: dict[str, tuple[Estimator, int]] = {  # with the power of the first guess
     "backprop": (backprop_gradient, 11),
-    "rank-one": (stacked_forward_gradient, 2),
-    "rank-one, K = 16": (partial(stacked_forward_gradient, num_tangents=16), 5),
-    "per-example": (partial(stacked_forward_gradient, tangents="per-example"), 3),
-    "activity": (partial(stacked_forward_gradient, tangents="activity"), 6),
+    "rank-one": (forward_gradient, 2),
+    "rank-one, K = 16": (partial(forward_gradient, num_tangents=16), 5),
+    "per-example": (partial(forward_gradient, tangents="per-example"), 3),
+    "activity": (partial(forward_gradient, tangents="activity"), 6),
 }
 
 

@@ -38,7 +38,6 @@ from fwdlib.methods import figures as beyond
 from fwdlib.methods.frank_wolfe import FrankWolfe, frank_wolfe, frank_wolfe_gap, l2_reach, shrink_into
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.results import write_json
-from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.statistics import median_interval, t_interval
 from fwdlib.training import make_optimizer, train
 from report import published
@@ -74,8 +73,8 @@ TUNING_SEED = 100
 NUM_HELD_OUT = 10_000
 ESTIMATORS: dict[str, Estimator] = {
     "backprop": backprop_gradient,
-    "forward gradient": forward_gradient,
-    "activity": partial(stacked_forward_gradient, tangents="activity"),
+    "forward gradient": partial(forward_gradient, tangents="normal"),
+    "activity": partial(forward_gradient, tangents="activity"),
 }
 FIRST_POWERS = {"backprop": 13, "forward gradient": 5, "activity": 10}  # of two, times 1e-4, for unconstrained SGD
 HOLDS = 0.99  # of the l1 norm
@@ -88,7 +87,7 @@ MEMORY = either(
     (("mnist-logistic", 256), ("mnist-mlp", 256)),
 )
 MEMORY_ESTIMATORS = {name: ESTIMATORS[name] for name in ("backprop", "forward gradient")}
-MEMORY_ESTIMATORS["rank-one"] = stacked_forward_gradient
+MEMORY_ESTIMATORS["rank-one"] = forward_gradient
 MEMORY_RADIUS = 1e4
 LESS = 0.9  # of backprop's memory
 

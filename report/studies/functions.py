@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,10 @@ from report.studies.tangents import scientific
 
 FILE = RESULTS / "functions.json"
 ANIMATION = "functions.gif"  # beside the figures
-METHODS: dict[str, Estimator] = {"backprop": backprop_gradient, "forward gradient": forward_gradient}
+METHODS: dict[str, Estimator] = {
+    "backprop": backprop_gradient,
+    "forward gradient": partial(forward_gradient, tangents="normal"),
+}
 SEEDS = list(range(20))  # of the descents, twice as many as in the paper; backprop draws nothing and runs once
 SEEDS_OF_DIVERGENCE = list(range(either(50, 20)))
 NUM_ITERATIONS = 1000  # of divergence

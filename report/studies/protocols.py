@@ -33,7 +33,6 @@ from fwdlib.estimators import Estimator, GradientEstimate, backprop_gradient, fo
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
 from fwdlib.objectives import BatchLoss, Objective, assign_gradients, params_of
 from fwdlib.results import write_json
-from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.tangents import AnyGenerator, Params, normal
 from fwdlib.training import train
 from report.studies.common import RESULTS, either, reopen
@@ -123,7 +122,7 @@ def published(name: str) -> dict[str, dict[str, Training]]:
     model = MODELS[name]
     rate, blocks = model.learning_rate, model.blocks
     backprop = lambda data: backprop_gradient  # noqa: E731
-    forward = partial(forward_gradient, blocks=blocks)
+    forward = partial(forward_gradient, blocks=blocks, tangents="normal")
     found = {
         "backprop": {"as the text says": Training(backprop, rate)},
         "forward": {"as the text says": Training(lambda data: forward, rate)},
@@ -131,7 +130,9 @@ def published(name: str) -> dict[str, dict[str, Training]]:
     if blocks == "parameter":
         sampler = partial(forward, tangents=standardised)
         found["forward"]["standardised tangents"] = Training(lambda data: sampler, rate)
-        found["forward"]["one tangent for all tensors"] = Training(lambda data: forward_gradient, rate)
+        found["forward"]["one tangent for all tensors"] = Training(
+            lambda data: partial(forward_gradient, tangents="normal"), rate
+        )
     if name == "logistic":
         found["backprop"]["step of 0.01"] = Training(backprop, 0.01, {"max_iterations": 20_000})
     if name == "mlp":
@@ -150,9 +151,9 @@ def published(name: str) -> dict[str, dict[str, Training]]:
 
 METHODS: dict[str, Estimator] = {  # of the fair protocol
     "backprop": backprop_gradient,
-    "forward gradient": forward_gradient,
-    "rank-one": stacked_forward_gradient,
-    "rank-one, K = 16": partial(stacked_forward_gradient, num_tangents=16),
+    "forward gradient": partial(forward_gradient, tangents="normal"),
+    "rank-one": forward_gradient,
+    "rank-one, K = 16": partial(forward_gradient, num_tangents=16),
 }
 
 
@@ -214,7 +215,10 @@ def _statements(model: Model, data: Dataset) -> dict[str, Any]:
     objective, params = BatchLoss(network, data.train_inputs, data.train_targets), params_of(network)
     exact = sum(g.square().sum() for g in backprop_gradient(objective, params).grads.values())
     draw = runtime.generator(FIRST_SEED, purpose="statements")
-    jvps = [forward_gradient(objective, params, num_tangents=50, generator=draw).jvps for _ in range(NUM_DRAWS // 50)]
+    jvps = [
+        forward_gradient(objective, params, num_tangents=50, generator=draw, tangents="normal").jvps
+        for _ in range(NUM_DRAWS // 50)
+    ]
     last = {name: p for name, p in params.items() if p.dim() == 1}.popitem()  # the biases of the readout
     v = standardised(dict([last]), 100 * NUM_DRAWS, draw)[last[0]]
     return {
@@ -275,7 +279,9 @@ def measure_steps(folder: Path = FOLDER) -> dict[str, Any]:
     for name, model in MODELS.items():
         data = model.load()
         ours = {form: _step(model, data, estimator) for form, estimator in METHODS.items()}
-        ours["forward, published form"] = _step(model, data, partial(forward_gradient, blocks=model.blocks))
+        ours["forward, published form"] = _step(
+            model, data, partial(forward_gradient, blocks=model.blocks, tangents="normal")
+        )
         network = initialise(model.build, FIRST_SEED)
         forward = published_step(network, data, model.learning_rate, model.blocks == "parameter")
         backprop = published_backprop_step(network, data, model.learning_rate, name == "cnn")

@@ -62,7 +62,7 @@ def _measure_task(
 ) -> dict[str, Any]:
     methods: dict[str, Estimator] = {
         "backprop": backprop_gradient,
-        "forward gradient": partial(forward_gradient, blocks=parameters["blocks"]),
+        "forward gradient": partial(forward_gradient, blocks=parameters["blocks"], tangents="normal"),
     }
     threshold = parameters.get("threshold")
     options = {

@@ -10,10 +10,9 @@ import torch
 
 from fwdlib.bench import links, scaling
 from fwdlib.bench.scaling import Cost, Link, cost, even_bandwidth, num_steps
-from fwdlib.estimators import backprop_gradient
+from fwdlib.estimators import backprop_gradient, forward_gradient
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
-from fwdlib.stacked.estimator import stacked_forward_gradient
 
 P = 1000
 
@@ -41,7 +40,7 @@ def test_the_number_of_steps_is_one_over_the_mean_squared_cosine():
     num_params, num_draws, k = len(exact), 4000, 4
     squares = []
     for _ in range(num_draws):
-        grads = stacked_forward_gradient(objective, params, num_tangents=k, generator=draw).grads
+        grads = forward_gradient(objective, params, num_tangents=k, generator=draw).grads
         g = torch.cat([grads[name].flatten() for name in params])
         # descent of the best step along g is (g . exact)^2 / (2 L |g|^2); means of both, as the length is chosen once
         squares.append(((g @ exact) ** 2, (g @ g) * (exact @ exact), g @ exact / (exact @ exact)))

@@ -13,7 +13,7 @@ from fwdlib.data import Dataset
 from fwdlib.estimators import backprop_gradient, forward_gradient
 from fwdlib.models import MLP
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
-from fwdlib.stacked.estimator import SGDStep, _GivenSigns, explain, stacked_forward_gradient, stacked_jvp
+from fwdlib.stacked.estimator import SGDStep, _GivenSigns, explain, stacked_jvp
 from fwdlib.stacked.perturbations import PERTURBATIONS
 from fwdlib.tangents import TANGENTS, random_signs
 from fwdlib.training import train
@@ -73,7 +73,7 @@ def test_unit_tangents_give_the_exact_gradient(build):
 def test_written_out_tangents_give_what_forward_gradient_gives(objective, params, tangents):
     stacked, textbook = (  # rank-one ones are drawn as factors in both
         estimator(objective, params, num_tangents=3, tangents=tangents, generator=seeded())
-        for estimator in (stacked_forward_gradient, forward_gradient)
+        for estimator in (forward_gradient, partial(forward_gradient, tangents="normal"))
     )
     torch.testing.assert_close(stacked.jvps, textbook.jvps)
     torch.testing.assert_close(flat(stacked.grads), flat(textbook.grads))
@@ -82,7 +82,7 @@ def test_written_out_tangents_give_what_forward_gradient_gives(objective, params
 
 @pytest.mark.parametrize("tangents", ALL)
 def test_protocol(objective, params, tangents):
-    estimate = stacked_forward_gradient(objective, params, num_tangents=3, tangents=tangents)
+    estimate = forward_gradient(objective, params, num_tangents=3, tangents=tangents, engine="stacked")
     assert (estimate.loss.shape, estimate.jvps.shape) == ((), (3,))
     assert {n: g.shape for n, g in estimate.grads.items()} == {n: p.shape for n, p in params.items()}
     assert not any(t.requires_grad for t in (estimate.loss, estimate.jvps, *estimate.grads.values()))
@@ -92,11 +92,11 @@ def test_protocol(objective, params, tangents):
 def test_params_elsewhere_than_in_the_model_give_the_same(objective, params, tangents):
     copies = {name: p.clone() for name, p in params.items()}
     with torch.no_grad():
-        own = stacked_forward_gradient(objective, params, tangents=tangents, generator=seeded())
+        own = forward_gradient(objective, params, tangents=tangents, generator=seeded(), engine="stacked")
         expected = flat(own.grads)
         for p in objective.model.parameters():
             p.zero_()
-    elsewhere = stacked_forward_gradient(objective, copies, tangents=tangents, generator=seeded())
+    elsewhere = forward_gradient(objective, copies, tangents=tangents, generator=seeded(), engine="stacked")
     torch.testing.assert_close(elsewhere.loss, own.loss)
     torch.testing.assert_close(flat(elsewhere.grads), expected)
 
@@ -105,7 +105,9 @@ def test_params_elsewhere_than_in_the_model_give_the_same(objective, params, tan
 def test_running_statistics_advance_once_per_estimate(tangents):
     model, inputs, targets = small_net(nn.BatchNorm1d(4))
     twin, _, _ = small_net(nn.BatchNorm1d(4))
-    stacked_forward_gradient(BatchLoss(model, inputs, targets), params_of(model), num_tangents=2, tangents=tangents)
+    forward_gradient(
+        BatchLoss(model, inputs, targets), params_of(model), num_tangents=2, tangents=tangents, engine="stacked"
+    )
     twin(inputs)
     for buffer, expected in zip(model.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(buffer, expected)
@@ -116,7 +118,9 @@ def test_running_statistics_advance_once_per_estimate(tangents):
 
 @pytest.mark.parametrize("tangents", ALL)
 def test_a_step_by_factors_is_that_of_an_optimizer(objective, params, tangents):
-    estimate = stacked_forward_gradient(objective, params, num_tangents=2, tangents=tangents, generator=seeded())
+    estimate = forward_gradient(
+        objective, params, num_tangents=2, tangents=tangents, generator=seeded(), engine="stacked"
+    )
     expected = {name: p - 0.1 * estimate.grads[name] for name, p in params.items()}
     for step in ("factors", "optimizer"):
         model, _, _ = small_net()
@@ -135,7 +139,7 @@ def test_any_optimizer_lowers_the_loss(optimizer):
     optimizer = optimizer(model.parameters(), lr=0.05)
     before = objective(params_of(model))
     for _ in range(50):
-        estimate = stacked_forward_gradient(objective, params_of(model), num_tangents=8, generator=draw)
+        estimate = forward_gradient(objective, params_of(model), num_tangents=8, generator=draw)
         assign_gradients(model, estimate.grads)
         optimizer.step()
     assert objective(params_of(model)) < before
@@ -148,7 +152,9 @@ def test_eager_step_is_an_estimate_and_an_update(objective, params, tangents):
     draw = seeded()
     for learning_rate in (0.1, 0.02):
         step.learning_rate = learning_rate
-        estimate = stacked_forward_gradient(objective, params, num_tangents=2, tangents=tangents, generator=draw)
+        estimate = forward_gradient(
+            objective, params, num_tangents=2, tangents=tangents, generator=draw, engine="stacked"
+        )
         estimate.grads.add_to_(params, -learning_rate)
         torch.testing.assert_close(step(inputs, targets), estimate.loss)
         torch.testing.assert_close(params_of(twin), params)
@@ -222,7 +228,7 @@ def test_in_the_training_loop_a_stack_of_seeds_is_the_seeds_one_by_one(tangents)
     draw = seeded()
     inputs, targets = torch.randn(30, 4, generator=draw), torch.randint(0, 3, (30,), generator=draw)
     data = Dataset(inputs[:20], targets[:20], inputs[20:], targets[20:], ("a", "b", "c"), "random")
-    estimator = partial(stacked_forward_gradient, num_tangents=2, tangents=tangents)
+    estimator = partial(forward_gradient, num_tangents=2, tangents=tangents, engine="stacked")
     stacked, single = (
         train(MLP, data, estimator, learning_rate=1e-3, max_iterations=4, seeds=(0, 1, 2), stacked=s, progress=None)
         for s in (True, False)
@@ -256,7 +262,7 @@ class Wrapped(nn.Module):
 
 def estimate_of(model, inputs=None, targets=CLASSES, loss=F.cross_entropy, **options):
     inputs = torch.randn(5, 3) if inputs is None else inputs
-    return stacked_forward_gradient(BatchLoss(model, inputs, targets, loss), params_of(model), **options)
+    return forward_gradient(BatchLoss(model, inputs, targets, loss), params_of(model), **options)
 
 
 def test_an_autograd_function_is_refused():
@@ -287,20 +293,20 @@ def test_refuses_parameters_without_a_tangent(dtype):
     model = nn.Linear(3, 2)
     objective = BatchLoss(model, torch.randn(5, 3), CLASSES)
     with pytest.raises(TypeError, match=r"params\['bias'\] must be a real floating tensor, got torch\."):
-        stacked_forward_gradient(objective, {"bias": torch.zeros(2, dtype=dtype)})
+        forward_gradient(objective, {"bias": torch.zeros(2, dtype=dtype)})
 
 
 def test_refuses_what_cannot_be_estimated(objective, params):
     with pytest.raises(TypeError, match=r"BatchLoss\(model, inputs, targets\), got function.*forward_gradient"):
-        stacked_forward_gradient(lambda p: p["x"].sum(), {"x": torch.ones(2)})
+        forward_gradient(lambda p: p["x"].sum(), {"x": torch.ones(2)})
     with pytest.raises(ValueError, match="nothing to differentiate"):
-        stacked_forward_gradient(objective, {})
+        forward_gradient(objective, {})
     with pytest.raises(ValueError, match="params has 'other', which the model has not"):
-        stacked_forward_gradient(objective, {"other": torch.ones(2)})
+        forward_gradient(objective, {"other": torch.ones(2)})
     with pytest.raises(ValueError, match="tangents must be one of 'rank-one', 'per-example', 'activity', 'normal'"):
-        stacked_forward_gradient(objective, params, tangents="uniform")
+        forward_gradient(objective, params, tangents="uniform", engine="stacked")
     with pytest.raises(ValueError, match="num_tangents must be a whole number of at least 1, got 0"):
-        stacked_forward_gradient(objective, params, num_tangents=0)
+        forward_gradient(objective, params, num_tangents=0)
     with pytest.raises(ValueError, match="empty batch"):
         estimate_of(nn.Linear(3, 2), torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
     with pytest.raises(ValueError, match=r"must return a scalar tensor, got \(5,\)"):
@@ -334,7 +340,7 @@ def test_batch_of_one(tangents):
     # one tangent, one parameter of one element: the estimate is the gradient, for all signs
     model = nn.Linear(1, 1, bias=False)
     objective = BatchLoss(model, torch.tensor([[2.0]]), torch.tensor([[1.0]]), F.mse_loss)
-    estimate = stacked_forward_gradient(objective, params_of(model), tangents=tangents)
+    estimate = forward_gradient(objective, params_of(model), tangents=tangents, engine="stacked")
     if tangents != "normal":
         torch.testing.assert_close(
             estimate.grads["weight"], backprop_gradient(objective, params_of(model)).grads["weight"]
@@ -432,7 +438,7 @@ def test_channels_last_changes_no_number(num_tangents, tangents):
     def estimate():
         draw = torch.Generator().manual_seed(1)
         options = {"num_tangents": num_tangents, "tangents": tangents, "generator": draw}
-        return stacked_forward_gradient(BatchLoss(model, inputs, targets), params_of(model), **options)
+        return forward_gradient(BatchLoss(model, inputs, targets), params_of(model), **options)
 
     first = estimate()
     model, inputs = model.to(memory_format=torch.channels_last), inputs.to(memory_format=torch.channels_last)

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fwdlib.estimators import backprop_gradient
+from fwdlib.estimators import backprop_gradient, forward_gradient
 from fwdlib.objectives import BatchLoss, params_of
-from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.stacked.perturbations import PERTURBATIONS
 from fwdlib.tangents import Replicates, rank_one
 
@@ -57,7 +56,12 @@ def estimates_of(objective, tangents, num_tangents=1):
     """Return NUM_DRAWS independent estimates, (NUM_DRAWS, P): one generator for each, all of them in one vmap."""
     draws = Replicates([torch.Generator().manual_seed(seed) for seed in range(NUM_DRAWS)])
     estimator = partial(
-        stacked_forward_gradient, objective, params_of(objective.model), num_tangents=num_tangents, tangents=tangents
+        forward_gradient,
+        objective,
+        params_of(objective.model),
+        num_tangents=num_tangents,
+        tangents=tangents,
+        engine="stacked",
     )
     grads = torch.func.vmap(lambda index: estimator(generator=draws.at(index)).grads)(draws.indices)
     return torch.cat([grad.reshape(NUM_DRAWS, -1) for grad in grads.values()], 1)
@@ -152,7 +156,7 @@ def test_the_square_of_a_rank_one_tangent_is_the_number_of_parameters():
     params = params_of(objective.model)
     assert (flat({n: v[0] for n, v in rank_one(params).items()}).square().sum()) == len(flat(params))
     for seed in range(5):
-        estimate = stacked_forward_gradient(objective, params, generator=torch.Generator().manual_seed(seed))
+        estimate = forward_gradient(objective, params, generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(flat(estimate.grads).square().sum(), len(flat(params)) * estimate.jvps[0] ** 2)
 
 
@@ -314,7 +318,7 @@ def test_a_parameter_that_is_not_used_or_is_frozen_stays(tangents):
     model.idle = nn.Parameter(torch.ones(2, dtype=torch.float64))
     model.first.bias.requires_grad_(False)
     objective = BatchLoss(model, objective.inputs, objective.targets)
-    grads = stacked_forward_gradient(objective, params_of(model), tangents=tangents).grads
+    grads = forward_gradient(objective, params_of(model), tangents=tangents, engine="stacked").grads
     assert "first.bias" not in grads
     assert tangents == "normal" or not grads["idle"].any()  # tangents that are given know nothing of the model
 
@@ -323,7 +327,7 @@ def test_a_parameter_that_is_not_used_or_is_frozen_stays(tangents):
 def test_factors_add_up_to_what_is_written_out(tangents):
     objective = objective_of(CNN)
     params = params_of(objective.model)
-    estimate = stacked_forward_gradient(objective, params, num_tangents=2, tangents=tangents)
+    estimate = forward_gradient(objective, params, num_tangents=2, tangents=tangents, engine="stacked")
     target = {name: p.clone() for name, p in params.items()}
     estimate.grads.add_to_(target, -0.1)
     for name, p in params.items():

@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import StepLR
 from fwdlib import training
 from fwdlib.data import Dataset, Source
 from fwdlib.estimators import backprop_gradient, forward_gradient
-from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.trainer.session import TrainerSession
 from fwdlib.training import evaluate, make_optimizer
 
@@ -139,9 +138,9 @@ def interrupting(after, base):
 
 CASES = {
     "backprop": {},
-    "forward gradient": {"estimator": partial(forward_gradient, num_tangents=2)},
+    "forward gradient": {"estimator": partial(forward_gradient, num_tangents=2, tangents="normal")},
     "from factors": {
-        "estimator": partial(stacked_forward_gradient, num_tangents=2),
+        "estimator": partial(forward_gradient, num_tangents=2),
         "optimizer": make_optimizer("SGD", 0.01),
     },
     "momentum, no scheduler": {"optimizer": sgd, "scheduler": None},
@@ -171,7 +170,7 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(train, tmp_path, na
 @pytest.mark.parametrize("after", [1, 2, 3, 4, 8, 14])
 def test_it_may_be_interrupted_anywhere(train, tmp_path, after):
     def base(objective, params, *, generator=None):
-        return forward_gradient(objective, params, generator=generator)
+        return forward_gradient(objective, params, generator=generator, tangents="normal")
 
     whole = train(estimator=base, checkpoint=tmp_path / "whole.pt")
     with pytest.raises(KeyboardInterrupt):
@@ -268,7 +267,10 @@ def deeper():
         ({"optimizer": make_optimizer("Adam", 0.02, fused=True)}, "the optimizer's lr is 0.01 there, 0.02 here"),
         ({"scheduler": partial(StepLR, step_size=1, gamma=0.9)}, "the scheduler's gamma is 0.5 there, 0.9 here"),
         ({"scheduler": None}, "the scheduler is StepLR there, nothing here"),
-        ({"estimator": forward_gradient}, "the estimator is backprop_gradient there, forward_gradient here"),
+        (
+            {"estimator": partial(forward_gradient, tangents="normal")},
+            "the estimator is backprop_gradient there, forward_gradient here",
+        ),
         ({"estimator": Averaging()}, "the estimator is backprop_gradient there, Averaging here"),
         ({"batch_size": 20}, "batch_size is 25 there, 20 here"),
         ({"evaluate_every": 4}, "evaluate_every is 3 there, 4 here"),

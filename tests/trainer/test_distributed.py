@@ -20,7 +20,6 @@ from fwdlib.data import Dataset
 from fwdlib.estimators import backprop_gradient, forward_gradient
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
-from fwdlib.stacked.estimator import stacked_forward_gradient
 from fwdlib.trainer import distributed, experiment
 from fwdlib.trainer.processes import ALONE, ToldElsewhereError
 from fwdlib.trainer.session import TrainerSession
@@ -32,8 +31,8 @@ NUM_STEPS = 200
 NUM_TANGENTS = 16
 MOST_BYTES = 1000  # in a step, at 16 tangents
 ESTIMATORS = {
-    "rank-one": partial(stacked_forward_gradient, num_tangents=NUM_TANGENTS),
-    "normal": partial(forward_gradient, num_tangents=4),
+    "rank-one": partial(forward_gradient, num_tangents=NUM_TANGENTS),
+    "normal": partial(forward_gradient, num_tangents=4, tangents="normal"),
     "backprop": backprop_gradient,
 }
 
@@ -127,7 +126,7 @@ def refused(workers, **options) -> tuple[str, str]:
     data, make = dataset(chosen.pop("num_train", 160)), chosen.pop("make", build)
     given = {"optimizer": "SGD", "learning_rate": 1e-3, "batch_size": 32, "max_iterations": 1, "progress": None}
     try:
-        train(make, data, stacked_forward_gradient, session=TrainerSession(workers=workers), **given | chosen)
+        train(make, data, forward_gradient, session=TrainerSession(workers=workers), **given | chosen)
     except (ValueError, ToldElsewhereError) as error:
         return type(error).__name__, str(error)
     return "nothing", ""
@@ -148,7 +147,7 @@ def refused_tangents(workers) -> str:
     data, model = dataset(), build()
     objective = BatchLoss(model, data.train_inputs, data.train_targets, workers.loss)
     try:
-        stacked_forward_gradient(objective, params_of(model), tangents="activity")
+        forward_gradient(objective, params_of(model), tangents="activity")
     except NotImplementedError as error:
         return str(error)
     return ""
