@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -66,6 +67,7 @@ def description(heading: str, call: str | None, said: dict[str, str]) -> str:
     return f"{where}: {text}" if text else f"{where}, described in the text around it."
 
 
+@functools.cache
 def docstrings(folder: Path) -> dict[str, str]:
     """Return the first lines of the docstrings of all functions ``plot_...``, by module and name; nothing is imported.
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jinja2
 import nbformat
 from docutils import nodes
+from docutils.parsers.rst.states import Inliner
 from sphinx import addnodes
 from sphinx.application import Sphinx
 
@@ -55,14 +56,16 @@ def claim(text: str) -> str:
 
 
 def reference(package: str) -> str:
-    """Return the reference of a package and of the modules that lie directly in it, as reStructuredText.
+    """Return the reference of a package and of its modules, as reStructuredText.
 
     Args:
-        package: its name, ``"fwdlib.stacked"``.
+        package: its name, ``"fwdlib.stacked"``. Of ``"fwdlib"`` itself only the modules of the core, not the wings.
     """
-    folder = importlib.import_module(package).__path__
-    names = [found.name for found in pkgutil.iter_modules(folder) if not found.ispkg and not found.name.startswith("_")]
-    sections = [f"{name}\n{'-' * len(name)}\n\n.. automodule:: {package}.{name}\n" for name in sorted(names)]
+    walk = pkgutil.iter_modules if package == "fwdlib" else pkgutil.walk_packages
+    found = walk(importlib.import_module(package).__path__, f"{package}.")
+    modules = [name for _, name, is_package in found if not (package == "fwdlib" and is_package or "._" in name)]
+    titles = [(name.removeprefix(f"{package}."), name) for name in sorted(modules)]
+    sections = [f"{title}\n{'-' * len(title)}\n\n.. automodule:: {name}\n" for title, name in titles]
     return "\n".join([f".. automodule:: {package}\n   :no-members:\n", *sections])
 
 
@@ -110,7 +113,21 @@ def keep_colons(app: Sphinx, what: str, name: str, value: Any, options: Any, lin
         lines: the docstring; changed in place.
     """
     if what in {"attribute", "data", "property"}:
-        lines.insert(0, "")
+        lines.insert(0, "\\")  # reads as nothing, and is a first line without a colon
+
+
+def keep_bars(parser: Inliner, match: re.Match[str], line: int) -> tuple[str, list, str, list]:
+    """Read ``|`` as itself. To reStructuredText ``|x|`` is a name to be substituted; in our docstrings it is a norm.
+
+    Args:
+        parser: of the text within a paragraph.
+        match: the bar, in its text.
+        line: its number.
+
+    Returns:
+        The text up to the bar and with it, the nodes made of it, the text to go on with, and the parser's complaints.
+    """
+    return match.string[: match.end()], [], match.string[match.end() :], []
 
 
 def copy_report(app: Sphinx, error: Exception | None) -> None:
@@ -133,6 +150,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     Args:
         app: Sphinx.
     """
+    Inliner.dispatch["|"] = keep_bars
     app.connect("source-read", fill)
     app.connect("doctree-read", mend_links)
     app.connect("autodoc-process-docstring", keep_colons, priority=400)  # napoleon's is 500
