@@ -7,7 +7,8 @@ training changes as well: the generator, and the buffers of a :class:`~fwdlib.ob
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, jvp, vmap
 
 from fwdlib.checks import check_choice, check_count
-from fwdlib.objectives import ClosureLoss, ModelLoss, Objective, assign_gradients, params_of
+from fwdlib.forward_mode import ForwardMode, Rewind, tangents_on, without_tape
+from fwdlib.objectives import ClosureLoss, ModelLoss, Objective, assign_gradients, params_of, swapped
 from fwdlib.tangents import TANGENTS, AnyGenerator, Params, Sampler, check_params, is_transformed, sample_tangents
 
 BLOCKS = ("joint", "parameter")
@@ -62,20 +64,19 @@ def backprop_gradient(objective: Objective, params: Params) -> GradientEstimate:
         tensor([2., 4.])
     """
     check_params(params)
-    evaluate = _with_buffers(objective)
     if is_transformed():
-        grads, (loss, buffers) = grad_and_value(evaluate, has_aux=True)(params)
-    else:
-        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        with torch.enable_grad():
-            loss, buffers = evaluate(leaves)
+        grads, (loss, buffers) = grad_and_value(_with_buffers(objective), has_aux=True)(params)
+        _keep_buffers(objective, buffers)
+        return GradientEstimate(loss.detach(), grads, loss.new_empty(0))
+    own = _own(objective, params)
+    leaves = own or {name: p.detach() for name, p in params.items()}
+    with _requiring_grad(leaves), torch.enable_grad(), _placed(objective, leaves, is_own=bool(own)) as evaluate:
+        loss = evaluate()
         if loss.requires_grad:
             found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         else:  # a constant
             found = [torch.zeros_like(p) for p in leaves.values()]
-        grads = dict(zip(leaves, found, strict=True))
-    _keep_buffers(objective, buffers)
-    return GradientEstimate(loss.detach(), grads, loss.new_empty(0))
+    return GradientEstimate(loss.detach(), dict(zip(leaves, found, strict=True)), loss.new_empty(0))
 
 
 @torch.no_grad()
@@ -338,43 +339,121 @@ def _one_block_at_a_time(tangents: Params) -> Params:
 def _directional_derivatives(
     objective: Objective, params: Params, tangents: Params, chunk_size: int | None
 ) -> tuple[Tensor, Tensor]:
-    # The loss, and one jvp for each of the rows of `tangents`, in as few passes as chunk_size allows.
+    # The loss, and one jvp for each of the rows of `tangents`.
+    if is_transformed() or not isinstance(objective, ModelLoss):
+        return _vmapped_derivatives(objective, params, tangents, chunk_size)
+    # One pass for each tangent, on tensors that the model can use in every way it uses its parameters.
+    rewind = Rewind(objective.model)
+    own = _own(objective, params)
+    leaves = own or {name: p.detach().clone() for name, p in params.items()}
+    jvps = []
+    for row in range(len(next(iter(tangents.values())))):
+        if row:
+            rewind()
+        try:
+            with _placed(objective, leaves, is_own=bool(own)) as evaluate:
+                tangent = {name: v[row] for name, v in tangents.items()}
+                loss, derivative = _along(evaluate, leaves, tangent, objective.model)
+        except RuntimeError as error:
+            if "Nested forward mode" not in str(error):
+                raise
+            rewind()  # the model calls torch.func.jvp, which nests in another torch.func.jvp alone
+            return _vmapped_derivatives(objective, params, tangents, chunk_size)
+        jvps.append(derivative)
+    return loss, torch.stack(jvps)
+
+
+def _along(evaluate: Callable[[], Tensor], leaves: Params, tangent: Params, model: nn.Module) -> tuple[Tensor, Tensor]:
+    with _named_refusal(), tangents_on(leaves, tangent), without_tape(model.parameters()):
+        with ForwardMode(leaves):
+            loss = evaluate()
+        loss, derivative = forward_ad.unpack_dual(loss)
+    return loss.detach(), torch.zeros_like(loss) if derivative is None else derivative.detach()
+
+
+def _vmapped_derivatives(
+    objective: Objective, params: Params, tangents: Params, chunk_size: int | None
+) -> tuple[Tensor, Tensor]:
+    # All tangents in one vmapped pass, or in as few as chunk_size allows.
     evaluate = _with_buffers(objective)
-    num_rows = len(next(iter(tangents.values())))
-    if num_rows == 1:
-        loss, jvps, buffers = _jvp(evaluate, params, {name: v[0] for name, v in tangents.items()})
-        jvps = jvps.reshape(1)
-    else:
-        # randomness="same": one Dropout mask for all tangents, in every chunk
-        along = vmap(
-            lambda tangent: jvp(evaluate, (params,), (tangent,), has_aux=True),
-            randomness="same",
-            chunk_size=chunk_size,
-        )
-        losses, jvps, buffers = along(tangents)
-        loss, buffers = losses[0], {name: buffer[0] for name, buffer in buffers.items()}
+    params = {name: p.detach() for name, p in params.items()}
+
+    def along(tangent: Params) -> tuple[Tensor, Tensor, Params]:
+        return jvp(evaluate, (params,), (tangent,), has_aux=True)
+
+    with _named_refusal(), torch.enable_grad():
+        if len(next(iter(tangents.values()))) == 1:
+            tangent = {name: v[0] for name, v in tangents.items()}
+            is_plain = not is_transformed() and not isinstance(objective, ModelLoss)
+            loss, jvps, buffers = _function_along(objective, params, tangent) if is_plain else along(tangent)
+            jvps = jvps.reshape(1)
+        else:  # randomness="same": one Dropout mask for all tangents, in every chunk
+            losses, jvps, buffers = vmap(along, randomness="same", chunk_size=chunk_size)(tangents)
+            loss, buffers = losses[0], {name: buffer[0] for name, buffer in buffers.items()}
     _keep_buffers(objective, buffers)
     return loss, jvps
 
 
-def _jvp(evaluate: Callable, params: Params, tangent: Params) -> tuple[Tensor, Tensor, Params]:
-    # torch.func.jvp with the overhead of the functional wrappers left out where nothing needs them: half the time of a
-    # step on the smallest models, as torch.autograd.grad is against torch.func.grad in backprop_gradient.
-    if is_transformed():
-        return jvp(evaluate, (params,), (tangent,), has_aux=True)
+def _function_along(objective: Objective, params: Params, tangent: Params) -> tuple[Tensor, Tensor, Params]:
+    # torch.func.jvp without the overhead of its wrappers: half the time of a step on the smallest objectives.
     with forward_ad.dual_level():
-        dual = {name: forward_ad.make_dual(p, tangent[name]) for name, p in params.items()}
-        loss, buffers = evaluate(dual)
+        duals = {name: forward_ad.make_dual(p.detach(), tangent[name]) for name, p in params.items()}
+        with ForwardMode(duals):
+            loss = check_scalar(objective(duals))
         loss, derivative = forward_ad.unpack_dual(loss)
-        buffers = {name: forward_ad.unpack_dual(buffer).primal for name, buffer in buffers.items()}
-    return loss, torch.zeros_like(loss) if derivative is None else derivative, buffers
+    return loss.detach(), torch.zeros_like(loss) if derivative is None else derivative.detach(), {}
+
+
+@contextmanager
+def _named_refusal() -> Iterator[None]:
+    # Torch's own messages name the function, and advise to file a feature request.
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        first = str(error).partition("\n")[0]
+        if not isinstance(error, NotImplementedError) and "jvp" not in first:
+            raise
+        raise NotImplementedError(
+            f"torch has no forward derivative for a function of this objective: {first} Write that function by others "
+            f"that have one, give its torch.autograd.Function a `jvp`, or use backprop_gradient."
+        ) from error
+
+
+def _own(objective: Objective, params: Params) -> Params | None:
+    return objective.own(params) if isinstance(objective, ModelLoss) else None
+
+
+@contextmanager
+def _placed(objective: Objective, leaves: Params, *, is_own: bool) -> Iterator[Callable[[], Tensor]]:
+    # Yield the loss as a function of nothing, with the leaves in the places of the model's parameters.
+    if not isinstance(objective, ModelLoss):
+        yield lambda: check_scalar(objective(leaves))
+    elif is_own:
+        yield lambda: check_scalar(objective.run())
+    else:
+        objective.check_names(leaves)
+        with swapped(objective.model, leaves, {}):
+            yield lambda: check_scalar(objective.run())
+
+
+@contextmanager
+def _requiring_grad(leaves: Params) -> Iterator[None]:
+    frozen = [p for p in leaves.values() if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_()
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def _with_buffers(objective: Objective) -> Callable[[Params], tuple[Tensor, Params]]:
     evaluate = objective.with_buffers if isinstance(objective, ModelLoss) else lambda params: (objective(params), {})
 
     def checked(params: Params) -> tuple[Tensor, Params]:
-        loss, buffers = evaluate(params)
+        with ForwardMode(params):
+            loss, buffers = evaluate(params)
         return check_scalar(loss), buffers
 
     return checked

@@ -57,9 +57,9 @@ class ModelLoss(ABC):
 
     The estimators evaluate it in one of two ways. Where ``params`` are the model's own tensors, as :func:`params_of`
     returns them, the model runs as it is (:meth:`run`), so its buffers, hooks and counters change as in one forward
-    pass of ordinary training. Elsewhere ``params`` and copies of the buffers take the places of the model's tensors for the
-    duration of the call (:meth:`with_buffers`), and the estimator writes the buffers back once (:meth:`set_buffers`).
-    Dropout draws one mask per estimate, shared by all tangents.
+    pass of ordinary training. Elsewhere ``params`` and copies of the buffers take the places of the model's tensors
+    for the duration of the call (:meth:`with_buffers`), and the estimator writes the buffers back once
+    (:meth:`set_buffers`). Dropout draws one mask per estimate, shared by all tangents.
 
     Calling the objective returns the loss and leaves the model as it was.
     """

@@ -82,7 +82,8 @@ def evaluate(
     try:
         with torch.no_grad():
             logits = torch.cat([functional_call(model, params, (part,)) for part in inputs.split(batch_size)])
-            return F.cross_entropy(logits, targets), (logits.argmax(1) != targets).sum()
+            is_wrong = (logits.argmax(1) != targets) | logits.isnan().any(1)  # the argmax of nan is a class, too
+            return F.cross_entropy(logits, targets), is_wrong.sum()
     finally:
         for module, mode in modes:
             module.training = mode
@@ -304,13 +305,14 @@ def _train_group(
         with clock:
             estimate: GradientEstimate = estimate_rows(params)
         recent.append(estimate.loss.reshape(-1).tolist())
-        has_diverged = not all(math.isfinite(recent[-1][row]) for row, i in enumerate(rows) if i in running)
-        if has_diverged and not is_due:
-            evaluated = evaluate_all(params, data.test_inputs, data.test_targets, task.test_batch_size)
-        if is_due or has_diverged:
+        recorded = [(row, i) for row, i in enumerate(rows) if i in running]
+        if not is_due:  # only a seed whose loss is no longer finite: the others keep to the schedule
+            recorded = [(row, i) for row, i in recorded if not math.isfinite(recent[-1][row])]
+        if recorded:
+            if not is_due:
+                evaluated = evaluate_all(params, data.test_inputs, data.test_targets, task.test_batch_size)
             test_loss, test_errors = (t.reshape(-1).tolist() for t in evaluated)
-            of_running = [(row, i) for row, i in enumerate(rows) if i in running]
-            for row, i in of_running:
+            for row, i in recorded:
                 run = runs[i]
                 run.train_loss.append(sum(losses[row] for losses in recent) / len(recent))
                 run.test_loss.append(test_loss[row])
@@ -321,10 +323,10 @@ def _train_group(
                     # Set aside at the moment it stops; what the stack goes on to do with its row is never read.
                     ends[i] = {name: p[row].clone() if many else p.clone() for name, p in params.items()}
                     running.remove(i)
-            recent.clear()
             if is_due:
+                recent.clear()
                 session.after_evaluation(is_finite=math.isfinite(runs[0].train_loss[-1] + runs[0].test_loss[-1]))
-            for _, i in of_running:
+            for _, i in recorded:
                 task.on_evaluation(runs[i])
         if not running:
             break
@@ -423,9 +425,14 @@ def _step(optimizer: Optimizer, params: Params, grads: Params) -> None:
 def _plain_sgd(optimizer: Optimizer) -> float | None:
     # Its learning rate, if its step is nothing but p -= learning_rate * grad.
     group, *others = optimizer.param_groups
-    if type(optimizer) is not torch.optim.SGD or others:
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    if type(optimizer) is not torch.optim.SGD or others or hooks or _global_hooks():
         return None
     return None if group["momentum"] or group["weight_decay"] or group["maximize"] else group["lr"]
+
+
+def _global_hooks() -> bool:
+    return bool(torch.optim.optimizer._global_optimizer_pre_hooks or torch.optim.optimizer._global_optimizer_post_hooks)
 
 
 def _status(loss: float, threshold: float | None, is_last: bool) -> str:

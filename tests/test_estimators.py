@@ -192,8 +192,9 @@ def test_forward_gradient_builds_no_graph(objective):
     seen = []
 
     def watched(params):
-        seen.append(torch.is_grad_enabled())
-        return objective(params)
+        loss = objective(params)
+        seen.append(loss.requires_grad)
+        return loss
 
     forward_gradient(watched, dict(objective.model.named_parameters()), tangents="normal")
     assert seen == [False]
@@ -504,9 +505,7 @@ def test_projection_depends_on_the_span_alone(num_params, num_tangents, seed):
 def test_refuses_bad_options(objective, params):
     with pytest.raises(ValueError, match="num_tangents must be a whole number of at least 1, got 0"):
         forward_gradient(objective, params, num_tangents=0, tangents="normal")
-    with pytest.raises(
-        ValueError, match="tangents must be one of 'normal', 'rademacher', 'orthonormal', 'rank-one', got"
-    ):
+    with pytest.raises(ValueError, match=r"tangents must be one of 'normal', 'rademacher', .*'activity', got"):
         forward_gradient(objective, params, tangents="gaussian")
     with pytest.raises(ValueError, match="blocks must be one of 'joint', 'parameter', got 'layer'"):
         forward_gradient(objective, params, blocks="layer", tangents="normal")
@@ -537,7 +536,7 @@ def test_a_non_finite_loss_is_returned_not_hidden(name):
 
 
 def test_refuses_a_name_that_the_model_has_not(objective, params):
-    with pytest.raises(ValueError, match=r"params has 'wieght', which the model has not; it has 0\.weight, 0\.bias"):
+    with pytest.raises(ValueError, match=r"params has 'wieght', .*; it has 0\.weight, 0\.bias"):
         forward_gradient(objective, {**params, "wieght": torch.zeros(2)}, tangents="normal")
 
 

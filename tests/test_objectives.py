@@ -9,6 +9,7 @@ from torch import nn
 
 from fwdlib.objectives import (
     BatchLoss,
+    ClosureLoss,
     as_objective,
     assign_gradients,
     beale,
@@ -155,3 +156,61 @@ def test_forward_and_reverse_mode_agree_on_them(name):
 def test_a_wrong_shape_is_named(name, shape, wanted):
     with pytest.raises(ValueError, match=f"{name} takes a point of {wanted}"):
         FUNCTIONS[name](torch.zeros(shape))
+
+
+# losses by closure, and models that are left as they were
+
+
+class Ema(nn.Module):
+    """A model that assigns a buffer, in place of changing it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(4))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        h = self.first(x)
+        with torch.no_grad():
+            self.mean = 0.9 * self.mean + 0.1 * h.mean(0)
+        return self.second(h - self.mean)
+
+
+def test_a_closure_loss_is_the_loss_of_the_closure():
+    model, inputs, targets = nn.Linear(4, 3), torch.randn(5, 4), torch.randint(0, 3, (5,))
+    closed = ClosureLoss(model, lambda: F.cross_entropy(model(inputs), targets))
+    params = {name: torch.randn_like(p) for name, p in params_of(model).items()}
+    assert torch.equal(closed(params), BatchLoss(model, inputs, targets)(params))
+
+
+def test_calling_an_objective_leaves_a_model_that_assigns_a_buffer_as_it_was():
+    model = Ema()
+    before = dict(model.named_buffers()), dict(model.named_parameters())
+    objective = BatchLoss(model, torch.randn(6, 5), torch.randint(0, 3, (6,)))
+    _, buffers = objective.with_buffers({name: p + 1 for name, p in params_of(model).items()})
+    assert buffers["mean"].any()
+    assert not model.mean.any()
+    for now, then in zip((dict(model.named_buffers()), dict(model.named_parameters())), before, strict=True):
+        assert all(now[name] is then[name] for name in then)
+
+
+def test_a_shared_module_is_swapped_once():
+    shared = nn.PReLU()
+    model = nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared)
+    objective = BatchLoss(model, torch.randn(5, 4), torch.randint(0, 4, (5,)))
+    weight = shared.weight
+    at_zero = objective({**params_of(model), "1.weight": torch.zeros(1)})
+    assert shared.weight is weight
+    with torch.no_grad():
+        weight.zero_()
+        assert torch.equal(objective.run(), at_zero)
+
+
+def test_a_model_is_left_as_it_was_when_its_forward_raises():
+    model = nn.Linear(4, 3)
+    weight = model.weight
+    with pytest.raises(RuntimeError):
+        BatchLoss(model, torch.randn(5, 7), torch.zeros(5).long())(params_of(model))
+    assert model.weight is weight

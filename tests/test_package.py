@@ -27,6 +27,7 @@ CORE = (
     "archives",
     "data",
     "tangents",
+    "forward_mode",
     "objectives",
     "estimators",
     "models",

@@ -14,7 +14,7 @@ from fwdlib.data import Dataset, Source
 from fwdlib.estimators import GradientEstimate, backprop_gradient, forward_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
 from fwdlib.objectives import BatchLoss, params_of
-from fwdlib.stacked.perturbations import Gradients
+from fwdlib.stacked.gradients import Gradients
 from fwdlib.training import OPTIMIZERS, evaluate, make_optimizer
 
 SEEDS = (3, 0, 5)
@@ -142,6 +142,35 @@ def test_the_others_of_a_stack_go_on_when_one_diverges(train):
     assert 0 < history.runs[1].iterations < 12
     assert len(history.runs[1].train_loss) == history.runs[1].iterations + 1
     assert_same_runs(history, train(stacked=False, **options))
+
+
+@pytest.mark.parametrize("every", [3, 7])
+def test_a_seed_that_diverges_leaves_the_schedule_of_the_others_alone(train, every):
+    options = {"build": Exploding, "learning_rate": 0.05, "max_iterations": 40, "seeds": SEEDS, "threshold": 0.9}
+    together, alone = (train(stacked=s, evaluate_every=every, **options) for s in (True, False))
+    assert together.runs[1].status == "diverged"
+    assert together.runs[1].iterations % every
+    assert_same_runs(together, alone)
+    assert all(run.iterations % every == 0 for run in together.runs if run.status == "reached")
+
+
+def test_logits_that_are_nan_are_misclassified():
+    model = nn.Linear(2, 3)
+    params = {"weight": torch.full((3, 2), math.nan), "bias": torch.zeros(3)}
+    assert evaluate(model, params, torch.ones(5, 2), torch.zeros(5, dtype=torch.long))[1] == 5
+
+
+@pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
+def test_an_optimizer_with_hooks_runs_them_also_where_updates_come_from_factors(train, register):
+    calls = []
+
+    def make(params):
+        optimizer = torch.optim.SGD(params, lr=0.01)
+        getattr(optimizer, register)(lambda *args: calls.append(1))
+        return optimizer
+
+    train(MLP, forward_gradient, learning_rate=None, optimizer=make, max_iterations=3)
+    assert len(calls) == 3
 
 
 # a stack and single runs

@@ -21,7 +21,7 @@ from fwdlib.checks import check_choice, check_count
 from fwdlib.estimators import forward_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
-from fwdlib.stacked.estimator import SGDStep
+from fwdlib.stacked.step import SGDStep
 
 LEARNING_RATE = 1e-9
 METHODS = ("backprop", "forward gradient", "rank-one", "per-example", "activity")  # as plotting.METHODS calls them

@@ -33,7 +33,7 @@ from fwdlib.bench import links
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.models import fully_connected, initialise
 from fwdlib.objectives import BatchLoss, params_of
-from fwdlib.stacked.perturbations import Gradients
+from fwdlib.stacked.gradients import Gradients
 from fwdlib.trainer.distributed import DataParallelGradient, prime_factors, processes, start
 from fwdlib.trainer.processes import Workers
 

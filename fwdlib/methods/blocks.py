@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fwdlib.stacked.dual import Pass
-from fwdlib.stacked.estimator import Dual
+from fwdlib.stacked.dual import Dual
+from fwdlib.stacked.forward_pass import Pass
 from fwdlib.stacked.perturbations import Perturbation
 from fwdlib.stacked.recording import Recording
 from fwdlib.tangents import Params, random_signs

@@ -1,7 +1,7 @@
-"""Recording: what a function of tensors does, replayed without the Python and the autograd engine around it.
+"""Recording: the kernels that a function of tensors runs, replayed without Python and the autograd engine.
 
-In a step of a small network it takes as long to find out what to compute as to compute a layer. What to compute is the
-same in every step, so it can be found out once.
+For small layers, dispatch overhead costs as much as the kernels. The kernels are the same in every step, so they are
+found once.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ VIEWS = (
     *(aten.alias.default, aten.t.default, aten.view.default, aten._unsafe_view.default),
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.select.int),
 )
-"""What gives other shapes and strides to the same memory; node.args[0] is whose."""
+"""Functions that view the memory of node.args[0] with other shapes and strides."""
 EMPTY = aten.empty.memory_format, aten.new_empty.default, aten.new_zeros.default
 MOST = 16
-"""Recordings that are kept; the oldest goes for a new one, or a key that is new in each step would fill the memory."""
+"""Number of recordings kept. A new one replaces the oldest, so a key that is new in each step cannot fill memory."""
 
 
 class Recording:
-    """Functions of tensors, recorded at the first call for each key and each layout, and from then on replayed.
+    """Functions of tensors, recorded at the first call for each key and layout, and replayed from then on.
 
-    What is replayed are torch's kernels, one after the other, those of a backward pass among them. Random numbers are
-    drawn anew, and what is changed in place is changed again. Everything that Python supplies on the way stays as it
-    was: which branch was taken, numbers such as a dropout's p or an option of the loss, hooks, modes such as autocast.
-    What of it may change belongs in the key. A branch on the values of a tensor cannot be recorded: torch raises.
+    A replay runs the recorded kernels of torch in order, those of a backward pass included. It draws new random numbers
+    and repeats every change in place. Everything that Python decides stays as recorded: the branch taken, numbers such
+    as the p of a dropout or an option of the loss, hooks, modes such as autocast. Put whatever of it can change into
+    the key. A branch on the values of a tensor cannot be recorded: torch raises.
 
     Example:
         >>> recording = Recording()
@@ -47,12 +47,12 @@ class Recording:
     def __call__(
         self, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, key: Hashable = None
     ) -> tuple[Tensor, ...]:
-        """Return what the function makes of the tensors.
+        """Return ``function(*tensors)``.
 
         Args:
-            function: looked at only where its recording is missing.
+            function: called only if there is no recording for this key yet.
             tensors: its arguments.
-            key: of the recording, beside shapes, strides, dtypes and devices of the tensors.
+            key: identifies the recording, together with the tensors' shapes, strides, dtypes and devices.
         """
         key = key, tuple([(x.shape, x.stride(), x.dtype, x.device) for x in tensors])
         replay = self._replays.get(key)
@@ -66,7 +66,7 @@ class Recording:
 def _record(function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...]) -> Replay:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    # On copies, and with random numbers of its own: recording runs the function, and is not yet the call.
+    # Recording runs the function once more than the call, so it works on copies and restores the random state.
     devices = {x.device for x in tensors if x.is_cuda}
     with torch.random.fork_rng(devices):
         module = make_fx(function)(*map(_copy, tensors))
@@ -75,7 +75,7 @@ def _record(function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, 
 
 
 def _simplify(graph: Graph) -> None:
-    # Without what computes nothing: a call of it takes half as long as one that adds two activations.
+    # Drop the calls that compute nothing: each takes half as long as adding two activations.
     for node in graph.nodes:
         source = node
         while source.target in VIEWS:
@@ -83,7 +83,7 @@ def _simplify(graph: Graph) -> None:
             if _layout(source) == _layout(node):
                 node.replace_all_uses_with(source)
     for node in reversed(graph.nodes):
-        is_mark = getattr(node.target, "namespace", "") == "profiler"  # an optimizer's, around its step
+        is_mark = getattr(node.target, "namespace", "") == "profiler"  # an optimizer marks its step for the profiler
         if is_mark or (node.target in (*VIEWS, *EMPTY) and not node.users):
             graph.erase_node(node)
 
@@ -94,7 +94,7 @@ def _layout(node: Node) -> tuple:
 
 
 def _compile(module: GraphModule) -> Replay:
-    # As torch.fx writes it, but torch.ops.aten.mm.default is one name, and that of the builtin which it would call.
+    # The code of torch.fx, with one name, bound to the builtin, for each chain such as torch.ops.aten.mm.default.
     code = module.graph.python_code("self")
     source, names = code.src, dict(code.globals)
     for kernel in {node.target for node in module.graph.nodes if isinstance(node.target, OpOverload)}:
@@ -105,5 +105,5 @@ def _compile(module: GraphModule) -> Replay:
 
 
 def _copy(x: Tensor) -> Tensor:
-    # With its strides: a flatten() that is a view of this layout may not be one of another.
+    # Keep the strides: flatten() is a view for some layouts and a copy for others.
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)

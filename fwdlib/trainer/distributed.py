@@ -40,8 +40,8 @@ from fwdlib.data import Dataset, fingerprint
 from fwdlib.estimators import Estimator, GradientEstimate
 from fwdlib.history import History
 from fwdlib.objectives import BatchLoss, own_params
-from fwdlib.stacked.dual import Pass
-from fwdlib.stacked.estimator import Dual, register_rule
+from fwdlib.stacked.dual import Dual
+from fwdlib.stacked.forward_pass import Pass, register_rule
 from fwdlib.tangents import Params
 from fwdlib.trainer.checkpoint import Part, differences
 from fwdlib.trainer.processes import ALONE, ToldElsewhereError, Workers, num_restarts, num_started

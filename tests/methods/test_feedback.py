@@ -20,7 +20,7 @@ from fwdlib.methods.feedback import (
 )
 from fwdlib.models import CNN, fully_connected
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
-from fwdlib.stacked.estimator import Dual
+from fwdlib.stacked.dual import Dual
 from fwdlib.training import make_optimizer, train
 
 SGD_ONE = make_optimizer("SGD", 1.0)  # with it the feedback becomes the last mean of d u^T

@@ -1,4 +1,4 @@
-"""Unbiased, and second moments that are the closed forms of the docstrings: within 5 sigma of 2000 draws."""
+"""Perturbations are unbiased and have the second moments of their docstrings, within 5 sigma of 2000 draws."""
 
 import math
 from functools import partial
@@ -53,7 +53,7 @@ def objective_of(build, targets=None, loss=F.cross_entropy):
 
 
 def estimates_of(objective, tangents, num_tangents=1):
-    """Return NUM_DRAWS independent estimates, (NUM_DRAWS, P): one generator for each, all of them in one vmap."""
+    """Return independent estimates, (NUM_DRAWS, P), each with its own generator, in one vmap."""
     draws = Replicates([torch.Generator().manual_seed(seed) for seed in range(NUM_DRAWS)])
     estimator = partial(
         forward_gradient,
@@ -78,14 +78,14 @@ def gradient(objective):
 
 
 def gradients_of_examples(objective):
-    """Return what each example adds to the gradient of the mean loss, (B, P)."""
+    """Return each example's contribution to the gradient of the mean loss, (B, P)."""
     parts = zip(objective.inputs.split(1), objective.targets.split(1), strict=True)
     found = [gradient(BatchLoss(objective.model, x, y, objective.loss)) for x, y in parts]
     return torch.stack(found) / len(found)
 
 
 def activity_variance(objective):
-    """The closed form: for each layer and example its map M_n from outputs to parameters, written out as a matrix."""
+    """Compute the closed form, with the map M_n from outputs to parameters of each layer and example as a matrix."""
     model, variance = objective.model, 0.0
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     for x, y in zip(objective.inputs.split(1), objective.targets.split(1), strict=True):
@@ -160,11 +160,11 @@ def test_the_square_of_a_rank_one_tangent_is_the_number_of_parameters():
         torch.testing.assert_close(flat(estimate.grads).square().sum(), len(flat(params)) * estimate.jvps[0] ** 2)
 
 
-# models that mix examples, or use a parameter otherwise than by one layer
+# models that mix examples, or use a parameter outside of a single layer
 
 
 class Normed(nn.Module):
-    """Few parameters, so that the bias of examples that are taken for independent would stand out of the noise."""
+    """It has few parameters, so that a bias from examples treated as independent would exceed the noise."""
 
     shape = (3, 2)
 
@@ -177,7 +177,7 @@ class Normed(nn.Module):
 
 
 class Positions(nn.Module):
-    """Its last reshape makes one axis of examples and positions; the loss is that of single positions."""
+    """The last reshape joins the axes of examples and positions; the loss is one of single positions."""
 
     shape = (3, 2, 2)
 
@@ -201,7 +201,7 @@ class Groups(nn.Module):
 
 
 class Words(nn.Module):
-    """An embedding that is the last layer as well, a learned scale, and a part of the loss that is the parameters'."""
+    """An embedding whose weight is also that of the last layer, with a learned scale."""
 
     shape = (3, 2)
 
@@ -226,7 +226,7 @@ class Twice(nn.Module):
 
 
 class Centred(nn.Module):
-    """A mean over everything goes back into the batch."""
+    """The mean over all entries is subtracted from each."""
 
     shape = (3, 2)
 
@@ -240,7 +240,7 @@ class Centred(nn.Module):
 
 
 class AllPairs(nn.Module):
-    """Broadcasting moves the axis of the examples to the last, and puts another as long in its place."""
+    """Broadcasting moves the axis of the examples to the end and puts another axis of the same length in its place."""
 
     shape = (3, 2)
 
@@ -253,7 +253,7 @@ class AllPairs(nn.Module):
 
 
 class Heads(nn.Module):
-    """As many heads as examples, and their axis is the first."""
+    """There are as many heads as examples, and axis 0 is the axis of the heads."""
 
     shape = (3, 2)
 
@@ -266,7 +266,7 @@ class Heads(nn.Module):
 
 
 class Conditioned(nn.Module):
-    """A layer that is applied to a parameter, without an axis of examples."""
+    """A layer is applied to a parameter, which has no axis of examples."""
 
     shape = (3, 2)
 
@@ -283,7 +283,7 @@ MODELS = [Normed, Positions, Groups, Words, Twice, Centred, AllPairs, Heads, Con
 
 @pytest.mark.parametrize("tangents", ["per-example", "activity"])
 @pytest.mark.parametrize("build", MODELS)
-def test_unbiased_where_examples_are_mixed_or_a_parameter_is_used_otherwise(build, tangents):
+def test_unbiased_if_examples_mix_or_a_parameter_is_used_outside_of_a_single_layer(build, tangents):
     objective = objective_of(build, torch.tensor([0, 1, 1, 0, 1, 0]) if build is Positions else None)
     assert_unbiased(estimates_of(objective, tangents), gradient(objective))
 
@@ -298,21 +298,21 @@ def penalised(logits, targets):
     "loss", [penalised, lambda x, y: F.cross_entropy(x, y, reduction="none").square().sum().sqrt()]
 )
 @pytest.mark.parametrize("tangents", ["per-example", "activity"])
-def test_unbiased_for_losses_that_are_no_mean_over_examples(loss, tangents):
+def test_unbiased_for_losses_that_are_not_a_mean_over_examples(loss, tangents):
     objective = objective_of(MLP, loss=loss)
     assert_unbiased(estimates_of(objective, tangents), gradient(objective))
 
 
 @pytest.mark.parametrize("weighting", [{"reduction": "sum"}, {"ignore_index": 1}, {"weight": torch.tensor([1.0, 3.0])}])
 def test_weights_of_examples_are_those_of_the_loss(weighting):
-    # the derivatives of the examples add up to that of the loss
+    # the derivatives of the examples sum to the derivative of the loss
     weighting = {key: value.double() if key == "weight" else value for key, value in weighting.items()}
     objective = objective_of(MLP, loss=partial(F.cross_entropy, **weighting))
     assert_unbiased(estimates_of(objective, "per-example"), gradient(objective))
 
 
 @pytest.mark.parametrize("tangents", ALL)
-def test_a_parameter_that_is_not_used_or_is_frozen_stays(tangents):
+def test_an_unused_or_frozen_parameter_has_no_gradient(tangents):
     objective = objective_of(MLP)
     model = objective.model
     model.idle = nn.Parameter(torch.ones(2, dtype=torch.float64))
@@ -320,11 +320,11 @@ def test_a_parameter_that_is_not_used_or_is_frozen_stays(tangents):
     objective = BatchLoss(model, objective.inputs, objective.targets)
     grads = forward_gradient(objective, params_of(model), tangents=tangents, engine="stacked").grads
     assert "first.bias" not in grads
-    assert tangents == "normal" or not grads["idle"].any()  # tangents that are given know nothing of the model
+    assert tangents == "normal" or not grads["idle"].any()  # normal tangents cover unused parameters, too
 
 
 @pytest.mark.parametrize("tangents", ALL)
-def test_factors_add_up_to_what_is_written_out(tangents):
+def test_adding_by_factors_equals_adding_the_full_gradients(tangents):
     objective = objective_of(CNN)
     params = params_of(objective.model)
     estimate = forward_gradient(objective, params, num_tangents=2, tangents=tangents, engine="stacked")

@@ -1,4 +1,4 @@
-"""Recordings: what is replayed is what the function does, each time anew."""
+"""Recordings: a replay does what the function does."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_branch_belongs_in_the_key(is_double):
     assert torch.equal(recording(maybe_double, x, key=not is_double)[0], first[0])
 
 
-def test_old_recordings_make_room():
+def test_a_new_recording_replaces_the_oldest():
     recording, calls = Recording(), []
 
     def function(x):
@@ -65,7 +65,7 @@ def test_old_recordings_make_room():
 
     for key in [*range(MOST + 1), MOST, 0]:
         recording(function, torch.ones(1), key=key)
-    assert len(calls) == MOST + 2  # the first one made room, and is recorded again
+    assert len(calls) == MOST + 2  # the first recording was dropped and made again
 
 
 def test_another_layout_is_another_recording():
@@ -81,11 +81,11 @@ def test_another_layout_is_another_recording():
         assert torch.equal(found, x.flatten(1) + 1)
 
 
-def test_what_computes_nothing_is_left_out_and_nothing_else():
+def test_only_calls_that_compute_nothing_are_left_out():
     recording, drawn = Recording(), torch.zeros(2, 3)
 
     def function(x, drawn):
-        drawn.copy_(torch.rand(2, 3))  # of no use to the result, and still to be done
+        drawn.copy_(torch.rand(2, 3))  # does not change the result, but must still run
         torch.rand(5)
         x.new_zeros(4)
         across = x.t()

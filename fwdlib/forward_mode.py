@@ -1,0 +1,155 @@
+"""Torch's forward mode, made to follow what a model does for reverse mode.
+
+A model is written for backprop: it cuts gradients by ``torch.no_grad()``, asks parameters whether they require a
+gradient, calls fused kernels that have a backward pass and no forward derivative. :class:`ForwardMode` translates these
+for both engines, so that a directional derivative is backprop's gradient along the tangent.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from fwdlib.tangents import Params
+
+REQUIRES_GRAD = Tensor.requires_grad.__get__
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Compute ``torch._weight_norm`` by functions that have a forward derivative."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+_with_math = functools.partial(sdpa_kernel, SDPBackend.MATH)
+CONTEXTS: dict[Callable, Callable[[], AbstractContextManager]] = {
+    # function -> a context in which torch computes it by kernels that have a forward derivative
+    F.scaled_dot_product_attention: _with_math,
+    F.multi_head_attention_forward: _with_math,
+    torch.lstm: _without_mkldnn,
+}
+REPLACEMENTS: dict[Callable, Callable] = {torch._weight_norm: weight_norm}
+
+
+class ForwardMode(TorchFunctionMode):
+    """A context for a forward pass with tangents.
+
+    - ``torch.no_grad()`` inside the model cuts tangents as it cuts gradients.
+    - Parameters with a tangent say that they require a gradient, although no tape is kept for them.
+    - Attention, LSTM and weight normalisation are computed by kernels that have a forward derivative.
+
+    Args:
+        params: parameter by name; the tensors themselves, as the model uses them.
+    """
+
+    def __init__(self, params: Params) -> None:
+        super().__init__()
+        self._ids = {id(p) for p in params.values()}
+        self._cuts = False
+
+    def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Call ``func``, translated."""
+        if func is torch._C._set_grad_enabled:
+            self._follow(*args)
+        elif func == REQUIRES_GRAD and id(args[0]) in self._ids:
+            return True
+        elif func in CONTEXTS:
+            with CONTEXTS[func]():
+                return func(*args, **(kwargs or {}))
+        func = REPLACEMENTS.get(func, func)
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _follow(self, enabled: bool) -> None:
+        # A torch.autograd.Function switches forward mode off by itself: only what we have cut is ours to join again.
+        if not enabled and torch._C._is_fwd_grad_enabled():
+            self._cuts = True
+            torch._C._set_fwd_grad_enabled(False)
+        elif enabled and self._cuts:
+            self._cuts = False
+            torch._C._set_fwd_grad_enabled(True)
+
+    def __exit__(self, *exc: object) -> None:
+        """Leave the context."""
+        super().__exit__(*exc)
+        self._follow(True)
+
+
+@contextmanager
+def without_tape(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Switch grad mode on, as a model expects it in training, without a tape for the parameters.
+
+    So ``torch.autograd.grad`` and ``torch.enable_grad`` inside a model work, and the rest keeps no activations.
+    """
+    trainable = [p for p in parameters if p.requires_grad]
+    try:
+        for p in trainable:
+            p.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def tangents_on(own: Params, tangent: Params) -> Iterator[None]:
+    """Give a model's own parameters a tangent, for as long as the context lasts.
+
+    An in-place copy of a dual onto a tensor gives the tensor itself the tangent, so nothing in the model is replaced.
+
+    Args:
+        own: the model's parameters.
+        tangent: a tensor of the same shape for each.
+    """
+    with forward_ad.dual_level():
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(forward_ad.make_dual(p.detach(), tangent[name]))
+        yield
+
+
+class Rewind:
+    """The state that a forward pass advances: random numbers and a model's buffers. :meth:`__call__` restores it.
+
+    Args:
+        model: whose buffers count.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._slots = [
+            (module._buffers, leaf, buffer, None if buffer is None else buffer.clone())
+            for module in model.modules()
+            for leaf, buffer in module._buffers.items()
+        ]
+        self._cpu = torch.get_rng_state()
+        devices = {t.device for _, _, t, _ in self._slots if t is not None} | {p.device for p in model.parameters()}
+        self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices if device.type == "cuda"]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Restore."""
+        for buffers, leaf, buffer, value in self._slots:
+            buffers[leaf] = buffer
+            if buffer is not None:
+                buffer.copy_(value)
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda:
+            torch.cuda.set_rng_state(state, device)

@@ -1,0 +1,32 @@
+"""Rules of functions without a derivative: their results are constants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fwdlib.stacked.dual import primals_of
+from fwdlib.stacked.forward_pass import Pass, register_rule
+
+
+def _constant(*functions: Callable) -> None:
+    """Register functions whose results are constants: they get the primals alone."""
+    for function in functions:
+
+        def rule(run: Pass, *args: Any, _function: Callable = function, **kwargs: Any) -> Any:
+            return _function(*primals_of(args), **primals_of(kwargs))
+
+        register_rule(function)(rule)
+
+
+_constant(torch.argmax, Tensor.argmax, torch.argmin, Tensor.argmin, torch.argsort, Tensor.argsort)
+_constant(torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne, torch.isnan, torch.isinf, torch.isfinite)
+_constant(Tensor.gt, Tensor.ge, Tensor.lt, Tensor.le, Tensor.eq, Tensor.ne, Tensor.isnan, Tensor.isinf, Tensor.isfinite)
+_constant(Tensor.__gt__, Tensor.__ge__, Tensor.__lt__, Tensor.__le__, Tensor.__eq__, Tensor.__ne__)
+_constant(Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.item, Tensor.tolist, Tensor.numpy)
+_constant(Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__format__, Tensor.__repr__)
+_constant(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like)
+_constant(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor, Tensor.stride)

@@ -1,0 +1,81 @@
+"""Rules of losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fwdlib.stacked.dual import Dual
+from fwdlib.stacked.forward_pass import Pass, register_rule
+from fwdlib.stacked.rules.normalisation import log_softmax
+from fwdlib.stacked.rules.rows import dual_of
+
+
+@register_rule(F.cross_entropy)
+def cross_entropy(
+    run: Pass,
+    logits: Any,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    """Compute the log softmax and then the loss, which is linear in it."""
+    if target.is_floating_point() or label_smoothing or size_average is not None or reduce is not None:
+        return NotImplemented
+    log_probs = log_softmax(run, logits, min(1, logits.dim() - 1))
+    return nll_loss(run, log_probs, target, weight, None, ignore_index, None, reduction)
+
+
+@register_rule(F.nll_loss)
+def nll_loss(
+    run: Pass,
+    log_probs: Any,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Any:
+    """Apply the loss to all rows: it is linear in the log probabilities."""
+    stack = run.stack(log_probs)
+    if size_average is not None or reduce is not None or reduction not in ("mean", "sum", "none") or stack.dim() < 3:
+        return NotImplemented
+    options = {"weight": weight, "ignore_index": ignore_index}
+    if reduction != "none" and not run.perturbation.per_example:
+        return Dual(torch.stack([F.nll_loss(row, target, reduction=reduction, **options) for row in stack.unbind()]))
+    value = F.nll_loss(stack[0], target, reduction=reduction, **options)
+    rows = stack[1:].flatten(0, 1)
+    pieces = F.nll_loss(rows, target.repeat(len(stack) - 1, *[1] * (target.dim() - 1)), reduction="none", **options)
+    pieces = pieces.reshape(len(stack) - 1, *target.shape)
+    if reduction == "none":
+        return dual_of(value, pieces)
+    if reduction == "mean":
+        pieces = pieces / F.nll_loss(stack[0].new_full(stack.shape[1:], -1), target, reduction="sum", **options)
+    pieces = pieces.flatten(2).sum(2) if pieces.dim() > 2 else pieces
+    return dual_of(value, run.split_examples(pieces) if run.is_batch(log_probs) else pieces.sum(1))
+
+
+@register_rule(F.mse_loss)
+def mse_loss(
+    run: Pass,
+    x: Any,
+    target: Any,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    weight: Any = None,
+) -> Any:
+    """Compute the loss by its formula."""
+    if size_average is not None or reduce is not None or weight is not None or x.shape != target.shape:
+        return NotImplemented
+    with run:
+        squares = torch.square(x - target)
+        return squares.mean() if reduction == "mean" else squares.sum() if reduction == "sum" else squares
