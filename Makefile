@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+SITE   := build/site
 PIP    := $(RUN) -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -36,9 +37,9 @@ page: $(STAMP)  ## draw the figures and the page again from the saved results
 	@$(RUN) -m report --only-render
 
 site: $(STAMP)  ## make build/site: the notebooks as pages, the API reference and the committed report; a warning is an error
-	@rm -rf build/site build/jupyter_execute
-	@$(RUN) -m sphinx --quiet --fail-on-warning --keep-going -d build/site/.doctrees report/site build/site
-	@echo build/site/index.html
+	@rm -rf $(SITE) $(dir $(SITE))jupyter_execute
+	@$(RUN) -m sphinx --quiet --fail-on-warning --keep-going -d $(SITE)/.doctrees report/site $(SITE)
+	@echo $(SITE)/index.html
 
 evidence: $(STAMP)  ## run every study of the report again in a short form, into evidence/: half an hour (ARGS="--scheduler tcp://...")
 	@$(RUN) -m report.evidence $(ARGS)
@@ -50,7 +51,7 @@ test: $(STAMP)  ## run the tests, and every notebook in quick mode
 	@$(RUN) -m pytest -n 2 --dist loadfile
 	@FWDLIB_QUICK=1 $(RUN) -m pytest -n 2 --dist loadfile -o addopts=--nbval-cell-timeout=120 --nbval-lax notebooks
 
-test-browser: $(STAMP)  ## look at the pages, and run a notebook in JupyterLab, in headless Chromium (installed by apt)
+test-browser: site  ## look at the pages, and run a notebook in JupyterLab, in headless Chromium (installed by apt)
 	@tests/browser.sh $(RUN)
 
 lint: $(STAMP)  ## check style and documentation

@@ -1,7 +1,7 @@
 """Sphinx's configuration of the course site; `make site` builds it into ``build/site/``.
 
-The pages are the committed notebooks (``notebooks/`` is a link to the real ones, and nothing is executed), an API reference
-from the docstrings of whatever modules there are, and the committed report. Nothing is loaded from a network.
+The pages are the committed notebooks, a reference from the docstrings of all modules, and the committed
+report. ``notebooks/`` is a link to the real ones; nothing is executed. The pages load nothing from a network.
 """
 
 project = "Gradients without backpropagation"
@@ -30,4 +30,12 @@ html_theme = "sphinx_book_theme"
 html_title = project
 html_copy_source = True  # for the button that downloads a notebook
 html_show_copyright = False
-html_theme_options = {"use_download_button": True, "use_fullscreen_button": False, "show_toc_level": 2}
+html_theme_options = {
+    "navbar_persistent": [],  # the search is in the sidebar
+    "show_toc_level": 2,
+    "use_download_button": True,
+    "use_fullscreen_button": False,
+}
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system has it
+html_static_path = ["style"]
+html_css_files = ["course.css"]

@@ -1,4 +1,4 @@
-"""A Sphinx extension: alternative texts for the figures of notebooks, from the docstrings of the functions that drew them."""
+"""A Sphinx extension: alternative texts for the figures of notebooks, from the docstrings of their plot functions."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from sphinx.application import Sphinx
 REPORT = Path(__file__).parents[1]
 ROOT = REPORT.parent
 NOTEBOOK_LINK = re.compile(r'href="[^"]*?notebooks/([\w/]+)\.ipynb"')
+PDF_LINK = '<li><a href="report.pdf"'
 
 
 class Entry(NamedTuple):
@@ -45,10 +46,10 @@ def notebooks(folder: str) -> list[Entry]:
 
 
 def claim(text: str) -> str:
-    """Return the paragraph of a notebook's first cell that begins with "Claim.".
+    r"""Return the paragraph of a notebook's first cell that begins with "Claim.".
 
     Example:
-        >>> claim("# 1b\\n\\n**Claim.** As [1a](1a.ipynb), but *forward*.\\n\\nMore.")
+        >>> claim("# 1b\n\n**Claim.** As [1a](1a.ipynb), but *forward*.\n\nMore.")
         'As 1a, but *forward*.'
     """
     found = re.search(r"^\*\*Claim\.\*\* (.+?)(?:\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
@@ -63,7 +64,7 @@ def reference(package: str) -> str:
     """
     walk = pkgutil.iter_modules if package == "fwdlib" else pkgutil.walk_packages
     found = walk(importlib.import_module(package).__path__, f"{package}.")
-    modules = [name for _, name, is_package in found if not (package == "fwdlib" and is_package or "._" in name)]
+    modules = [name for _, name, is_package in found if not ((package == "fwdlib" and is_package) or "._" in name)]
     titles = [(name.removeprefix(f"{package}."), name) for name in sorted(modules)]
     sections = [f"{title}\n{'-' * len(title)}\n\n.. automodule:: {name}\n" for title, name in titles]
     return "\n".join([f".. automodule:: {package}\n   :no-members:\n", *sections])
@@ -90,7 +91,9 @@ def fill(app: Sphinx, document: str, source: list[str]) -> None:
 
 
 def mend_links(app: Sphinx, document: nodes.document) -> None:
-    """Make links between notebooks lead to their pages: MyST follows the link ``report/site/notebooks`` out of the sources.
+    """Make links between notebooks lead to their pages.
+
+    MyST resolves the symbolic link ``report/site/notebooks``, and so looks for the pages outside the site's sources.
 
     Args:
         app: Sphinx.
@@ -131,7 +134,7 @@ def keep_bars(parser: Inliner, match: re.Match[str], line: int) -> tuple[str, li
 
 
 def copy_report(app: Sphinx, error: Exception | None) -> None:
-    """Put the committed report beside the pages, its links to notebooks turned into links to their pages.
+    """Put the committed report beside the pages. It gets a link to them, and links to notebooks lead to their pages.
 
     Args:
         app: Sphinx.
@@ -140,6 +143,7 @@ def copy_report(app: Sphinx, error: Exception | None) -> None:
     if error is None:
         text = (REPORT / "report.html").read_text(encoding="utf-8")
         text = NOTEBOOK_LINK.sub(r'href="notebooks/\1.html"', text)
+        text = text.replace(PDF_LINK, f'<li><a href="index.html">The course</a></li>\n{PDF_LINK}', 1)
         (app.outdir / "report.html").write_text(text, encoding="utf-8")
         (app.outdir / "report.pdf").write_bytes((REPORT / "report.pdf").read_bytes())
 
