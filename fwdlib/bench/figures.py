@@ -11,7 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fwdlib.plotting import METHOD_STYLES, draw_band, legend_below, plain_decades, style_of, styled, write_stamp
+from fwdlib.history import Run
+from fwdlib.methods.history_figures import steps_of
+from fwdlib.plotting import (
+    METHOD_STYLES,
+    draw_band,
+    legend_below,
+    plain_decades,
+    plain_ticks,
+    style_of,
+    styled,
+    write_stamp,
+)
 from fwdlib.statistics import Interval, paired_ratio
 
 COST_MARKS = {"": ("o", 0.0), "channels_last": ("s", -0.22), "one graph": ("D", 0.22)}  # marker, and place in the row
@@ -25,7 +36,7 @@ def plot_cost(bench: dict[str, Any]) -> Figure:
     round by round. Left of the line at 1 is faster than backprop.
 
     Args:
-        bench: as :func:`fwdlib.bench.measuring.run` returns it, or read from its JSON file.
+        bench: as :func:`fwdlib.bench.benchmark.run` returns it, or read from its JSON file.
 
     Returns:
         A figure with a panel for each model, three in a row, all with the same logarithmic axis.
@@ -62,7 +73,7 @@ def plot_depth(bench: dict[str, Any], published: dict[str, Sequence[float]] | No
     """Draw time and peak memory of a training step over the number of layers: figure 6 of Baydin et al. 2022.
 
     Args:
-        bench: as :func:`fwdlib.bench.measuring.run` returns it, or read from its JSON file.
+        bench: as :func:`fwdlib.bench.benchmark.run` returns it, or read from its JSON file.
         published: ``layers``, ``R_f`` and ``R_b`` of the paper, drawn as thin grey lines.
 
     Returns:
@@ -117,6 +128,27 @@ def plot_durations(seconds: dict[str, Sequence[float]]) -> Figure:
     plain = ticker.FuncFormatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_major_formatter(plain)
     axes.xaxis.set_minor_formatter(plain if high / low < 5 else ticker.NullFormatter())
+    return figure
+
+
+@styled
+def plot_over_time(curves: dict[str, tuple[float, Run]]) -> Figure:
+    """Draw training losses over the seconds that the steps took.
+
+    Args:
+        curves: method -> the seconds that a step takes, and the run.
+
+    Returns:
+        A figure with one panel, both axes logarithmic. The value before the first step is not drawn.
+    """
+    figure = Figure(figsize=(7, 3))
+    axes = figure.subplots()
+    for name, (seconds, run) in curves.items():
+        axes.plot(seconds * steps_of(run), run.train_loss[1:], label=name, **style_of(name))
+    axes.set(xlabel="time spent in steps [s]", ylabel="training loss [nats]", xscale="log", yscale="log")
+    plain_ticks(axes)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.legend()
     return figure
 
 

@@ -1,6 +1,6 @@
-"""The test functions of optimization: functions of a point, with a known minimum.
+"""Test functions of optimization, whose minima are known.
 
-:func:`as_objective` makes of each of them an objective for the estimators.
+Each takes a point. :func:`as_objective` turns it into an objective for the estimators.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def beale(point: Tensor) -> Tensor:
 
 
 def rosenbrock(point: Tensor, a: float = 1.0, b: float = 100.0) -> Tensor:
-    r"""Evaluate the function of Rosenbrock (1960): a curved valley, whose floor falls gently and whose walls are steep.
+    r"""Evaluate the function of Rosenbrock (1960): a curved valley with a gentle floor and steep walls.
 
     .. math:: f(x) = \sum_{i=1}^{n-1} b\,(x_{i+1} - x_i^2)^2 + (a - x_i)^2
 
@@ -61,7 +61,7 @@ def rosenbrock(point: Tensor, a: float = 1.0, b: float = 100.0) -> Tensor:
     Args:
         point: shape (n,), n at least 2.
         a: where the minimum is.
-        b: how steep the walls are.
+        b: the steepness of the walls.
 
     Returns:
         A scalar.
@@ -75,12 +75,12 @@ def rosenbrock(point: Tensor, a: float = 1.0, b: float = 100.0) -> Tensor:
     """
     _check_point("rosenbrock", point, at_least=2)
     x, following = point[:-1], point[1:]
-    # By alpha: as a factor, b would be a tensor without a tangent, and that takes forward mode as long as all the rest.
+    # alpha=b, not b * ...: torch would wrap a factor in a tensor without a tangent, and that doubles the time of a jvp.
     return torch.add((a - x) ** 2, (following - x**2) ** 2, alpha=b).sum()
 
 
 def sphere(point: Tensor) -> Tensor:
-    r"""Evaluate the sum of squares, the function of which all is known: its Hessian is 2 I everywhere.
+    r"""Evaluate the sum of squares. Its Hessian is 2 I everywhere, so descent on it can be computed exactly.
 
     .. math:: f(x) = \sum_{i=1}^{n} x_i^2
 
@@ -105,11 +105,11 @@ def sphere(point: Tensor) -> Tensor:
 
 
 def styblinski_tang(point: Tensor) -> Tensor:
-    r"""Evaluate the function of Styblinski and Tang (1990): two valleys in each direction, one deeper than the other.
+    r"""Evaluate the function of Styblinski and Tang (1990): two valleys in each dimension, one deeper than the other.
 
     .. math:: f(x) = \frac12 \sum_{i=1}^{n} x_i^4 - 16 x_i^2 + 5 x_i
 
-    Minimum -39.16617 n at (-2.903534, ...); a component that went to the other side ends at 2.746803. Usual domain -5
+    Minimum -39.16617 n at (-2.903534, ...); a component that enters the other valley ends at 2.746803. Usual domain -5
     to 5 in each. Source: M. A. Styblinski & T.-S. Tang 1990, *Experiments in nonconvex optimization: stochastic
     approximation with function smoothing and simulated annealing*, Neural Networks 3.
 
@@ -127,7 +127,7 @@ def styblinski_tang(point: Tensor) -> Tensor:
         tensor(-39.1662)
     """
     _check_point("styblinski_tang", point)
-    quartic = torch.add(point**4, point**2, alpha=-16)  # alpha, as above
+    quartic = torch.add(point**4, point**2, alpha=-16)  # alpha: see rosenbrock
     return torch.add(quartic, point, alpha=5).sum() / 2
 
 

@@ -27,7 +27,7 @@ def plot_histories(histories: dict[str, History]) -> Figure:
     loss, error = figure.subplots(1, 2)
     for name, history in histories.items():
         style = style_of(name) | ({"linestyle": ":"} if ", " in name else {})
-        steps = _steps_of(history.runs[0])
+        steps = steps_of(history.runs[0])
         losses = np.array([run.train_loss[1:] for run in history.runs])
         errors = 100 / history.num_test * np.array([run.test_errors[1:] for run in history.runs])
         for axes, values in ((loss, losses), (error, errors)):
@@ -43,33 +43,12 @@ def plot_histories(histories: dict[str, History]) -> Figure:
     return figure
 
 
-@styled
-def plot_over_time(curves: dict[str, tuple[float, Run]]) -> Figure:
-    """Draw training losses over the seconds that the steps took.
-
-    Args:
-        curves: method -> the seconds that a step takes, and the run.
-
-    Returns:
-        A figure with one panel, both axes logarithmic. The value before the first step is not drawn.
-    """
-    figure = Figure(figsize=(7, 3))
-    axes = figure.subplots()
-    for name, (seconds, run) in curves.items():
-        axes.plot(seconds * _steps_of(run), run.train_loss[1:], label=name, **style_of(name))
-    axes.set(xlabel="time spent in steps [s]", ylabel="training loss [nats]", xscale="log", yscale="log")
-    plain_ticks(axes)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.legend()
-    return figure
-
-
 def draw_mean(axes: Axes, where: np.ndarray, seeds: np.ndarray, style: dict[str, Any], **options: Any) -> None:
     """Draw the mean of the rows of ``seeds``, and each row as a thin line."""
     axes.plot(where, seeds.T, **style | {"linestyle": "-", "linewidth": 0.5, "alpha": 0.4})
     axes.plot(where, seeds.mean(0), **style, **options)
 
 
-def _steps_of(run: Run) -> np.ndarray:
-    # The steps after which the values of its series were taken, without the value before the first step.
+def steps_of(run: Run) -> np.ndarray:
+    """Return the steps after which the values of a run were taken, without the value before the first step."""
     return np.minimum(run.every * np.arange(1, len(run.train_loss)), run.iterations)

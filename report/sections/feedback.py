@@ -43,7 +43,7 @@ def measured(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def curves(studies: dict[str, Any]) -> dict[str, dict[str, list[list[float]]]]:
-    """Return the errors over the epochs, as the figure takes them, without runs that diverged.
+    """Return the errors over the epochs as ``plot_test_errors`` takes them, without runs that diverged.
 
     Args:
         studies: as :func:`load` returns them.

@@ -58,7 +58,7 @@ def context(measured: dict[str, Any] | None) -> dict[str, Any] | None:
             }
         ratios = {name: paired_ratio(row["methods"]["BP"]["seconds"], row["methods"][name]["seconds"]) for name in PART}
         rows.append(row | {"methods": methods, "ratios": ratios})
-    off = {name: [row["methods"][name]["off"] for row in rows] for name in scaling.METHODS}
+    off = {name: [row["methods"][name]["off"] for row in rows] for name in scaling.NUM_TANGENTS}
     off = {name: [value for value in values if value] for name, values in off.items()}
     paper = _paper(measured)
     num_params = measured["rows"][0]["num_params"]
@@ -77,9 +77,11 @@ def context(measured: dict[str, Any] | None) -> dict[str, Any] | None:
         "paper": paper,
         "latency": PAPER_LATENCY,
         "mega": 1e6,
-        "num_steps": {name: scaling.num_steps(k, num_params) for name, k in scaling.METHODS.items()},
+        "num_steps": {name: scaling.num_steps(k, num_params) for name, k in scaling.NUM_TANGENTS.items()},
         "never": not any(
-            _even(row, name, scaling.num_steps(scaling.METHODS[name], num_params)) for row in paper for name in PART
+            _even(row, name, scaling.num_steps(scaling.NUM_TANGENTS[name], num_params))
+            for row in paper
+            for name in PART
         ),
         "descent": _descent(measured["descent"], paper),
         "ahead": {name: [row for row in paper if row["seconds"][name] < row["seconds"]["BP"]] for name in PART},

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from fwdlib.bench import links, scaling
+from fwdlib.bench import links, sharing
 from fwdlib.results import write_json
 from report.names import SCALING
 from report.studies.common import main, reopen
@@ -40,20 +40,20 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
         folder: of the results.
 
     Returns:
-        ``settings``, ``environment``, and ``rows``, as :func:`fwdlib.bench.scaling.measure` returns them;
+        ``settings``, ``environment``, and ``rows``, as :func:`fwdlib.bench.sharing.measure_step` returns them;
         ``obstacle``: why links could not be slowed, empty if they could.
 
     Raises:
         ValueError: if the file was made with other settings.
     """
     file = folder / SCALING
-    found = reopen(file, settings._asdict() | {"batch_size": scaling.BATCH_SIZE}, rows=[])
+    found = reopen(file, settings._asdict() | {"batch_size": sharing.BATCH_SIZE}, rows=[])
     found["obstacle"] = links.obstacle()
     there = {(row["count"], row["megabits"]) for row in found["rows"]}
     wanted = [(count, rate) for count in settings.counts for rate in settings.rates if count > 1 or rate is None]
     for count, rate in tqdm([each for each in wanted if each not in there], desc="scaling", unit="link"):
         if rate is None or not found["obstacle"]:
-            row = scaling.measure(count, rate, slow=rate is not None, num_rounds=settings.num_rounds)
+            row = sharing.measure_step(count, rate, slow=rate is not None, num_rounds=settings.num_rounds)
             found["rows"].append(row)
             write_json(file, found)
     return found

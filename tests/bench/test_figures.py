@@ -2,7 +2,8 @@
 
 import pytest
 
-from fwdlib.bench.figures import plot_cost, plot_depth, plot_durations
+from fwdlib.bench.figures import plot_cost, plot_depth, plot_durations, plot_over_time
+from fwdlib.history import Run
 from fwdlib.plotting import METHOD_STYLES
 
 PUBLISHED = {"layers": [1, 100], "R_f": [2.5, 4.2], "R_b": [4.6, 4.9]}
@@ -32,6 +33,11 @@ def make_bench(quick=False, num_models=2):
     }
 
 
+def make_run():
+    # evaluated after 0, 5, 10 and 12 steps
+    return Run(0, "completed", 12, [2.0, 1.0, 0.5, 0.25], every=5)
+
+
 def lines(axes):
     """The curves of a panel, without the empty ones that only stand in the legend."""
     return [line for line in axes.lines if len(line.get_xdata())]
@@ -40,6 +46,7 @@ def lines(axes):
 FIGURES = {
     "cost": lambda: plot_cost(make_bench()),
     "depth": lambda: plot_depth(make_bench(), PUBLISHED),
+    "over time": lambda: plot_over_time({"rank-one": (0.1, make_run())}),
     "durations": lambda: plot_durations({"backprop": [0.011, 0.012], "FDFA": [0.013, 0.015]}),
 }
 
@@ -129,3 +136,13 @@ def test_depth_that_was_not_measured():
 def test_figures_of_a_quick_benchmark_are_stamped(draw):
     assert draw(make_bench()).get_suptitle() == ""
     assert draw(make_bench(quick=True)).get_suptitle() == "quick mode: not a result"
+
+
+def test_losses_over_time_are_at_the_seconds_that_the_steps_took():
+    run = make_run()
+    (axes,) = plot_over_time({"backprop": (0.1, run), "rank-one": (0.2, run)}).axes
+    first, second = lines(axes)
+    assert list(first.get_xdata()) == pytest.approx([0.5, 1.0, 1.2])
+    assert list(second.get_xdata()) == pytest.approx([1.0, 2.0, 2.4])
+    assert list(first.get_ydata()) == list(second.get_ydata()) == run.train_loss[1:]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("time spent in steps [s]", "training loss [nats]")

@@ -3,7 +3,7 @@
 import pytest
 
 from fwdlib.history import History, Run
-from fwdlib.methods.history_figures import plot_histories, plot_over_time
+from fwdlib.methods.history_figures import plot_histories
 from fwdlib.plotting import METHOD_STYLES
 
 NUM_TEST = 20
@@ -25,7 +25,6 @@ def lines(axes):
 
 FIGURES = {
     "histories": lambda: plot_histories({"backprop": make_history(), "FG-CV, no feedback": make_history()}),
-    "over time": lambda: plot_over_time({"rank-one": (0.1, make_history().runs[0])}),
 }
 
 
@@ -47,13 +46,3 @@ def test_histories_draw_each_seed_thin_and_their_mean_where_they_were_evaluated(
     assert lines(error)[5].get_color() == METHOD_STYLES["FG-CV"]["color"]
     assert lines(error)[5].get_linestyle() == ":"
     assert plot_histories({"DFA": make_history(1)}).axes[0].get_title(loc="left") == "Training loss, one seed"
-
-
-def test_losses_over_time_are_at_the_seconds_that_the_steps_took():
-    run = make_history().runs[0]
-    (axes,) = plot_over_time({"backprop": (0.1, run), "rank-one": (0.2, run)}).axes
-    first, second = lines(axes)
-    assert list(first.get_xdata()) == pytest.approx([0.5, 1.0, 1.2])
-    assert list(second.get_xdata()) == pytest.approx([1.0, 2.0, 2.4])
-    assert list(first.get_ydata()) == list(second.get_ydata()) == run.train_loss[1:]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("time spent in steps [s]", "training loss [nats]")

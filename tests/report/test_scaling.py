@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fwdlib.bench import links
-from fwdlib.bench.scaling import METHODS
+from fwdlib.bench.scaling import NUM_TANGENTS
 from fwdlib.results import write_json
 from report.names import SCALING
 from report.page import render
@@ -29,7 +29,7 @@ def row(count, megabits=None, slower=1.0):
             "bytes": 7_000_000 if name == "BP" else 592,
             "segments": 10,
         }
-        for name in METHODS
+        for name in NUM_TANGENTS
     }
     exchange = [0.001] * 9 if count > 1 else []
     return {"count": count, "megabits": megabits, "methods": methods, "exchange": exchange, "num_params": 10**6}
@@ -118,7 +118,7 @@ def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch):
         asked.append((count, rate, options["slow"]))
         return row(count, rate)
 
-    monkeypatch.setattr(study.scaling, "measure", measure)
+    monkeypatch.setattr(study.sharing, "measure_step", measure)
     monkeypatch.setattr(links, "obstacle", lambda: "")
     settings = study.SHORT._replace(counts=(1, 2), rates=(None, 100))
     study.measure(settings, tmp_path)

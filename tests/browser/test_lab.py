@@ -21,20 +21,13 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(os.environ.get("FWDLIB_BROWSER") != "1", reason="run by `make test-browser`"),
-]
+from tests.browser.chromium import FLAGS, MARKS, ROOT, wait_until
 
-NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+pytestmark = MARKS
+
+NOTEBOOKS = ROOT / "notebooks"
 NAME = "1b_logistic_forward.ipynb"
 EXERCISE = "tangents_needed"  # solved here with the notebook's own solution; the other one stays a stub
-TIMEOUT = 120  # seconds for opening, and for running all cells in quick mode
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1280,1000"
-)
-
 # What the page shows of the cells that are near the view: JupyterLab renders the others when they are scrolled to.
 READ_CELLS = """
 return [...document.querySelectorAll('.jp-Notebook .jp-Cell[data-windowed-list-index]')].map(cell => ({
@@ -54,16 +47,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def wait_until(what: str, condition, timeout: float = TIMEOUT):
-    """Return the first true value of ``condition()``."""
-    end = time.monotonic() + timeout
-    while not (value := condition()):
-        if time.monotonic() > end:
-            pytest.fail(f"waited {timeout:g} s in vain for {what}")
-        time.sleep(0.25)
-    return value
 
 
 def prepare(folder: Path) -> int:
