@@ -153,7 +153,7 @@ class Train:
     task: Group[settings.Task] = field(default_factory=settings.Task)
     method: Group[settings.Method] = field(default_factory=settings.Method)
     steps: Group[settings.Steps] = field(default_factory=settings.Steps)
-    running: Group[settings.Running] = field(default_factory=settings.Running)
+    running: Group[settings.Execution] = field(default_factory=settings.Execution)
 
     def run(self) -> int:
         """Train, and print the test accuracy.
@@ -177,7 +177,7 @@ class Train:
             runtime.use_determinism()
         try:
             record = experiment.run(asked)
-        except processes.ToldElsewhereError:
+        except processes.AlreadyReportedError:
             return 1
         except KeyboardInterrupt:
             if processes.num_started() > 1 and not processes.is_first():
@@ -248,10 +248,10 @@ class Bench:
         Raises:
             ValueError: if an option has a value that is not allowed.
         """
-        from fwdlib.bench import measuring
+        from fwdlib.bench import benchmark, table
         from fwdlib.results import write_json
 
-        found = measuring.run(
+        found = benchmark.run(
             device=self.device,
             models=self.models or None,
             batch=self.batch,
@@ -260,9 +260,9 @@ class Bench:
             quick=self.quick,
         )
         partial = bool(self.models) or not (self.memory and self.depth)
-        path = self.out or measuring.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
+        path = self.out or benchmark.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
         write_json(path, found)
-        print(measuring.text(found))
+        print(table.text(found))
         print(f"All numbers: {path}")
         return 0
 

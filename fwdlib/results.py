@@ -6,16 +6,19 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from fwdlib import runtime
 from fwdlib.atomic import write_bytes
-from fwdlib.data import Source
 from fwdlib.history import History, Run
 from fwdlib.statistics import Interval, median_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fwdlib.data import Source
 
 FORMAT = 1
 
@@ -125,6 +128,8 @@ def table(records: list[Record]) -> pd.DataFrame:
     Returns:
         Columns ``name, title, seed, status, iterations, train_loss, test_loss, test_errors, test_accuracy``.
     """
+    import pandas as pd  # half a second, which no figure needs
+
     rows = [
         {
             "name": record.name,
@@ -155,6 +160,8 @@ def summary(records: list[Record]) -> pd.DataFrame:
     Returns:
         A table of text, for display.
     """
+    import pandas as pd
+
     return pd.DataFrame({record.name: _summary_column(record) for record in records})
 
 

@@ -12,12 +12,16 @@ import textwrap
 import tomllib
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import platformdirs
-import torch
 
 from fwdlib.checks import check_choice, check_count, check_seed
+
+# torch takes seconds to import, and drawing figures or printing help does without it.
+if TYPE_CHECKING:
+    import torch
 
 # torch builds its table of forward-mode decompositions with its own deprecated torch.jit.script. Users cannot change
 # that.
@@ -59,6 +63,8 @@ def generator(seed: int, device: torch.device | str = "cpu", purpose: str = "tan
         device: where the numbers are drawn.
         purpose: any word that names the use.
     """
+    import torch
+
     mixed = np.random.SeedSequence(seed, spawn_key=tuple(purpose.encode())).generate_state(1, np.uint64)
     return torch.Generator(device=device).manual_seed(int(mixed[0]) >> 1)
 
@@ -69,6 +75,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     Raises:
         ValueError: if the name is unknown or this machine has no such device; the message lists its devices.
     """
+    import torch
+
     available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     available += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
@@ -78,6 +86,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def use_determinism() -> None:
     """Ask torch for deterministic kernels, so that one seed gives one result on one machine."""
+    import torch
+
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic, and torch warns
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.deterministic = True
@@ -178,6 +188,8 @@ def summary(seeds: list[int], device: torch.device | str = "cpu") -> str:
         seeds: of its runs.
         device: that it trains on.
     """
+    import torch
+
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     mode = "; quick mode: only to see that everything runs" if is_quick() else ""
@@ -199,6 +211,8 @@ def processor_name() -> str:
 
 def environment(device: torch.device | str = "cpu") -> dict[str, object]:
     """Return a description of this machine and its software, for the record of a result."""
+    import torch
+
     device = torch.device(device)
     return {
         "versions": versions(),

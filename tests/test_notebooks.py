@@ -137,6 +137,7 @@ def test_code_keeps_to_what_the_project_allows(path):
     for cell in code_cells(load(path)):
         assert "sys.path" not in cell.source
         assert "functorch" not in cell.source
+        assert not calls(tree(cell), "globals")
         for node in ast.walk(tree(cell)):
             loop = isinstance(node, (ast.For, ast.While, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp))
             assert not (loop and calls(node, "print")), f"printed inside a loop:\n{ast.unparse(node)}"
