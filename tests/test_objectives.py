@@ -68,6 +68,21 @@ def test_assign_gradients_says_what_is_wrong(model):
         assign_gradients(model, {"0.bias": torch.zeros(4)})
 
 
+class Ema(nn.Module):
+    """A model that assigns a buffer, in place of changing it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        h = self.first(x)
+        with torch.no_grad():
+            self.mean = 0.9 * self.mean + 0.1 * h.mean(0)
+        return self.second(h - self.mean)
+
+
 def test_a_closure_loss_is_the_loss_of_the_closure():
     model, inputs, targets = nn.Linear(4, 3), torch.randn(5, 4), torch.randint(0, 3, (5,))
     closed = ClosureLoss(model, lambda: F.cross_entropy(model(inputs), targets))
