@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.style
 import numpy as np
@@ -17,13 +17,16 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from torch import Tensor
 
 from fwdlib import runtime
 from fwdlib.checks import check_choice
-from fwdlib.data import PENGUIN_FEATURES, Dataset
 from fwdlib.history import Run
 from fwdlib.results import Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fwdlib.data import Dataset
 
 CURVES = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # for curves that are not methods; never beside METHOD_STYLES
 LINES = ("-", "--", "-.", ":")  # the line styles that go with CURVES
@@ -231,6 +234,8 @@ def plot_features(data: Dataset) -> Figure:
     Returns:
         A figure with two panels.
     """
+    from fwdlib.data import PENGUIN_FEATURES  # with torch, which no other figure needs
+
     figure = Figure(figsize=(7.5, 3))
     inputs, targets = data.train_inputs.cpu(), data.train_targets.cpu()
     for axes, (x, y) in zip(figure.subplots(1, 2), ((0, 1), (2, 3)), strict=True):

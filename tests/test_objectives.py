@@ -68,6 +68,9 @@ def test_assign_gradients_says_what_is_wrong(model):
         assign_gradients(model, {"0.bias": torch.zeros(4)})
 
 
+# losses by closure, and models that are left as they were
+
+
 class Ema(nn.Module):
     """A model that assigns a buffer, in place of changing it."""
 

@@ -36,7 +36,7 @@ def plot_cost(bench: dict[str, Any]) -> Figure:
     round by round. Left of the line at 1 is faster than backprop.
 
     Args:
-        bench: as :func:`fwdlib.bench.measuring.run` returns it, or read from its JSON file.
+        bench: as :func:`fwdlib.bench.benchmark.run` returns it, or read from its JSON file.
 
     Returns:
         A figure with a panel for each model, three in a row, all with the same logarithmic axis.
@@ -73,7 +73,7 @@ def plot_depth(bench: dict[str, Any], published: dict[str, Sequence[float]] | No
     """Draw time and peak memory of a training step over the number of layers: figure 6 of Baydin et al. 2022.
 
     Args:
-        bench: as :func:`fwdlib.bench.measuring.run` returns it, or read from its JSON file.
+        bench: as :func:`fwdlib.bench.benchmark.run` returns it, or read from its JSON file.
         published: ``layers``, ``R_f`` and ``R_b`` of the paper, drawn as thin grey lines.
 
     Returns:

@@ -18,9 +18,10 @@ from fwdlib.methods.feedback import (
     DirectKolenPollack,
     ForwardDirectFeedbackAlignment,
 )
-from fwdlib.models import CNN, fully_connected
+from fwdlib.models import CNN
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.stacked.dual import Dual
+from fwdlib.trainer.networks import fully_connected
 from fwdlib.training import make_optimizer, train
 
 SGD_ONE = make_optimizer("SGD", 1.0)  # with it the feedback becomes the last mean of d u^T

@@ -12,7 +12,7 @@ from fwdlib.stacked.forward_pass import Pass
 
 
 def dual_of(primal: Tensor, tangents: Tensor) -> Dual:
-    """Join a primal and its tangents, which must broadcast to (R, *primal.shape)."""
+    """Join a primal and its tangents, which must broadcast to ``(R, *primal.shape)``."""
     if tangents.shape[1:] != primal.shape:
         tangents = tangents.expand(-1, *primal.shape)
     if torch.is_grad_enabled():
