@@ -469,8 +469,8 @@ def test_trains_with_every_kind_of_estimator(blobs, estimator):
     assert history.stack_size == 1  # a ball is around all entries: seeds cannot share one
     assert all(run.test_errors[-1] <= 3 < run.test_errors[0] for run in history.runs)
     assert all(flat(params.values()).abs().sum() <= 20.0001 for params in history.params)
-    with pytest.raises(ValueError, match="stacked=True is not possible here: the optimizer is not one of the elem"):
-        train(build, blobs, ESTIMATORS[estimator], stacked=True, **options)
+    with pytest.raises(ValueError, match="together=True is not possible here: the optimizer is not one of the elem"):
+        train(build, blobs, ESTIMATORS[estimator], together=True, **options)
 
 
 def test_a_checkpoint_resumes_bit_for_bit(blobs, tmp_path):
