@@ -97,7 +97,7 @@ def figures(measured: dict[str, Any] | None) -> dict[str, Figure]:
         return {}
     return {
         "scaling-links": scaling_figures.plot_links(measured["rows"], scaling.predictions(measured["rows"])),
-        "scaling-workers": scaling_figures.plot_workers(_paper(measured)),
+        "scaling-workers": scaling_figures.plot_processes(_paper(measured)),
     }
 
 
