@@ -25,6 +25,8 @@ from fwdlib.runs.batch import finished, run_batch
 from fwdlib.runs.jobs import Job, failures
 from fwdlib.runs.places import PlaceError
 
+pytestmark = pytest.mark.slow  # starts processes
+
 NUM_JOBS = 24
 TELL = """\
 import json, os, time
