@@ -29,7 +29,7 @@ class Processes:
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross entropy over the shares of all processes, a scalar."""
-        import torch.nn.functional as F  # here, because figures use prime_factors() and need no torch
+        import torch.nn.functional as F  # only here: fwdlib.bench.scaling needs no torch
 
         return F.cross_entropy(logits, targets)
 

@@ -337,8 +337,9 @@ def test_a_build_leaves_the_checkout_alone(tmp_path):
         source = str(ROOT / "report" / "results" / f"{name}.json")
         copy_it = f"import os, shutil\nshutil.copy({source!r}, os.environ['FWDLIB_RESULTS'])"
         write_notebook(copy / "notebooks", name, copy_it)
-    timings = f"import json\ndef measure(*_, **__): return json.load(open({str(copy / 'report' / 'results' / TIMINGS)!r}))"
-    (copy / "report" / "studies" / "timings.py").write_text(timings)
+    taken = str(copy / "report" / "results" / TIMINGS)
+    code = f"import json\ndef measure(*_, **__):\n    return json.load(open({taken!r}))\n"
+    (copy / "report" / "studies" / "timings.py").write_text(code)
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
         subprocess.run([*git, *command], cwd=copy, check=True)

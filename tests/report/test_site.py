@@ -23,6 +23,8 @@ import pytest
 import fwdlib
 from report.site import descriptions, pages
 
+pytestmark = pytest.mark.slow  # starts processes
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "report" / "site"
 NOTEBOOKS = [
