@@ -52,7 +52,7 @@ def test_says_nothing_and_asks_for_nothing(view):
 def test_nothing_is_wider_than_the_screen(view):
     wide, inner = view.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert wide <= inner
-    out = """return [...document.querySelectorAll('img, figure, figcaption, h1, h2, h3, .table, pre')].filter(item => {
+    out = """return [...document.querySelectorAll('img, figure, figcaption, h1, h2, h3, div.table, pre')].filter(item => {
         const box = item.getBoundingClientRect();
         return item.checkVisibility() && (box.left < 0 || box.right > innerWidth + 0.5 || box.width === 0);
     }).map(item => item.outerHTML.slice(0, 120))"""
@@ -62,7 +62,8 @@ def test_nothing_is_wider_than_the_screen(view):
 
 
 def test_what_scrolls_sideways_is_in_reach_of_the_keyboard(view):
-    script = """return [...(document.querySelector('article') ?? document.querySelector('main')).querySelectorAll('*')].filter(item => item.checkVisibility()
+    script = """const text = document.querySelector('article') ?? document.querySelector('main');
+        return [...text.querySelectorAll('*')].filter(item => item.checkVisibility()
         && item.scrollWidth > item.clientWidth + 1
         && ['auto', 'scroll'].includes(getComputedStyle(item).overflowX)
         && !(item.tabIndex === 0 && item.role && item.ariaLabel)).map(item => item.outerHTML.slice(0, 120))"""
