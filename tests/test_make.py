@@ -84,6 +84,7 @@ def install(project: Path, *words: str) -> subprocess.CompletedProcess:
     return make(project, ".venv/.installed", f"PYTHON={sys.executable}", *words, environment=environment)
 
 
+@pytest.mark.slow  # makes a .venv: 10 s
 def test_torch_index_names_another_index_for_torch_and_torchvision_alone(project):
     """Its older builds are kept, its newer `leaf` is not seen, and what they require comes from the usual index."""
     wheels = ("torch", "8.0+cpu", "leaf"), ("torchvision", "7.0+cpu", "torch==8.0"), ("leaf", "2.0")
@@ -94,6 +95,7 @@ def test_torch_index_names_another_index_for_torch_and_torchvision_alone(project
     assert "nvidia==1.0" not in found
 
 
+@pytest.mark.slow  # makes a .venv: 10 s
 def test_a_torch_index_whose_builds_do_not_fit_together_is_an_error(project):
     wheels = ("torch", "8.0+cpu"), ("torchvision", "7.0+cpu", "torch==9.0")
     run = install(project, f"TORCH_INDEX={write_index(project.parent / 'cpu', *wheels)}")

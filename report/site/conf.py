@@ -39,3 +39,4 @@ html_theme_options = {
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system has it
 html_static_path = ["style"]
 html_css_files = ["course.css"]
+html_js_files = ["course.js"]

@@ -43,7 +43,9 @@ def show(driver, path: Path, size: str = "desktop", scheme: str = "light") -> No
     for log in ("performance", "browser"):
         driver.get_log(log)
     driver.get(path.as_uri())
-    driver.execute_async_script("const done = arguments[0]; requestAnimationFrame(() => setTimeout(done, 100))")
+    driver.execute_async_script("""const done = arguments[0];
+        (window.MathJax?.startup?.promise ?? Promise.resolve()).then(
+            () => requestAnimationFrame(() => setTimeout(done, 100)))""")
 
 
 def requests(driver) -> list[str]:

@@ -23,7 +23,7 @@ import pytest
 import fwdlib
 from report.site import descriptions, pages
 
-pytestmark = pytest.mark.slow  # starts processes
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "report" / "site"
@@ -85,7 +85,11 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def built(folder) -> dict[str, Page]:
     """Its pages by their paths."""
-    return {path.relative_to(folder).as_posix(): Page(path) for path in folder.rglob("*.html")}
+    return {
+        path.relative_to(folder).as_posix(): Page(path)
+        for path in folder.rglob("*.html")
+        if "_static" not in path.parts
+    }
 
 
 def page_of(path: Path) -> str:
