@@ -89,7 +89,7 @@ def _sum(run: Pass, function: Callable, x: Any, other: Any, alpha: float) -> Any
         return NotImplemented
     if run.has_tangents(x) and run.has_tangents(other):
         x, other, a, b = _both_rows(run, x, other)
-        if a.dtype == b.dtype:
+        if x.dtype == other.dtype:
             return Dual(function(a, b, alpha=alpha))
         return dual_of(function(x[0], other[0], alpha=alpha), function(a[1:], b[1:], alpha=alpha))
     if run.has_tangents(x):
@@ -122,9 +122,11 @@ def _rows_beside(run: Pass, x: Any, constant: Any) -> Tensor | None:
 
 def _both_rows(run: Pass, x: Any, other: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # The rows of both, and as many rows of both with as many axes, which broadcast against each other.
-    stacks = run.stack(x), run.stack(other)
-    num_axes = max(stack.dim() for stack in stacks) - 1
+    stacks = a, b = run.stack(x), run.stack(other)
+    num_axes = max(a.dim(), b.dim()) - 1
     spread = [_spread(run, value, stack, num_axes) for value, stack in zip((x, other), stacks, strict=True)]
+    if a.dtype != b.dtype:
+        spread = [stack.to(torch.promote_types(a.dtype, b.dtype)) for stack in spread]
     return *stacks, *(spread if len(spread[0]) == len(spread[1]) else same_rows(spread))
 
 

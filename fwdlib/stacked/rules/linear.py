@@ -92,14 +92,15 @@ def torch_embedding(
 @rule_of(torch._weight_norm)
 def weight_norm(run: Pass, v: Any, g: Any, dim: int = 0) -> Any:
     """Differentiate v g / |v|, where the norm is over all axes except ``dim``, or over all if it is -1."""
-    v, g = padded_rows(run, v), padded_rows(run, g)
-    if v.dim() < 3 or v.dim() != g.dim() or not -1 <= dim < v.dim() - 1:
+    v, scale = padded_rows(run, v), padded_rows(run, g)
+    g = with_axes(scale, v.dim() - 1)
+    if v.dim() < 3 or scale.dim() not in (1, v.dim()) or not -1 <= dim < v.dim() - 1:
         return NotImplemented
     axes = [axis for axis in range(1, v.dim()) if axis != dim + 1 or dim == -1]
     norm = torch.norm_except_dim(v[0], 2, dim)
     unit = v[0] / norm
     along = (unit * v[1:]).sum(axes, keepdim=True)
-    return dual_of(torch._weight_norm(v[0], g[0], dim), unit * g[1:] + (v[1:] - unit * along) * (g[0] / norm))
+    return dual_of(torch._weight_norm(v[0], scale[0], dim), unit * g[1:] + (v[1:] - unit * along) * (g[0] / norm))
 
 
 @rule_of(torch.matmul, Tensor.matmul, Tensor.__matmul__)

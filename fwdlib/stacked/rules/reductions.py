@@ -28,7 +28,8 @@ def sum_(run: Pass, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: to
 
 def _reduce(run: Pass, x: Any, dim: Any, keepdim: bool, dtype: torch.dtype | None, *, is_mean: bool) -> Any:
     if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
-        return NotImplemented
+        reduce = torch.mean if is_mean else torch.sum
+        return reduce(run.stack(x)[0], dim, keepdim, dtype=dtype)
     dims = [] if dim is None else dim if isinstance(dim, (tuple, list)) else [dim]
     if not all(isinstance(d, (int, np.integer)) for d in dims):
         return NotImplemented
