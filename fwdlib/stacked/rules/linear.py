@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fwdlib.stacked.dual import Dual, same_rows
 from fwdlib.stacked.forward_pass import Pass
-from fwdlib.stacked.rules.rows import dual_of, padded_rows, with_axes
+from fwdlib.stacked.rules.rows import dual_of, is_autocast, padded_rows, with_axes
 from fwdlib.stacked.rules.signatures import rule_of
 
 
@@ -26,7 +26,7 @@ def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(weight, Dual) or isinstance(bias, Dual):  # the weight is itself a result
         with run:
             product = torch.matmul(x, weight.transpose(-1, -2))
-            return product if bias is None else product + bias
+            return product if bias is None else product + (bias.to(product.dtype) if is_autocast(product) else bias)
     weight_name, bias_name = run.name_of(weight), run.name_of(bias)
     if not run.has_tangents(x):
         outputs = F.linear(x, weight, bias)

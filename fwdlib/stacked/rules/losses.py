@@ -32,6 +32,7 @@ def cross_entropy(
         return NotImplemented
     if run.has_tangents(weight) or logits.dim() == 1:
         return NotImplemented
+    logits = _as_in_losses(run, logits)
     log_probs = log_softmax(run, logits, 1)
     return nll_loss(run, log_probs, target, weight, None, ignore_index, None, reduction)
 
@@ -88,10 +89,15 @@ def mse_loss(
         return NotImplemented
     if reduction not in ("mean", "sum", "none"):
         return NotImplemented
+    x, target = _as_in_losses(run, x), _as_in_losses(run, target)
     with run:
-        if is_autocast(x) and is_half(x):  # torch computes losses in float32
-            x = x.float()
-        if is_autocast(target) and is_half(target):
-            target = target.float()
         squares = torch.square(x - target)
         return squares.mean() if reduction == "mean" else squares.sum() if reduction == "sum" else squares
+
+
+def _as_in_losses(run: Pass, x: Tensor) -> Tensor:
+    # Under autocast torch computes losses in float32.
+    if not (is_half(x) and is_autocast(x)):
+        return x
+    with run:
+        return x.float()

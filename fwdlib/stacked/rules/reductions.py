@@ -34,6 +34,8 @@ def _reduce(run: Pass, x: Any, dim: Any, keepdim: bool, dtype: torch.dtype | Non
     if not all(isinstance(d, (int, np.integer)) for d in dims):
         return NotImplemented
     stack = run.stack(x) if dtype is None else run.stack(x).to(dtype)
+    if stack.dim() == 1 and len(dims) and tuple(dims) not in ((0,), (-1,)):
+        return NotImplemented
     axes = [row_axis(d, stack) for d in dims] if stack.dim() > 1 else []
     if len(set(axes)) < len(axes):
         return NotImplemented

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fwdlib.forward_mode import weight_norm
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.stacked.estimator import stacked_jvp
 from fwdlib.tangents import normal
@@ -49,11 +48,17 @@ def test_embedding_has_the_derivative_of_backprop(options, is_result):
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
-def test_weight_norm_agrees_with_its_formula(dim):
+@pytest.mark.parametrize("other", [draw(4, 3), 2], ids=["v alone", "v and g"])
+def test_weight_norm_agrees_with_its_formula(dim, other):
+    def call(x, function):
+        g = (other if isinstance(other, torch.Tensor) else x).sin()
+        return function(x, g.sum() if dim == -1 else g.sum(1 - dim, keepdim=True), dim)
+
+    def formula(v, g, dim):
+        return v * g / (v.square().sum() if dim == -1 else v.square().sum(1 - dim, keepdim=True)).sqrt()
+
     x, tangents = draw(4, 3), draw(2, 4, 3)
-    for g in (lambda x: draw(4, 3), lambda x: x * 2):
-        scale = lambda x, g=g: g(x).sum() if dim == -1 else g(x).sum(1 - dim, keepdim=True)  # noqa: E731
-        found = in_pass(lambda x: torch._weight_norm(x, scale(x), dim), x, tangents)[0]  # noqa: B023
-        values, slopes = in_torch(lambda x: weight_norm(x, scale(x), dim), x, tangents)  # noqa: B023
-        torch.testing.assert_close(found.primal, values[0])
-        torch.testing.assert_close(found.tangents, torch.stack([slope[0] for slope in slopes]))
+    found = in_pass(lambda x: call(x, torch._weight_norm), x, tangents)[0]
+    values, slopes = in_torch(lambda x: call(x, formula), x, tangents)
+    torch.testing.assert_close(found.primal, values[0])
+    torch.testing.assert_close(found.tangents, torch.stack([slope[0] for slope in slopes]))
