@@ -79,8 +79,12 @@ def div(run: Pass, x: Any, other: Any, *, rounding_mode: str | None = None) -> A
 
 @rule_of(Tensor.__rtruediv__, Tensor.__rdiv__)
 def rdiv(run: Pass, x: Any, other: Any) -> Any:
-    """Divide with the operands exchanged."""
-    return div(run, other, x)
+    """Multiply by the reciprocal, as torch does."""
+    if run.has_tangents(x):
+        stack = run.stack(x)
+        y = stack[0].reciprocal()
+        return mul(run, dual_of(y, stack[1:] * -(y * y)), other)
+    return mul(run, x.reciprocal(), other)
 
 
 def _sum(run: Pass, function: Callable, x: Any, other: Any, alpha: float) -> Any:
