@@ -250,7 +250,8 @@ def test_call_is_torchs(source):
 
 
 HALF = """
-h / 1e5 * 6e4; h * 1e-4 * 1e4; (h * 1e-3) * 1e5; h + 7e4; 1e5 - h; h * 1e-2 * torch.tensor(1e5) * 1e-3; (h * 1e-5).mul(1e5)
+h / 1e5 * 6e4; h * 1e-4 * 1e4; (h * 1e-3) * 1e5; h + 7e4; 1e5 - h
+h * 1e-2 * torch.tensor(1e5) * 1e-3; (h * 1e-5).mul(1e5)
 1e5 / (h * 0 + 1e3); (h * 0 + 300).mean(); h.square().mean((0, 1)); (h * 1e3).sum().float()
 F.layer_norm(h * 400, (3,)); F.group_norm(h * 400, 1)
 F.batch_norm(h, stats[0][:3].to(h.dtype), stats[1][:3].to(h.dtype)); F.batch_norm(h, None, None, training=True)
