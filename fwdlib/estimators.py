@@ -7,6 +7,7 @@ training changes as well: the generator, and the buffers of a :class:`~fwdlib.ob
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -70,7 +71,7 @@ def backprop_gradient(objective: Objective, params: Params) -> GradientEstimate:
         return GradientEstimate(loss.detach(), grads, loss.new_empty(0))
     own = _own(objective, params)
     leaves = own or {name: p.detach() for name, p in params.items()}
-    with _requiring_grad(leaves), torch.enable_grad(), _placed(objective, leaves, is_own=bool(own)) as evaluate:
+    with requiring_grad(leaves), torch.enable_grad(), _placed(objective, leaves, is_own=bool(own)) as evaluate:
         loss = evaluate()
         if loss.requires_grad:
             found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
@@ -119,7 +120,8 @@ def forward_gradient(
     Engines: both give the same numbers from the same tangents, up to rounding. ``"torch"`` is torch's own forward mode.
     ``"stacked"`` sends the primal and its tangents through the model as one batch (:mod:`fwdlib.stacked`); structured
     tangents are never written out there, so a pass costs less than one of backprop. ``"auto"`` takes the stacked engine
-    where it is faster: for the loss of a model, joint blocks and structured tangents.
+    where it is faster: for the loss of a model, joint blocks and structured tangents. Where that engine refuses the
+    model, ``"auto"`` takes torch's along the same rank-one tangents, then and from then on.
 
     Every operation of the model needs a forward derivative in torch; one that has none raises NotImplementedError with
     its name. (On a CPU ``nn.LSTM`` has one inside ``torch.backends.mkldnn.flags(enabled=False)``.) BatchNorm's running
@@ -166,14 +168,23 @@ def forward_gradient(
     if isinstance(tangents, str):
         check_choice("tangents", tangents, dict.fromkeys([*TANGENTS, *STRUCTURED]))
     is_structured = isinstance(tangents, str) and tangents in STRUCTURED
+    can_fall_back = engine == "auto" and tangents == "rank-one"
     if engine == "auto":
-        engine = "stacked" if is_structured and _suits_stacked(objective, blocks, chunk_size) else "torch"
+        is_suited = is_structured and _suits_stacked(objective, blocks, chunk_size)
+        engine = "stacked" if is_suited and not (can_fall_back and objective.model in _REFUSED) else "torch"
     if engine == "stacked":
         if blocks != "joint" or chunk_size is not None:
             raise ValueError(f"the stacked engine takes blocks='joint' and no chunk_size, got {blocks!r}, {chunk_size}")
         from fwdlib.stacked.estimator import stacked_gradient
 
-        return stacked_gradient(objective, params, num_tangents, tangents, generator)
+        rewind = _rewinding(objective.model, generator) if can_fall_back else None
+        try:
+            return stacked_gradient(objective, params, num_tangents, tangents, generator)
+        except NotImplementedError:
+            if rewind is None:
+                raise
+        rewind()
+        _REFUSED.add(objective.model)
     if is_structured and tangents not in TANGENTS:
         raise ValueError(
             f"{tangents!r} tangents belong to the layers of a model: they need a BatchLoss or ClosureLoss, "
@@ -191,6 +202,24 @@ def forward_gradient(
         for i, (name, v) in enumerate(sampled.items())
     }
     return GradientEstimate(loss, grads, jvps)
+
+
+_REFUSED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that the stacked engine has refused: with ``engine="auto"`` they go to torch's from then on."""
+
+
+def _rewinding(model: nn.Module, generator: AnyGenerator) -> Callable[[], None]:
+    # What restores all that an estimate advances: random numbers and buffers.
+    rewind = Rewind(model)
+    generators = [] if generator is None else getattr(generator, "generators", [generator])
+    states = [g.get_state() for g in generators]
+
+    def restore() -> None:
+        rewind()
+        for g, state in zip(generators, states, strict=True):
+            g.set_state(state)
+
+    return restore
 
 
 def _suits_stacked(objective: Objective, blocks: str, chunk_size: int | None) -> bool:
@@ -437,7 +466,8 @@ def _placed(objective: Objective, leaves: Params, *, is_own: bool) -> Iterator[C
 
 
 @contextmanager
-def _requiring_grad(leaves: Params) -> Iterator[None]:
+def requiring_grad(leaves: Params) -> Iterator[None]:
+    """Let tensors require a gradient, for as long as the context lasts."""
     frozen = [p for p in leaves.values() if not p.requires_grad]
     try:
         for p in frozen:

@@ -128,7 +128,8 @@ class Block:
             with torch.enable_grad():
                 return call(inputs), None
         dual = Dual.of(inputs, tangents)
-        with torch.enable_grad(), Pass(Perturbation({}, len(tangents), len(inputs), random_signs), {}):
+        perturbation = Perturbation({}, len(tangents), len(inputs), random_signs)
+        with torch.enable_grad(), Pass(perturbation, {}, keeps_tape=True):
             dual = call(dual)
             return dual.primal, dual.tangents.detach()
 

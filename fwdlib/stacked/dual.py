@@ -6,6 +6,7 @@ primal, then one tangent for each direction. A :class:`~fwdlib.stacked.forward_p
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -42,7 +43,8 @@ class Dual(Tensor):
 
     @classmethod
     def _make(cls, shape: torch.Size, like: Tensor, rows: Tensor | None, parts: tuple[Tensor, Tensor] | None) -> Dual:
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device, requires_grad=False)
+        # It requires a gradient, so the tape reveals what C++ code or a torch.autograd.Function computes from it.
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device, requires_grad=True)
         self._rows, self._parts = rows, parts
         return self
 
@@ -77,27 +79,32 @@ class Dual(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        raise RuntimeError(
-            f"{function_name(func)} was called on a dual tensor outside its pass. If the model keeps an activation "
-            f"from one call to the next, let it keep x.detach()."
+        raise NotImplementedError(
+            f"{function_name(func)} was called on a dual tensor outside its pass: after it, or in another thread. If "
+            f"the model keeps an activation from one call to the next, let it keep x.detach(). If it computes in "
+            f"threads of its own, use fwdlib.forward_gradient(..., engine='torch')."
         )
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
-        raise NotImplementedError(f"{func} reached a dual tensor without going through torch's function overrides")
+        raise NotImplementedError(
+            f"{func} reached a tensor with tangents from below torch's function overrides: by TorchScript, a "
+            f"torch.func transform, or code in C++. The stacked engine cannot see such calls. {OTHER_ENGINE}"
+        )
 
 
+OTHER_ENGINE = "Use fwdlib.forward_gradient(..., engine='torch')."
+REQUIRES_GRAD = Tensor.requires_grad.__get__
 # The functions that a dual answers from its wrapper, without reading its rows.
 METADATA = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes")),
-    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn")),
     *(
         value.__get__
         for name, value in vars(torch._C.TensorBase).items()
-        if name.startswith("is_") and not callable(value)
+        if inspect.isgetsetdescriptor(value) and name not in ("T", "mT", "H", "mH", "real", "imag", "data")
     ),
+    *(Tensor.retain_grad, Tensor.is_floating_point, Tensor.is_complex),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.get_device),
-    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.is_contiguous),
+    *(Tensor.element_size, Tensor.is_contiguous),
     *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor),
 }
 
@@ -127,4 +134,4 @@ def primals_of(tree: Any) -> Any:
 
 def function_name(func: Callable) -> str:
     """Return torch's name of a function, for example ``torch.nn.functional.linear``."""
-    return resolve_name(func) or getattr(func, "__name__", str(func))
+    return resolve_name(func) or f"{getattr(func, '__module__', None)}.{getattr(func, '__name__', func)}"

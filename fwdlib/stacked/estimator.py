@@ -8,16 +8,20 @@ calls.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fwdlib.checks import check_choice, check_count
-from fwdlib.estimators import GradientEstimate, check_scalar
+from fwdlib.estimators import GradientEstimate, check_scalar, requiring_grad
 from fwdlib.objectives import ModelLoss, swapped
-from fwdlib.stacked.dual import Dual
-from fwdlib.stacked.forward_pass import Pass
+from fwdlib.stacked.dual import OTHER_ENGINE, Dual
+from fwdlib.stacked.forward_pass import Call, Pass
 from fwdlib.stacked.perturbations import PERTURBATIONS, DensePerturbation, Perturbation
 from fwdlib.tangents import (
     TANGENTS,
@@ -25,6 +29,7 @@ from fwdlib.tangents import (
     Params,
     Sampler,
     check_params,
+    is_traced,
     is_transformed,
     random_signs,
     sample_tangents,
@@ -147,17 +152,81 @@ def evaluate(
     """
     own = None if buffers or is_transformed() else objective.own(params)
     if own is not None:
-        with Pass(perturbation, own):
-            loss = objective.run()
+        with requiring_grad(own):
+            loss = run(objective.model, objective.run, perturbation, own)
     else:
-        with swapped(objective.model, params, buffers or {}), Pass(perturbation, params):
-            loss = objective.run()
+        # They require a gradient of their own, see Pass; torch.func.vmap allows none.
+        leaves = params if is_transformed() else {name: p.detach().requires_grad_() for name, p in params.items()}
+        with swapped(objective.model, leaves, {} if buffers is None else buffers):
+            loss = run(objective.model, objective.run, perturbation, leaves)
     check_scalar(loss)
     if not isinstance(loss, Dual):
         return loss.detach(), loss.new_zeros(perturbation.num_tangents), None
     k = perturbation.num_tangents
     stack = loss.stack
     return stack[0], stack[1 : 1 + k], stack[1 + k :].reshape(k, -1) if len(stack) > 1 + k else None
+
+
+def run(
+    model: nn.Module,
+    call: Callable[[], Any],
+    perturbation: Perturbation,
+    params: Params,
+    calls: list[Call] | None = None,
+) -> Any:
+    """Call a function in a pass, and leave no dual behind in the model: what it has kept becomes a plain tensor.
+
+    Args:
+        model: the module that ``call`` runs.
+        call: takes nothing.
+        perturbation: the tangents of the parameters.
+        params: parameter by name; the tensors themselves, as the model uses them.
+        calls: a list to record the calls in.
+
+    Returns:
+        What the function returns, a dual if it has tangents.
+
+    Raises:
+        NotImplementedError: if the pass cannot follow what the model does.
+        RuntimeError: if the model itself raises it.
+    """
+    modules = list(model.modules())
+    ids = {id(p) for p in params.values()}
+    for module in modules:
+        if isinstance(module, torch.jit.ScriptModule) and any(id(p) in ids for p in module.parameters()):
+            raise NotImplementedError(
+                f"the model has a part in TorchScript with parameters of its own, {type(module).__name__}, into which "
+                f"the stacked engine cannot see. Use the module that was scripted or traced. {OTHER_ENGINE}"
+            )
+    try:
+        with _eager(), Pass(perturbation, params, calls) as stacked_pass:
+            return stacked_pass.settle(call())
+    except RuntimeError as error:
+        if isinstance(error, NotImplementedError) or not any(words in str(error) for words in BELOW):
+            raise
+        raise NotImplementedError(f"a tensor with tangents reached TorchScript or C++ code. {OTHER_ENGINE}") from error
+    finally:
+        for module in modules:
+            _keep_primals(vars(module))
+
+
+BELOW = "reached a tensor with tangents", "TorchScript interpreter", "Tensor that doesn't have storage"
+"""Words in the errors of code below torch's function overrides that meets a dual."""
+
+
+def _eager() -> AbstractContextManager:
+    # Modules that torch.compile has compiled run as they were written.
+    if "torch._dynamo" in sys.modules and not is_traced():
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
+def _keep_primals(kept: dict | list) -> None:
+    for key, value in kept.items() if isinstance(kept, dict) else enumerate(kept):
+        if type(value) is Dual:
+            kept[key] = value.primal.detach()
+        elif type(value) in (dict, list) and value:
+            _keep_primals(value)
 
 
 def check_objective(objective: ModelLoss, params: Params) -> None:

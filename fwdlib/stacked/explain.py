@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fwdlib.objectives import params_of, swapped
-from fwdlib.stacked.forward_pass import Call, Pass
+from fwdlib.stacked.estimator import run
+from fwdlib.stacked.forward_pass import Call
 from fwdlib.stacked.perturbations import Perturbation
 from fwdlib.tangents import check_params, random_signs
 
@@ -41,12 +42,12 @@ def explain(model: nn.Module, inputs: Tensor) -> pd.DataFrame:
     """
     import pandas as pd
 
-    params = params_of(model)
+    params = {name: p.requires_grad_() for name, p in params_of(model).items()}
     check_params(params)
     calls: list[Call] = []
     perturbation = Perturbation(params, 1, len(inputs), random_signs)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng(), swapped(model, params, buffers), Pass(perturbation, params, calls):
-        model(inputs)
+    with torch.random.fork_rng(), swapped(model, params, buffers):
+        run(model, lambda: model(inputs), perturbation, params, calls)
     rows = [(call.name, call.shape, "rule" if call.has_rule else "torch.func.jvp") for call in calls]
     return pd.DataFrame(rows, columns=["function", "shape", "by"])

@@ -8,19 +8,20 @@ product. A function without a rule goes through :func:`torch.func.jvp`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.func import jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fwdlib.stacked.dual import METADATA, Dual, function_name, pad_rows, same_rows
+from fwdlib.stacked.aliases import Doubtful, Filled, may_share, memory_of
+from fwdlib.stacked.dual import METADATA, OTHER_ENGINE, REQUIRES_GRAD, Dual, function_name, pad_rows, primals_of
+from fwdlib.stacked.in_place import InPlace, in_place
 from fwdlib.stacked.perturbations import Perturbation
+from fwdlib.stacked.special import SPECIAL
+from fwdlib.stacked.without_rule import Argument, call_without_rule
 
 Rule = Callable[..., Any]
 RULES: dict[Callable, Rule] = {}
@@ -72,10 +73,14 @@ class Call(NamedTuple):
 class Pass(TorchFunctionMode):
     """One forward pass with tangents: a context in which the perturbed parameters of a model have tangents.
 
+    Inside, grad mode is on, as in training, and ``torch.no_grad()`` cuts tangents as it cuts gradients.
+
     Args:
         perturbation: which tangents the parameters have, and where they enter.
-        params: parameter by name; the tensors themselves, as the model uses them.
+        params: parameter by name; the tensors themselves, as the model uses them. They should require a gradient: by
+            the tape, the pass finds results that were computed from them without it.
         calls: a list to record the calls in, for :func:`fwdlib.stacked.explain.explain`.
+        keeps_tape: whether rules record autograd's tape, of the primal alone.
     """
 
     def __init__(
@@ -83,63 +88,88 @@ class Pass(TorchFunctionMode):
         perturbation: Perturbation,
         params: dict[str, Tensor],
         calls: list[Call] | None = None,
+        *,
+        keeps_tape: bool = False,
     ) -> None:
         super().__init__()
         self.perturbation = perturbation
-        self._has_forward_ad = torch._C._is_fwd_grad_enabled()
-        self._names = {id(p): name for name, p in params.items()}
+        self.names = {id(p): name for name, p in params.items()}
         self._calls = calls
+        self._keeps_tape = keeps_tape
+        self._filled = Filled(perturbation.num_tangents)
+        self._doubtful = Doubtful()
+        self._is_inside = False  # whether a rule runs, whose own calls come here if it opens the pass again
+        self._has_forward_ad = torch._C._is_fwd_grad_enabled()
+
+    def __enter__(self) -> Pass:
+        """Begin."""
+        if not self._is_inside:
+            self._grad_before = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(True)
+            self._grad_of_model = True
+            self._is_inference = torch.is_inference_mode_enabled()
+            self._level = torch._C._functorch.maybe_current_level()
+        return super().__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        """End: the settings are as before, and tensors that were filled with tangents are plain."""
+        super().__exit__(*exc)
+        if not self._is_inside:
+            self._filled.release()
+            torch._C._set_grad_enabled(self._grad_before)
 
     def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Apply the rule of ``func``."""
         kwargs = kwargs or {}
         if not self._concerns(args) and not (kwargs and self._concerns(kwargs.values())):
+            if func is torch._C._set_grad_enabled and torch._C._is_fwd_grad_enabled():
+                self._grad_of_model = args[0]  # and not what a torch.autograd.Function sets for itself
             return func(*args, **kwargs)
         if func in METADATA:
+            if func == REQUIRES_GRAD:
+                return True
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if self._has_forward_ad and not torch._C._is_fwd_grad_enabled():
+        if self._is_inside:
+            return self._apply(func, args, kwargs)
+        special = SPECIAL.get(func)
+        if special is not None:
+            return special(self, func, *args, **kwargs)
+        if torch._C._functorch.maybe_current_level() != self._level:
             raise NotImplementedError(
-                f"{function_name(func)} was called in the forward of a torch.autograd.Function (or in "
-                f"inference_mode), whose own derivative the stacked pass cannot see. Write the function as a plain "
-                f"one, with a rule by fwdlib.register_rule if it needs one, or use "
-                f"fwdlib.forward_gradient(..., engine='torch')."
+                f"{function_name(func)} was called on a tensor with tangents inside a torch.func transform (grad, jvp, "
+                f"vmap, ...) of the model's own, which the stacked engine cannot follow. {OTHER_ENGINE}"
             )
-        if "input" in kwargs:  # torch's name of the argument that rules take first
-            args, kwargs = (kwargs["input"], *args), {key: value for key, value in kwargs.items() if key != "input"}
-        if "inplace" in kwargs:  # handled here for all functions, so that rules never see it
-            kwargs = dict(kwargs)
-            if kwargs.pop("inplace"):
-                return self._in_place(func, args, kwargs)
-        if _is_in_place(func):
-            return self._in_place(func, args, kwargs)
-        rule = RULES.get(func)
-        found = rule(self, *args, **kwargs) if rule is not None else NotImplemented
-        has_rule = found is not NotImplemented
-        if not has_rule:
-            found = self._without_rule(func, args, kwargs)
-        if self._calls is not None:
-            shape = tuple(found.stack.shape[1:]) if isinstance(found, Dual) else None
-            self._calls.append(Call(function_name(func), shape, has_rule))
-        if self.perturbation.per_example and isinstance(found, Dual):
-            self._follow_examples(found)
-        return found
+        if self._cuts(func):
+            return self.on_primals(func, args, kwargs)
+        if not self._keeps_tape:
+            self._check_visible(args)
+            if kwargs:
+                self._check_visible(kwargs.values())
+            torch._C._set_grad_enabled(False)
+        self._is_inside = True
+        try:
+            return self._apply(func, args, kwargs)
+        finally:
+            self._is_inside = False
+            if not self._keeps_tape:
+                torch._C._set_grad_enabled(True)
 
     def stack(self, x: Any) -> Tensor:
         """Return the rows of ``x``, shape (1 + R, ...). A plain tensor has one row, itself."""
         if isinstance(x, Dual):
             return x.stack
-        if (name := self._names.get(id(x))) is not None:
+        if (name := self.names.get(id(x))) is not None:
             return torch.cat([x.unsqueeze(0), self.perturbation.dense(name)])
         return x.unsqueeze(0)
 
     def name_of(self, x: Any) -> str | None:
         """Return the name of ``x`` if it is a parameter with a tangent."""
-        return self._names.get(id(x))
+        return self.names.get(id(x))
 
     def has_tangents(self, x: Any) -> bool:
         """Return whether ``x`` is a dual or a parameter with a tangent."""
-        return isinstance(x, Dual) or id(x) in self._names
+        return isinstance(x, Dual) or id(x) in self.names
 
     def is_batch(self, x: Any) -> bool:
         """Return whether axis 0 of ``x`` can be the axis of the examples. It is, as long as no function mixes them."""
@@ -165,13 +195,152 @@ class Pass(TorchFunctionMode):
             return torch.cat([total, pieces.flatten()])
         return total
 
+    def on_primals(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """Call ``func`` on the primals. What it writes changes the values of the duals and not their tangents."""
+        given: dict[int, tuple[Dual, Tensor]] = {}
+
+        def primal_of(x: Any) -> Any:
+            if not isinstance(x, Dual):
+                return x
+            if id(x) not in given:
+                given[id(x)] = x, x.primal.detach()
+            return given[id(x)][1]
+
+        self._check_fresh((args, kwargs))
+        args, kwargs = tree_map(primal_of, (args, kwargs))
+        found = func(*args, **kwargs)
+        if any(primal.shape != x.shape for x, primal in given.values()):
+            raise NotImplementedError(_moved(func))
+        same = {id(primal): x for x, primal in given.values()}  # a function in place returns its argument
+        return tree_map(lambda y: same.get(id(y), y), found)
+
+    def settle(self, x: Any) -> Any:
+        """Return a plain tensor that was filled with tangents as a dual, and anything else unchanged.
+
+        Raises:
+            NotImplementedError: if ``x`` was computed from parameters, and not by functions that came here.
+        """
+        self._check_visible((x,))
+        if type(x) is not Tensor or self._filled.is_empty or x not in self._filled:
+            return x
+        return Dual(torch.cat([x.detach().unsqueeze(0), self._filled.tangents(x)]))
+
+    def forget(self, x: Tensor) -> None:
+        """Drop the tangents of a plain tensor."""
+        self._filled.forget(x)
+
+    def _cuts(self, func: Callable) -> bool:
+        # Whether the model has switched gradients off.
+        if self._has_forward_ad and not torch._C._is_fwd_grad_enabled():
+            if torch.is_inference_mode_enabled() and not self._is_inference:
+                return True
+            if self._grad_of_model:
+                raise NotImplementedError(
+                    f"{function_name(func)} was called in the forward of a torch.autograd.Function, whose own "
+                    f"derivative the stacked pass cannot see (reentrant checkpoints and backward hooks of modules are "
+                    f"such functions, too). Write the function as a plain one, with a rule by "
+                    f"fwdlib.register_rule if it needs one, or use fwdlib.forward_gradient(..., engine='torch')."
+                )
+            return True
+        return not torch.is_grad_enabled()
+
     def _concerns(self, values: Iterable) -> bool:
         for value in values:
-            if isinstance(value, Dual) or id(value) in self._names:
+            if isinstance(value, Dual) or id(value) in self.names:
                 return True
             if isinstance(value, (list, tuple)) and self._concerns(value):
                 return True
+            if not self._filled.is_empty and type(value) is Tensor and value in self._filled:
+                return True
         return False
+
+    def _check_visible(self, values: Iterable) -> None:
+        # Refuse a plain tensor that was computed from a tensor with tangents: its own tangents are lost.
+        for value in values:
+            if type(value) is Tensor and value.requires_grad and value.grad_fn is not None:
+                if not self._filled.is_empty and value in self._filled:
+                    continue
+                self._check_tape(value)
+            elif isinstance(value, (list, tuple)):
+                self._check_visible(value)
+
+    def _check_tape(self, value: Tensor) -> None:
+        seen, queue = set(), [value.grad_fn]
+        while queue:
+            node = queue.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and (self.has_tangents(leaf) or leaf is self._filled.mark):
+                name = self.name_of(leaf)
+                raise NotImplementedError(
+                    f"a tensor was computed from {f'the parameter {name!r}' if name else 'a tensor with tangents'} "
+                    f"below torch's function overrides: by TorchScript, a torch.func transform, a "
+                    f"torch.autograd.Function, or code in C++. The stacked engine cannot see such calls. {OTHER_ENGINE}"
+                )
+            queue += [following for following, _ in node.next_functions]
+
+    def _check_fresh(self, tree: Any) -> None:
+        if not self._doubtful.is_empty:
+            for leaf in tree_leaves(tree):
+                if isinstance(leaf, Dual):
+                    self._doubtful.check(leaf)
+
+    def _apply(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if not self._doubtful.is_empty:
+            self._check_fresh((args, kwargs))
+        if kwargs:
+            if "input" in kwargs and not args:  # torch's name of the argument that rules take first
+                args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
+            if "inplace" in kwargs:  # handled here for all functions, so that rules never see it
+                kwargs = dict(kwargs)
+                if kwargs.pop("inplace"):
+                    return self._in_place(func, InPlace(func), args, kwargs)
+            if kwargs.get("out") is not None:
+                raise NotImplementedError(
+                    f"{function_name(func)}(out=...) has no derivative in torch. Leave out= away."
+                )
+        if (kind := in_place(func)) is not None:
+            return self._in_place(func, kind, args, kwargs)
+        if not self._filled.is_empty:
+            return self._with_filled(func, args, kwargs)
+        return self._call(func, args, kwargs)
+
+    def _call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        rule = RULES.get(func)
+        found = rule(self, *args, **kwargs) if rule is not None else NotImplemented
+        has_rule = found is not NotImplemented
+        if not has_rule:
+            found = self._without_rule(func, args, kwargs)
+        if self._calls is not None:
+            shape = tuple(found.stack.shape[1:]) if isinstance(found, Dual) else None
+            self._calls.append(Call(function_name(func), shape, has_rule))
+        if isinstance(found, Dual):
+            if self.perturbation.per_example:
+                self._follow_examples(found)
+            if may_share(func, kwargs) and args and isinstance(args[0], Dual):
+                self._doubt(args[0], found, function_name(func))
+        return found
+
+    def _with_filled(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        # Filled tensors go into the rule as duals. A view of one is a plain tensor again, whose tangents are a view.
+        given = (args, kwargs)
+        args, kwargs = tree_map(self.settle, given)
+        num_doubts = self._doubtful.count
+        found = self._call(func, args, kwargs)
+        pairs = zip(tree_leaves((args, kwargs)), tree_leaves(given), strict=True)
+        memories = {memory_of(x.stack) for x, before in pairs if x is not before}
+        shares = any(isinstance(y, Dual) and memory_of(y.stack) in memories for y in tree_leaves(found))
+        if shares or self._doubtful.count > num_doubts:
+            with torch.enable_grad():
+                plain = func(*primals_of(given[0]), **primals_of(given[1]))
+            found = tree_map(lambda y, p: p if isinstance(p, Tensor) and p in self._filled else y, found, plain)
+        return found
+
+    def _doubt(self, source: Dual, result: Dual, name: str) -> None:
+        if not self._keeps_tape:
+            self._doubtful.add(source, result, name)
 
     def _follow_examples(self, found: Dual) -> None:
         # A scalar that carries the pieces of the examples is the loss or a part of it. Any other result without the
@@ -184,93 +353,108 @@ class Pass(TorchFunctionMode):
         elif not has_pieces and not self.is_batch(found):
             self.mix_examples()
 
-    def _in_place(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        # Write the result of the out-of-place function into the memory of the first argument. Views of a dual are views
-        # of its stack, so they see the change.
-        target = args[0]
-        if torch.is_grad_enabled() and isinstance(target, Dual):  # the tape may need the values that are overwritten
-            args = (Dual(target.stack.clone()), *args[1:])
-        counterpart = _out_of_place(func) if _is_in_place(func) else func
-        if counterpart is not None:
-            with self:
-                found = counterpart(*args, **kwargs)
-        else:
-            on_copy = functools.wraps(func)(lambda x, *rest, **options: func(x.clone(), *rest, **options))
-            found = self._without_rule(on_copy, args, kwargs)
-        if not isinstance(target, Dual):
+    def _in_place(self, func: Callable, kind: InPlace, args: tuple, kwargs: dict) -> Any:
+        # Write the result of the counterpart into the memory of the first argument. Views of a dual are views of its
+        # stack, so they see the change.
+        if not args:  # every name but `input`, as torch.nn.init's `tensor`
+            raise NotImplementedError(f"{function_name(func)}: pass the tensor that it writes into as first argument.")
+        target, *rest = args
+        if not kind.is_known or not isinstance(target, Tensor):
             raise NotImplementedError(
-                f"{function_name(func)} would write tangents into a tensor that has none. Write x = x + y instead of "
-                f"x += y, and use torch.cat or torch.stack to fill a tensor piece by piece."
+                f"{function_name(func)} writes into its arguments, and the stacked engine does not know how. Write the "
+                f"model without the function. {OTHER_ENGINE}"
             )
-        stack = found.stack if isinstance(found, Dual) else found.unsqueeze(0)
-        if len(stack) > len(target.stack):  # a loss plus another one that carries the pieces of its examples
-            target.stack = stack
-        else:
-            target.stack.copy_(pad_rows(stack, len(target.stack)))
+        if (name := self.name_of(target)) is not None:
+            raise RuntimeError(
+                f"{function_name(func)} writes into the parameter {name!r}, which requires a gradient: torch allows it "
+                f"under torch.no_grad() alone."
+            )
+        if not (target.is_floating_point() or target.is_complex()):  # integers have no tangents
+            return func(*primals_of(args), **primals_of(kwargs))
+        if kind.moves:
+            if isinstance(target, Dual):
+                raise NotImplementedError(_moved(func))
+            return func(*args, **kwargs)
+        if isinstance(target, Dual):
+            self._doubtful.write(target)
+        if func is Tensor.__setitem__:
+            return self._set(target, *map(self.settle, rest))
+        found = self._result_of(func, kind, target, *tree_map(self.settle, (rest, kwargs)))
+        self._write(target, found)
         return target
+
+    def _result_of(self, func: Callable, kind: InPlace, target: Tensor, rest: list, kwargs: dict) -> Any:
+        if func is Tensor.copy_:
+            return rest[0] if rest else kwargs["src"]
+        first = self.settle(target)
+        if torch.is_grad_enabled() and isinstance(first, Dual):  # the tape may need the values that are overwritten
+            first = Dual(first.stack.clone())
+        if kind.counterpart is not None:
+            with self:
+                return kind.counterpart(first, *rest, **kwargs)
+        on_copy = functools.wraps(func)(lambda x, *others, **options: func(x.clone(), *others, **options))
+        return self._without_rule(on_copy, (first, *rest), kwargs)
+
+    def _write(self, target: Tensor, found: Any) -> None:
+        stack = found.stack if isinstance(found, Dual) else self.stack(found)
+        if isinstance(target, Dual) and len(stack) > len(target.stack):
+            # a loss plus another one that carries the pieces of its examples, or a tensor that was detached in place
+            target.stack = stack.expand(len(stack), *target.shape).clone() if stack.shape[1:] != target.shape else stack
+        elif isinstance(target, Dual):
+            target.stack.copy_(_spread(pad_rows(stack, len(target.stack)), target.dim()))
+        else:
+            num_rows = 1 + self.perturbation.num_tangents
+            if len(stack) > num_rows:  # the pieces of the examples
+                self.mix_examples()
+            tangents = self._filled.tangents(target)
+            target.copy_(stack[0])
+            tangents.copy_(_spread(pad_rows(stack[:num_rows], num_rows), target.dim())[1:])
+
+    def _set(self, target: Tensor, index: Any, value: Any) -> None:
+        if self._calls is not None:
+            self._calls.append(Call(function_name(Tensor.__setitem__), None, has_rule=True))
+        if isinstance(target, Dual):
+            if RULES[Tensor.__setitem__](self, target, index, value) is NotImplemented:
+                self._write(target, self._without_rule(_with_entries, (target, index, value), {}))
+            return
+        self.mix_examples()  # the index may put an example in the place of another
+        values = self.stack(value) if isinstance(value, Tensor) else [value]
+        rows = target, *self._filled.tangents(target)
+        for i, row in enumerate(rows):
+            row[index] = values[i] if i < len(values) else 0
 
     def _without_rule(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         self.mix_examples()  # nothing is known about the function, so it may
-        leaves, structure = tree_flatten((args, kwargs))
-        where = [i for i, leaf in enumerate(leaves) if self.has_tangents(leaf)]
-        stacks = same_rows([self.stack(leaves[i]) for i in where])
-        shape: Any = None
-        is_real: list[bool] = []
+        arguments = {
+            i: self._argument(leaf) for i, leaf in enumerate(tree_leaves((args, kwargs))) if self.has_tangents(leaf)
+        }
+        return call_without_rule(func, args, kwargs, arguments, self._check_value, self._doubt)
 
-        def call(*values: Tensor) -> list[Any]:
-            nonlocal shape
-            for i, value in zip(where, values, strict=True):
-                leaves[i] = value
-            inner_args, inner_kwargs = tree_unflatten(leaves, structure)
-            outputs, shape = tree_flatten(func(*inner_args, **inner_kwargs))
-            is_real[:] = [_is_differentiable(output) for output in outputs]
-            return outputs
+    def _argument(self, x: Tensor) -> Argument:
+        if isinstance(x, Dual):
+            x.stack  # noqa: B018  (joins the parts)
+            return Argument(x.primal if self._keeps_tape else x.primal.detach(), x.tangents, x)
+        return Argument(x.detach(), self.perturbation.dense(self.names[id(x)]), None)
 
-        try:
-            rows = _rows_by_jvp(lambda *values: tuple(filter(_is_differentiable, call(*values))), stacks)
-        except (NotImplementedError, RuntimeError) as error:
-            if not isinstance(error, NotImplementedError) and "jvp" not in str(error):
-                raise
-            raise NotImplementedError(
-                f"{function_name(func)} has no rule in the stacked pass and no forward derivative in torch. Register a "
-                f"rule with fwdlib.register_rule, or write the model without the function. torch says: {error}"
-            ) from error
-        duals = [Dual(row) for row in rows]
-        if all(is_real):
-            return tree_unflatten(duals, shape)
-        # A transform cannot return indices, for example, so the function runs once more on the primals.
-        plain, rest = call(*(stack[0] for stack in stacks)), iter(duals)
-        return tree_unflatten([next(rest) if real else o for real, o in zip(is_real, plain, strict=True)], shape)
+    def _check_value(self, value: Tensor) -> None:
+        if not self._keeps_tape and value.requires_grad:
+            self._check_tape(value)
 
 
-def _rows_by_jvp(function: Callable[..., tuple[Tensor, ...]], stacks: Sequence[Tensor]) -> list[Tensor]:
-    # For each output of the function its rows, from the rows of each argument.
-    primals = tuple(stack[0] for stack in stacks)
-    with sdpa_kernel(SDPBackend.MATH):  # torch's fused kernels of attention have no forward derivative
-        if len(stacks[0]) == 2:
-            values, derivatives = jvp(function, primals, tuple(stack[1] for stack in stacks))
-            return [torch.stack([v, d.detach()]) for v, d in zip(values, derivatives, strict=True)]
-        along = vmap(lambda *tangents: jvp(function, primals, tangents), randomness="same")
-        values, derivatives = along(*(stack[1:] for stack in stacks))
-        return [torch.cat([v[:1], d.detach()]) for v, d in zip(values, derivatives, strict=True)]
+def _with_entries(x: Tensor, index: Any, value: Any) -> Tensor:
+    y = x.clone()
+    y[index] = value
+    return y
 
 
-def _is_differentiable(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+def _moved(func: Callable) -> str:
+    return (
+        f"{function_name(func)} changes the shape or the memory of a tensor with tangents in place, which the stacked "
+        f"engine cannot do. Use the function that returns a new tensor, x = x.squeeze() in place of x.squeeze_(). "
+        f"{OTHER_ENGINE}"
+    )
 
 
-@functools.cache
-def _is_in_place(func: Callable) -> bool:
-    name = getattr(func, "__name__", "")
-    if name.startswith("__"):
-        return name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
-    return name.endswith("_")
-
-
-@functools.cache
-def _out_of_place(func: Callable) -> Callable | None:
-    # relu_ -> relu, __iadd__ -> __add__
-    name = func.__name__
-    if name.startswith("__"):
-        return getattr(Tensor, f"__{name[3:]}")
-    return next((getattr(home, name[:-1]) for home in (Tensor, torch, F) if hasattr(home, name[:-1])), None)
+def _spread(stack: Tensor, num_axes: int) -> Tensor:
+    # Axes of length 1 behind the axis of rows, so that each row broadcasts to a tensor of so many axes.
+    return stack.reshape(len(stack), *[1] * (num_axes - stack.dim() + 1), *stack.shape[1:])
