@@ -240,7 +240,7 @@ class Bench:
     batch: int | None = None
     """Examples in a batch. (default: each model's own)"""
     out: Path | None = None
-    """The JSON file. (default: report/results/bench-DEVICE.json, with -quick or -partial where it is that)"""
+    """The JSON file. (default: build/bench-DEVICE.json, with -quick or -partial in its name if it is)"""
 
     def run(self) -> int:
         """Measure, save and print.

@@ -48,36 +48,11 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interv
     return Interval(float(ordered[outside - 1]), float(middle), float(ordered[-outside]))
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Return the mean and its bootstrap interval (scipy's ``bootstrap``, BCa, 9999 resamples, fixed seed).
-
-    Args:
-        values: one finite number per seed.
-        confidence: of the interval.
-
-    Raises:
-        ValueError: if there are no values or one is not finite.
-
-    Example:
-        >>> mean_interval([2.0, 2.0, 2.0])
-        Interval(low=2.0, estimate=2.0, high=2.0)
-    """
-    values = _finite(values)
-    mean = float(values.mean())
-    if len(values) == 1:
-        return Interval(float("nan"), mean, float("nan"))
-    if np.ptp(values) == 0:  # BCa divides by the spread and returns nan
-        return Interval(mean, mean, mean)
-    from scipy import stats  # half a second to import
-
-    result = stats.bootstrap((values,), np.mean, confidence_level=confidence, rng=np.random.default_rng(0))
-    return Interval(float(result.confidence_interval.low), mean, float(result.confidence_interval.high))
-
-
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Return the mean and Student's interval, for a few values, where a bootstrap interval would be too narrow.
+    """Return the mean and Student's interval.
 
-    It assumes normally distributed values; accuracies over seeds are roughly so.
+    It assumes normally distributed values, as accuracies over seeds roughly are. With few values it keeps its rate,
+    where a bootstrap interval is too narrow: of nominal 95 %, BCa covers 75 % at 3 values and 87 % at 6.
 
     Args:
         values: one finite number per seed.
@@ -99,7 +74,7 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Return the mean of ``first - second``, seed by seed, with its bootstrap interval.
+    """Return the mean of ``first - second``, seed by seed, with the interval of :func:`t_interval`.
 
     Args:
         first: one finite number per seed.
@@ -111,7 +86,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], confidenc
     """
     if len(first) != len(second):
         raise ValueError(f"paired samples need the same seeds, got {len(first)} and {len(second)} values")
-    return mean_interval(_finite(first) - _finite(second), confidence)
+    return t_interval(_finite(first) - _finite(second), confidence)
 
 
 def paired_ratio(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Interval:

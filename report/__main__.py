@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS, BUILT = HERE / "results", ROOT / "build" / "report"
+TIMED = [HERE / "studies" / name for name in ("timings.py", "published_code.py")]  # the code that takes the times
 NOTEBOOKS, PLAN = ROOT / "notebooks", HERE / "batches.toml"
 PROG = "python -m report"
 
@@ -175,9 +176,8 @@ class Build:
         num_rounds = 1 if runtime.is_quick() else 5
         if runtime.is_quick():
             pairs = dict.fromkeys(pairs, 1)
-        code = [HERE / "studies" / name for name in ("timings.py", "published_code.py")]
         given = {"pairs": pairs, "settings": settings, "data": data, "versions": runtime.versions()}
-        print_ = fingerprint(code, given)
+        print_ = fingerprint(TIMED, given)
         if self.resume and _read(stamp) == {"fingerprint": print_, "result": sha256(path)}:
             say("reused   timings")
             return
@@ -229,7 +229,7 @@ def fingerprint(files: list[Path], settings: dict[str, Any]) -> str:
     """Return a hash of some code of the report, of the files of fwdlib that it can reach, and of settings.
 
     Args:
-        files: Python files below ``report/``.
+        files: Python files of the report.
         settings: what else the results depend on.
     """
     from fwdlib.runs import stamps
@@ -239,7 +239,7 @@ def fingerprint(files: list[Path], settings: dict[str, Any]) -> str:
     content = {
         "settings": settings,
         "fwdlib": stamps.sources(Package(stamps.PACKAGE).files_of(code)),
-        "report": {path.relative_to(HERE).as_posix(): sha256(path) for path in files},
+        "report": [[path.name, sha256(path)] for path in files],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -424,7 +424,7 @@ def bench(monkeypatch, tmp_path) -> list[dict]:
 )
 def test_bench_writes_less_than_all_to_another_file(words, name, bench, tmp_path):
     assert cli.main(["bench", *words]) == 0
-    assert [path.name for path in (tmp_path / "report" / "results").iterdir()] == [name]
+    assert [path.name for path in (tmp_path / "build").iterdir()] == [name]
 
 
 def test_bench_passes_its_options_on(bench, tmp_path):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts processes
+
 ROOT = Path(__file__).resolve().parents[1]
 # A build backend that needs nothing installed: it hands out a wheel that is already there.
 BACKEND = """\

@@ -287,6 +287,7 @@ def said(cell) -> str:
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
+@pytest.mark.slow
 @every_core_notebook
 def test_runs_in_quick_mode_and_the_solutions_pass_their_checkers(name, tmp_path, monkeypatch):
     for variable, folder in (("IPYTHONDIR", "ipython"), ("JUPYTER_RUNTIME_DIR", "runtime")):

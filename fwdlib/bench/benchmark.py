@@ -130,7 +130,7 @@ def _measure(
 
 
 def default_path(device: str, *, quick: bool = False, batch: int | None = None, partial: bool = False) -> Path:
-    """Return where a result goes; ``report/results/bench-cpu.json`` in the checkout if the result is complete.
+    """Return where a result goes; ``build/bench-cpu.json`` in the checkout if the result is complete.
 
     Every restriction adds a word to the file's name, so that no committed result is overwritten by less.
 
@@ -142,4 +142,4 @@ def default_path(device: str, *, quick: bool = False, batch: int | None = None, 
     """
     words = ["bench", torch.device(device).type, *([f"batch{batch}"] if batch is not None else [])]
     words += ["partial"] * partial + ["quick"] * quick
-    return (runtime.project_root() or Path.cwd()) / "report" / "results" / f"{'-'.join(words)}.json"
+    return (runtime.project_root() or Path.cwd()) / "build" / f"{'-'.join(words)}.json"

@@ -217,7 +217,7 @@ class DirectFeedbackAlignment:
                 f"{type(objective).__name__}"
             )
         if is_transformed():
-            raise ValueError("a feedback rule has a state, so each seed needs a rule of its own: pass stacked=False")
+            raise ValueError("a feedback rule has a state, so each seed needs a rule of its own: pass together=False")
         if self._network is None or self._network.model is not objective.model:
             self._network = Network(objective.model)
         blocks = self._network.blocks

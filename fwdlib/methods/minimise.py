@@ -19,7 +19,7 @@ from fwdlib import runtime
 from fwdlib.checks import check_count, check_positive
 from fwdlib.estimators import Estimator, GradientEstimate
 from fwdlib.methods.functions import as_objective
-from fwdlib.seeds import single_estimate, stacked_estimate
+from fwdlib.seeds import replicated_estimate, single_estimate
 from fwdlib.tangents import check_params
 
 
@@ -175,7 +175,7 @@ def _stack(
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     # From points (R, n) to values (R,) and gradients (R, n). A single row avoids vmap, which is most of a step's time.
     if len(generators) > 1:
-        every_row = stacked_estimate(estimator, as_objective(function), generators)
+        every_row = replicated_estimate(estimator, as_objective(function), generators)
         return lambda points: _parts(every_row({"x": points}))
     one_row = single_estimate(estimator, as_objective(function), generators)
     return lambda points: tuple(part.unsqueeze(0) for part in _parts(one_row({"x": points[0]})))

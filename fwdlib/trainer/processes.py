@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -29,6 +29,8 @@ class Processes:
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross entropy over the shares of all processes, a scalar."""
+        import torch.nn.functional as F  # only here: fwdlib.bench.scaling needs no torch
+
         return F.cross_entropy(logits, targets)
 
     def share(self, rows: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ import matplotlib.style
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from fwdlib import plotting
 from fwdlib.results import iterations
 from fwdlib.statistics import Interval, median_interval
 from report.page.context import METHODS, PARTS, TASKS, Results, durations
+from report.page.svg import write_svg
 
 PANEL = (3.0, 2.5)  # inches: three side by side on a page or a desktop, one on a phone
 MARKERS = {"backprop": "o", "forward": "D"}  # beside the colours of METHOD_STYLES, for prints in black and white
@@ -70,9 +70,7 @@ def _draw_group(name: str, results: Results, folder: Path) -> list[Path]:
             paths[-1].write_bytes(figure)
             continue
         paths.append(folder / f"{stem}.svg")
-        with matplotlib.style.context(plotting.STYLE):  # its hash salt and fonts are used when the file is written
-            # as savefig() does, which draws everything twice
-            FigureCanvasSVG(figure).print_svg(paths[-1], metadata={"Date": None, "Creator": None})
+        write_svg(figure, paths[-1])
     return paths
 
 

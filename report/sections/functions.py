@@ -75,10 +75,10 @@ def figures(found: dict[str, Any] | None) -> dict[str, Figure | bytes]:
     Args:
         found: as :func:`load` returns it.
     """
-    from fwdlib.methods.minimise_figures import plot_descents, plot_paths  # with torch, for the maps
-
     if found is None:
         return {}
+    from fwdlib.methods.minimise_figures import plot_descents, plot_paths  # with torch, for the maps
+
     growth, descents = found["growth"], _timed(found)
     return {
         "functions-descents": plot_descents(descents),

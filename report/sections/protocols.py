@@ -13,7 +13,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from fwdlib import plotting
-from fwdlib.statistics import Interval, mean_interval, median_interval, paired_ratio
+from fwdlib.statistics import Interval, median_interval, paired_ratio, t_interval
 from report.names import AS_PUBLISHED, METHODS, MODELS, PROTOCOLS, STEPS
 
 THEIR_TIMER = "their timer"
@@ -172,7 +172,7 @@ def _pair(backprop: dict[str, Any], forward: dict[str, Any], step: Interval, thr
         "iterations": ratio,
         "step": step,
         "total": total,
-        "accuracy_gap": mean_interval(gap),
+        "accuracy_gap": t_interval(gap),
         "loss_gap": median_interval([_lead(forward["train_loss"][f[s]], backprop["train_loss"][b[s]]) for s in both]),
         "verdict": None if threshold is None else _verdict(total),  # both took the number of iterations that was set
     }

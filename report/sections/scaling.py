@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from fwdlib.bench import scaling, scaling_figures
 from fwdlib.statistics import Interval, median_interval, paired_ratio
 from report.names import DESCENT, SCALING
 
@@ -40,8 +41,6 @@ def context(measured: dict[str, Any] | None) -> dict[str, Any] | None:
     Args:
         measured: as :func:`load` returns it.
     """
-    from fwdlib.bench import scaling
-
     if not _is_enough(measured):
         return None
     predicted = scaling.predictions(measured["rows"])
@@ -94,13 +93,11 @@ def figures(measured: dict[str, Any] | None) -> dict[str, Figure]:
     Args:
         measured: as :func:`load` returns it.
     """
-    from fwdlib.bench import scaling, scaling_figures
-
     if not _is_enough(measured):
         return {}
     return {
         "scaling-links": scaling_figures.plot_links(measured["rows"], scaling.predictions(measured["rows"])),
-        "scaling-workers": scaling_figures.plot_workers(_paper(measured)),
+        "scaling-workers": scaling_figures.plot_processes(_paper(measured)),
     }
 
 
@@ -115,8 +112,6 @@ def _bytes(rows: list[dict[str, Any]], name: str, headers: int = 0) -> list[int]
 
 
 def _even(row: dict[str, Any], name: str, ratio: float) -> float:
-    from fwdlib.bench import scaling
-
     return scaling.even_bandwidth(row["costs"]["BP"], row["costs"][name], PAPER_LATENCY, ratio)
 
 
@@ -154,6 +149,4 @@ def _is(run: dict[str, Any], method: str) -> bool:
 
 
 def _paper(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    from fwdlib.bench import scaling
-
     return scaling.on_paper(measured["rows"], PAPER_COUNTS, PAPER_GIGABITS, PAPER_LATENCY)

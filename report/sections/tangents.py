@@ -59,6 +59,7 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
         ],
         "missing": _missing(cases, found.get("sizes", {}), methods_of(found)),
         "settings": found["settings"],
+        "source": published.load()["tangents"],
         "tiny": TINY,
         "num_seeds": len(found["settings"]["seeds"]),
         "num_tuning_seeds": len(found["settings"]["tuning_seeds"]),

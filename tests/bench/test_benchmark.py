@@ -71,7 +71,7 @@ def test_only_a_whole_result_gets_the_committed_name():
         "bench-cuda-batch4096.json",
         "bench-cpu-partial-quick.json",
     ]
-    assert benchmark.default_path("cpu").parent == runtime.project_root() / "report" / "results"
+    assert benchmark.default_path("cpu").parent == runtime.project_root() / "build"
 
 
 def test_the_command_saves_and_prints(tiny, tmp_path, capsys):

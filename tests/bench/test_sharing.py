@@ -10,6 +10,8 @@ from fwdlib.bench import links, sharing
 from fwdlib.bench.scaling import NUM_TANGENTS
 from fwdlib.models import num_parameters
 
+pytestmark = pytest.mark.slow  # starts processes
+
 
 def test_a_measurement_has_every_method_and_round():
     found = sharing.measure_step(1, num_rounds=2, seconds=0)

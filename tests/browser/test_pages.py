@@ -52,8 +52,8 @@ def test_says_nothing_and_asks_for_nothing(view):
 def test_nothing_is_wider_than_the_screen(view):
     wide, inner = view.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert wide <= inner
-    out = """const items = document.querySelectorAll('img, figure, figcaption, h1, h2, h3, div.table, pre');
-        return [...items].filter(item => {
+    out = """return [...document.querySelectorAll(
+        'img, figure, figcaption, h1, h2, h3, div.table, pre')].filter(item => {
         const box = item.getBoundingClientRect();
         return item.checkVisibility() && (box.left < 0 || box.right > innerWidth + 0.5 || box.width === 0);
     }).map(item => item.outerHTML.slice(0, 120))"""

@@ -469,8 +469,8 @@ def test_trains_with_every_kind_of_estimator(blobs, estimator):
     assert history.stack_size == 1  # a ball is around all entries: seeds cannot share one
     assert all(run.test_errors[-1] <= 3 < run.test_errors[0] for run in history.runs)
     assert all(flat(params.values()).abs().sum() <= 20.0001 for params in history.params)
-    with pytest.raises(ValueError, match="stacked=True is not possible here: the optimizer is not one of the elem"):
-        train(build, blobs, ESTIMATORS[estimator], stacked=True, **options)
+    with pytest.raises(ValueError, match="together=True is not possible here: the optimizer is not one of the elem"):
+        train(build, blobs, ESTIMATORS[estimator], together=True, **options)
 
 
 def test_a_checkpoint_resumes_bit_for_bit(blobs, tmp_path):
@@ -530,7 +530,7 @@ def test_refuses_bad_options_and_keeps_no_bad_group():
         ({"radius": -1.0}, "radius must be a finite number above 0, got -1.0"),
         (
             {"radius": 1.0, "offset": 1.0},
-            "offset must be at least 2, because the first step goes 2/offset of the way, got 1",
+            "offset must be at least 2, .* 2/offset of the way, got 1",
         ),
         ({"radius": 1.0, "power": 1.5}, "power must be at most 1, got 1.5"),
     ):

@@ -20,7 +20,7 @@ import pytest
 from report import __main__ as program
 from report.output import HIDDEN, MANIFEST
 from report.page import render
-from report.page.context import METHODS, RECORDS, TASKS, load_results
+from report.page.context import METHODS, RECORDS, TASKS, TIMINGS, load_results
 from tests.report.records import change, contents, draw
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +52,7 @@ def test_a_render_that_is_cut_short_changes_nothing(built, monkeypatch, capsys, 
     def stop(text, folder):
         raise error
 
+    monkeypatch.setattr(render.figures, "draw", lambda results, folder: (folder / "new.svg").write_text("new"))
     monkeypatch.setattr(render, "to_pdf", stop)
     assert program.main(["--only-render", *options(built)]) == code
     assert contents(built) == before
@@ -262,8 +263,10 @@ def publish(*words: str) -> int:
     return program.main(["--publish", "--studies", str(program.RESULTS), *words])
 
 
-def test_publishing_replaces_records_figures_and_pages_and_no_other_file(committed, fake, saved, monkeypatch):
+def test_publishing_replaces_records_figures_and_pages_and_no_other_file(committed, measured, saved, monkeypatch):
     monkeypatch.setattr(program.Build, "_load_data", lambda self: "data")
+    run = lambda self, folder, *_: shutil.copytree(saved, folder / "results", dirs_exist_ok=True)  # noqa: E731
+    monkeypatch.setattr(program.Build, "_run_notebooks", run)
     before = contents(committed / "results")
     change(committed / "results", "3b_cnn_forward", lambda record: record.parameters.update(learning_rate=0.1))
     assert publish() == 0
@@ -278,7 +281,7 @@ def test_publishing_replaces_records_figures_and_pages_and_no_other_file(committ
     assert contents(committed) == after  # the same results, the same bytes
 
 
-def test_a_substitute_is_not_published(committed, fake, monkeypatch, bare_machine, capsys):
+def test_a_substitute_is_not_published(committed, bare_machine, capsys):
     before = contents(committed)
     assert publish() == 1  # without data nor network
     assert "real data only, and this is digits in place of KMNIST" in capsys.readouterr().err
@@ -317,6 +320,7 @@ def test_without_an_earlier_build_the_committed_records_are_drawn(committed, tmp
     assert str(committed / "results") in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_build_leaves_the_checkout_alone(tmp_path):
     copy = tmp_path / "copy"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -333,6 +337,9 @@ def test_a_build_leaves_the_checkout_alone(tmp_path):
         source = str(ROOT / "report" / "results" / f"{name}.json")
         copy_it = f"import os, shutil\nshutil.copy({source!r}, os.environ['FWDLIB_RESULTS'])"
         write_notebook(copy / "notebooks", name, copy_it)
+    taken = str(copy / "report" / "results" / TIMINGS)
+    code = f"import json\ndef measure(*_, **__):\n    return json.load(open({taken!r}))\n"
+    (copy / "report" / "studies" / "timings.py").write_text(code)
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
         subprocess.run([*git, *command], cwd=copy, check=True)
@@ -369,17 +376,18 @@ def test_neither_help_nor_drawing_waits_for_torch(modules):
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
 
 
-def test_figures_need_no_torch_but_for_the_maps_of_functions():
+def test_figures_need_no_torch_except_for_the_maps_of_functions():
     script = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from pathlib import Path; from report.page import context, figures\n"
+        "import sys; from pathlib import Path; from report.page import context, figures\n"
         "results = context.load_results(Path('report/results'))\n"
         "names = {'summary', *context.TASKS, *context.PARTS} - {'functions'}\n"
-        "assert all(figures._figures_of(results, name) for name in names)"
+        "assert all(figures._figures_of(results, name) for name in names)\n"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_the_committed_page_is_what_the_committed_results_give(tmp_path):
     made = load_results(ROOT / "report" / "results").records["cnn"]["forward"].environment["versions"]
     if made["matplotlib"] != version("matplotlib"):

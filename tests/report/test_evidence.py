@@ -18,6 +18,8 @@ from report.output import MANIFEST
 from report.page.context import build_context, load_results
 from report.studies import common
 
+pytestmark = pytest.mark.slow  # starts processes
+
 
 def python(code):
     return [sys.executable, "-c", code]

@@ -96,7 +96,7 @@ def test_table_has_ends_intervals_and_what_was_published(load):
     assert beale + "| about 5 x 10^-5^ | 9 of 9 | 0.800 | 0.87 |" in text
     assert "| about 5 x 10^-6^ | 9 of 9 | 1.30 | 0.75 |" in text
     assert "Rosenbrock with a learning rate of 0.0005 for 25,000 iterations." in text
-    assert "Every seed arrives, with both methods." in text
+    assert "Every seed converges, with both methods." in text
     assert "on Beale forward mode takes less time than backprop, on Rosenbrock forward mode takes more time" in text
     assert "with Rosenbrock's 100 as a factor the ratio is 3.00." in text
     assert "the same machine and versions, 1 thread." in text
@@ -105,10 +105,10 @@ def test_table_has_ends_intervals_and_what_was_published(load):
 @pytest.mark.parametrize(
     ("late", "backprop", "verdict"),
     [
-        (0, 1e-5, "Every seed arrives"),
-        (1, 1e-5, "At least nine of ten seeds arrive"),
-        (2, 1e-5, "**Not all arrive as published**"),
-        (0, 2e-3, "**Not all arrive as published**"),
+        (0, 1e-5, "Every seed converges"),
+        (1, 1e-5, "At least nine of ten seeds converge"),
+        (2, 1e-5, "**Not all converge as published**"),
+        (0, 2e-3, "**Not all converge as published**"),
     ],
 )
 def test_the_verdict_counts_the_seeds_and_backprop(load, late, backprop, verdict):

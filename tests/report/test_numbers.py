@@ -21,9 +21,9 @@ RESULTS = REPORT / "results"
 # Numbers that are no results: how sure an interval is, the 1 that a ratio is compared with, settings, closed forms.
 ALLOWED = """
 95 %; FG-RANK1; below 10^-16^; contain 1; below 1; left of 1; Above 1; K = 1; (1 + K)/2; of width 1024; batch 64;
-2022, figure 6; l1; l2; l∞; float64; float32; radius 1; -1 is; 0 is not; about 10 %; Rosenbrock's 100; 100 steps;
+2022, figure 6; l1; l2; l∞; float64; float32; radius 1; -1 means; 0 means; about 10 %; Rosenbrock's 100; 100 steps;
 5 standard; zero at 0.5; backprop: 2/; powers of √2; below 1.461; Between -4 and 4; 10^-16^; 1, 2, 4 and 16;
-n = 1,024; 16 tangents; 64 numbers; n = 4; (-1, 1, …, 1); below 4; commit 344affc; 784-800-800-10; K = 16
+n = 1,024; 16 tangents; 64 numbers; n = 4; (-1, 1, …, 1); below 4; 784-800-800-10; K = 16
 """
 
 SETTINGS = {"settings", "parameters", "environment", "source", "learning_rate", "lr", "b_lr", "rates", "threshold"}

@@ -133,5 +133,5 @@ def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch):
 
 
 def test_the_committed_measurements_can_be_continued(monkeypatch):
-    monkeypatch.setattr(study.scaling, "measure", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(study.sharing, "measure_step", lambda *_, **__: pytest.fail("measured again"))
     assert len(study.measure(study.FULL, RESULTS)["rows"]) == 9

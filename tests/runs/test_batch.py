@@ -21,6 +21,8 @@ from fwdlib.runs import places, stamps
 from fwdlib.runs.batch import run_batch
 from fwdlib.runs.jobs import Job, Outcome, failures
 
+pytestmark = pytest.mark.slow  # starts processes
+
 WRITER = """\
 import json, os, sys
 from pathlib import Path

@@ -25,6 +25,8 @@ from fwdlib.runs.batch import finished, run_batch
 from fwdlib.runs.jobs import Job, failures
 from fwdlib.runs.places import PlaceError
 
+pytestmark = pytest.mark.slow  # starts processes
+
 NUM_JOBS = 24
 TELL = """\
 import json, os, time
@@ -312,7 +314,7 @@ def refused(shared, tmp_path, folders) -> str:
 
 def test_a_worker_with_other_code_is_refused(shared, tmp_path, folders, monkeypatch):
     real = stamps.sources()
-    monkeypatch.setattr(stamps, "sources", lambda: real | {"training.py": "another"})
+    monkeypatch.setattr(stamps, "sources", lambda *_: real | {"training.py": "another"})
     assert "is not like this machine: its fwdlib is another (training.py)" in refused(shared, tmp_path, folders)
 
 

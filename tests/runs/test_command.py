@@ -20,6 +20,8 @@ import pytest
 from fwdlib import cli
 from fwdlib.runs import places, stamps
 
+pytestmark = pytest.mark.slow  # starts processes
+
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = 'seed = 0\nnum_seeds = 2\nlearning_rate = 0.1\noptimizer = "SGD"\nthreshold = None\nsizes = [64, 64]'
 # What a notebook leaves, without the seconds that importing torch takes: one record, of a loss that is the rate.

@@ -95,15 +95,15 @@ def fingerprint_of(tmp_path, monkeypatch):
                 copy.write_bytes(path.read_bytes())
         monkeypatch.setattr(stamps, "PACKAGE", folder)
         if changed:
-            with (folder / changed).open("a") as file:
-                file.write("\n# edited")
+            path = folder / changed
+            path.write_text(path.read_text() + "\n# edited")
         (path,) = NOTEBOOKS.rglob(f"{notebook}_*.ipynb")
         return stamps.fingerprints([Job(path)], "")[path.stem]
 
     return fingerprint
 
 
-@pytest.mark.parametrize("name", ["doctor.py", "cli.py", "runs/batch.py", "bench/measuring.py", "methods/figures.py"])
+@pytest.mark.parametrize("name", ["doctor.py", "cli.py", "runs/batch.py", "bench/measuring.py", "methods/feedback.py"])
 def test_editing_what_a_notebook_cannot_reach_keeps_its_stamp(fingerprint_of, name):
     assert fingerprint_of("1a") == fingerprint_of("1a", name)
 
@@ -115,7 +115,7 @@ def test_editing_what_a_notebook_reaches_changes_its_stamp(fingerprint_of, name)
 
 
 def test_a_wing_counts_for_the_notebooks_that_use_it(fingerprint_of):
-    assert fingerprint_of("6") != fingerprint_of("6", "methods/figures.py")
+    assert fingerprint_of("6") != fingerprint_of("6", "methods/feedback_figures.py")
     assert fingerprint_of("8") != fingerprint_of("8", "bench/measuring.py")
 
 

@@ -26,6 +26,8 @@ from fwdlib.trainer.session import TrainerSession
 from fwdlib.trainer.settings import Settings
 from fwdlib.training import train
 
+pytestmark = pytest.mark.slow  # starts processes
+
 CPU = torch.device("cpu")
 NUM_STEPS = 200
 NUM_TANGENTS = 16
