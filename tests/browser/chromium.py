@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -20,6 +21,11 @@ FLAGS = (
 )
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 SCHEMES = ("light", "dark")
+
+
+def chromedriver() -> str:
+    """Return the path of chromedriver. Without one selenium would try to download its own."""
+    return shutil.which("chromedriver") or pytest.fail("chromedriver is not on the PATH; tests/browser.sh installs it")
 
 
 def wait_until(what: str, condition, timeout: float = 120):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fwdlib import runtime
-from tests.browser.chromium import FLAGS
+from tests.browser.chromium import FLAGS, chromedriver
 
 AXE = "https://registry.npmjs.org/axe-core/-/axe-core-4.14.1.tgz"
 AXE_SHA512 = "FHfa+lmNjQZfJz1q8wKqIDwC6DExcHt/pkjNQb09a3NPjCKg2rhu5qb2S4r76ASyFNNtuFooJpZe37OgudVGtQ=="
@@ -30,7 +30,7 @@ def driver() -> Iterator:
             options.add_argument(flag)
         options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
         options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-        service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
+        service = webdriver.ChromeService(executable_path=chromedriver())
         driver = webdriver.Chrome(options=options, service=service)
         try:
             yield driver

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.chromium import FLAGS, MARKS, ROOT, wait_until
+from tests.browser.chromium import FLAGS, MARKS, ROOT, chromedriver, wait_until
 
 pytestmark = MARKS
 
@@ -123,7 +123,7 @@ def browser(folder) -> Iterator:
     for flag in (*FLAGS.split(), f"--user-data-dir={folder / 'profile'}"):
         options.add_argument(flag)
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))  # a path: selenium downloads none
+    service = webdriver.ChromeService(executable_path=chromedriver())
     driver = webdriver.Chrome(options=options, service=service)
     try:
         yield driver
