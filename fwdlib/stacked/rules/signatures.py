@@ -41,6 +41,7 @@ def _checked(rule: Rule, function: Callable, names: dict[str, str]) -> Rule:
     _, first, *rest = inspect.signature(rule).parameters.values()
     positional = [p.name for p in (first, *rest) if p.kind is p.POSITIONAL_OR_KEYWORD]
     required = [p.name for p in (first, *rest) if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in rest)  # to torch's function, which knows its own arguments
     limit = None if any(p.kind is p.VAR_POSITIONAL for p in rest) else len(positional)
     known = {p.name: p.name for p in rest} | {"input": first.name}
     if not isinstance(function, FunctionType):
@@ -55,7 +56,7 @@ def _checked(rule: Rule, function: Callable, names: dict[str, str]) -> Rule:
         if kwargs:
             if kwargs.get("out", 0) is None:
                 del kwargs["out"]
-            given = {known.get(name, ""): value for name, value in kwargs.items()}
+            given = {known.get(name, name if passes_on else ""): value for name, value in kwargs.items()}
             if "" in given or len(given) < len(kwargs) or any(name in given for name in positional[: len(args)]):
                 return NotImplemented
             if not all(name in given for name in required[len(args) :]):

@@ -28,7 +28,6 @@ CONSTANTS[torch.full_like] = lambda f, x: f(x, 2)
 CONSTANTS[Tensor.new_full] = lambda f, x: f(x, (2,), 2)
 CONSTANTS[Tensor.new_tensor] = lambda f, x: f(x, [2.0])
 CONSTANTS[Tensor.__format__] = lambda f, x: f(x.sum(), ".3f")
-CONSTANTS[Tensor.numpy] = lambda f, x: f(x).tolist()
 
 
 @pytest.mark.parametrize("function", CONSTANTS, ids=lambda f: resolve_name(f) or f.__name__)
