@@ -134,13 +134,13 @@ class Rewind:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._slots = [
-            (module._buffers, leaf, buffer, None if buffer is None else buffer.clone())
-            for module in model.modules()
-            for leaf, buffer in module._buffers.items()
-        ]
+        self._slots, devices = [], set()
+        for module in model.modules():
+            devices |= {p.device for p in module._parameters.values() if p is not None}
+            for leaf, buffer in module._buffers.items():
+                self._slots.append((module._buffers, leaf, buffer, None if buffer is None else buffer.clone()))
+                devices |= set() if buffer is None else {buffer.device}
         self._cpu = torch.get_rng_state()
-        devices = {t.device for _, _, t, _ in self._slots if t is not None} | {p.device for p in model.parameters()}
         self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices if device.type == "cuda"]
 
     @torch.no_grad()

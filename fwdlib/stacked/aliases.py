@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -42,9 +42,6 @@ class Filled:
     def __init__(self, num_tangents: int) -> None:
         self._num_tangents = num_tangents
         self._buffers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self.is_empty = True
-        self.mark = torch.empty(0, requires_grad=True)
-        """Filled tensors require a gradient by it, so the tape reveals what C++ code computes from them."""
 
     def __contains__(self, x: Tensor) -> bool:
         return root_of(x) in self._buffers
@@ -76,9 +73,8 @@ class Filled:
             )
         size = root.untyped_storage().nbytes() // root.element_size()
         self._buffers[root] = root.new_zeros(self._num_tangents, size)
-        self.is_empty = False
         with torch.enable_grad():
-            root.as_strided((0,), (1,)).copy_(self.mark)
+            root.as_strided((0,), (1,)).copy_(FILLED)
 
     def forget(self, x: Tensor) -> None:
         """Drop the tangents of ``x``; not those of a tensor that it is a view of."""
@@ -88,8 +84,10 @@ class Filled:
         """Make all filled tensors plain again."""
         for root in list(self._buffers):
             root.detach_()
-        self._buffers = WeakTensorKeyDictionary()
-        self.is_empty = True
+
+
+FILLED = torch.empty(0, requires_grad=True)
+"""Filled tensors require a gradient by it, so the tape reveals what C++ code computes from them."""
 
 
 class Doubtful:
@@ -101,13 +99,11 @@ class Doubtful:
     def __init__(self) -> None:
         self._pairs: list[tuple[weakref.ref, weakref.ref, str]] = []
         self._stale: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self.is_empty = True
-        self.count = 0
-        """How many pairs have been added."""
+        self.has_stale = False
+        """Whether any values are in doubt."""
 
     def add(self, source: Dual, result: Dual, name: str) -> None:
         """Note that ``result`` may share memory with ``source``. From here on its own views belong to it alone."""
-        self.count += 1
         result.stack = result.stack.detach()
         self._pairs.append((weakref.ref(root_of(source.stack)), weakref.ref(result.stack), name))
 
@@ -122,7 +118,7 @@ class Doubtful:
                     seen.add(id(other))
                     queue.append(other)
                     self._stale[other] = name
-                    self.is_empty = False
+                    self.has_stale = True
 
     def check(self, x: Dual) -> None:
         """Refuse to read a dual whose values are in doubt.
@@ -146,12 +142,8 @@ class Doubtful:
                 yield first(), name
 
 
-def may_share(func: Callable, kwargs: dict) -> bool:
-    """Return whether a function returns a view for some layouts of its argument, and a copy for others."""
-    return func in MAY_SHARE or kwargs.get("memory_format") is not None
-
-
 MAY_SHARE = {
     *(torch.reshape, Tensor.reshape, Tensor.reshape_as, torch.flatten, Tensor.flatten, torch.ravel, Tensor.ravel),
     Tensor.contiguous,
 }
+"""Functions that return a view for some layouts of their argument, and a copy for others."""

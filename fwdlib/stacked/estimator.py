@@ -9,7 +9,7 @@ calls.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -191,13 +191,8 @@ def run(
         RuntimeError: if the model itself raises it.
     """
     modules = list(model.modules())
-    ids = {id(p) for p in params.values()}
-    for module in modules:
-        if isinstance(module, torch.jit.ScriptModule) and any(id(p) in ids for p in module.parameters()):
-            raise NotImplementedError(
-                f"the model has a part in TorchScript with parameters of its own, {type(module).__name__}, into which "
-                f"the stacked engine cannot see. Use the module that was scripted or traced. {OTHER_ENGINE}"
-            )
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        _refuse_script(modules, params)
     try:
         with _eager(), Pass(perturbation, params, calls) as stacked_pass:
             return stacked_pass.settle(call())
@@ -207,7 +202,7 @@ def run(
         raise NotImplementedError(f"a tensor with tangents reached TorchScript or C++ code. {OTHER_ENGINE}") from error
     finally:
         for module in modules:
-            _keep_primals(vars(module))
+            _keep_primals(module.__dict__)
 
 
 BELOW = "reached a tensor with tangents", "TorchScript interpreter", "Tensor that doesn't have storage"
@@ -221,11 +216,22 @@ def _eager() -> AbstractContextManager:
     return nullcontext()
 
 
+def _refuse_script(modules: Sequence[nn.Module], params: Params) -> None:
+    ids = {id(p) for p in params.values()}
+    for module in modules:
+        if isinstance(module, torch.jit.ScriptModule) and any(id(p) in ids for p in module.parameters()):
+            raise NotImplementedError(
+                f"the model has a part in TorchScript with parameters of its own, {type(module).__name__}, into which "
+                f"the stacked engine cannot see. Use the module that was scripted or traced. {OTHER_ENGINE}"
+            )
+
+
 def _keep_primals(kept: dict | list) -> None:
-    for key, value in kept.items() if isinstance(kept, dict) else enumerate(kept):
-        if type(value) is Dual:
+    for key, value in kept.items() if type(kept) is dict else enumerate(kept):
+        kind = type(value)
+        if kind is Dual:
             kept[key] = value.primal.detach()
-        elif type(value) in (dict, list) and value:
+        elif (kind is dict or kind is list) and value and key != "_parameters" and key != "_modules":
             _keep_primals(value)
 
 

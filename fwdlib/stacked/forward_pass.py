@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fwdlib.stacked.aliases import Doubtful, Filled, may_share, memory_of
+from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of
 from fwdlib.stacked.dual import METADATA, OTHER_ENGINE, REQUIRES_GRAD, Dual, function_name, pad_rows, primals_of
 from fwdlib.stacked.in_place import InPlace, in_place
 from fwdlib.stacked.perturbations import Perturbation
@@ -59,6 +59,31 @@ def register_rule(*functions: Callable) -> Callable[[Rule], Rule]:
     return register
 
 
+MAY_HIDE = {Tensor, list, tuple}
+_current_level = torch._C._functorch.maybe_current_level
+_is_fwd_grad_enabled = torch._C._is_fwd_grad_enabled
+_is_grad_enabled = torch.is_grad_enabled
+_set_grad_enabled = torch._C._set_grad_enabled
+
+
+class _Kind(NamedTuple):
+    # What a function is that does not go straight to its rule; one that is nothing of it may share memory.
+    is_metadata: bool = False
+    special: Callable | None = None
+    in_place: InPlace | None = None
+
+
+_KINDS: dict[Callable, _Kind | None] = {
+    **dict.fromkeys(METADATA, _Kind(is_metadata=True)),
+    **{func: _Kind(special=handler) for func, handler in SPECIAL.items()},
+    **dict.fromkeys(MAY_SHARE, _Kind()),
+}
+
+
+def _kind_of(func: Callable) -> _Kind | None:
+    return None if (found := in_place(func)) is None else _Kind(in_place=found)
+
+
 class Call(NamedTuple):
     """A call of a torch function on duals or parameters in a pass."""
 
@@ -96,8 +121,9 @@ class Pass(TorchFunctionMode):
         self.names = {id(p): name for name, p in params.items()}
         self._calls = calls
         self._keeps_tape = keeps_tape
-        self._filled = Filled(perturbation.num_tangents)
-        self._doubtful = Doubtful()
+        self._filled: Filled | None = None  # made when a model first needs it
+        self._doubtful: Doubtful | None = None
+        self._num_doubts = 0
         self._is_inside = False  # whether a rule runs, whose own calls come here if it opens the pass again
         self._has_forward_ad = torch._C._is_fwd_grad_enabled()
 
@@ -108,52 +134,60 @@ class Pass(TorchFunctionMode):
             torch._C._set_grad_enabled(True)
             self._grad_of_model = True
             self._is_inference = torch.is_inference_mode_enabled()
-            self._level = torch._C._functorch.maybe_current_level()
+            self._level = _current_level()
         return super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
         """End: the settings are as before, and tensors that were filled with tangents are plain."""
         super().__exit__(*exc)
         if not self._is_inside:
-            self._filled.release()
+            if self._filled is not None:
+                self._filled.release()
+                self._filled = None
             torch._C._set_grad_enabled(self._grad_before)
 
     def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Apply the rule of ``func``."""
         kwargs = kwargs or {}
         if not self._concerns(args) and not (kwargs and self._concerns(kwargs.values())):
-            if func is torch._C._set_grad_enabled and torch._C._is_fwd_grad_enabled():
+            if func is _set_grad_enabled and _is_fwd_grad_enabled():
                 self._grad_of_model = args[0]  # and not what a torch.autograd.Function sets for itself
             return func(*args, **kwargs)
-        if func in METADATA:
+        try:
+            kind = _KINDS[func]
+        except KeyError:
+            kind = _KINDS[func] = _kind_of(func)
+        if kind is not None and kind.is_metadata:
             if func == REQUIRES_GRAD:
                 return True
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if self._is_inside:
-            return self._apply(func, args, kwargs)
-        special = SPECIAL.get(func)
-        if special is not None:
-            return special(self, func, *args, **kwargs)
-        if torch._C._functorch.maybe_current_level() != self._level:
+            return self._apply(func, kind, args, kwargs)
+        if kind is not None and kind.special is not None:
+            return kind.special(self, func, *args, **kwargs)
+        if _current_level() != self._level:
             raise NotImplementedError(
                 f"{function_name(func)} was called on a tensor with tangents inside a torch.func transform (grad, jvp, "
                 f"vmap, ...) of the model's own, which the stacked engine cannot follow. {OTHER_ENGINE}"
             )
-        if self._cuts(func):
+        if not (_is_grad_enabled() and _is_fwd_grad_enabled()) and self._cuts(func):
             return self.on_primals(func, args, kwargs)
         if not self._keeps_tape:
-            self._check_visible(args)
+            for value in args:
+                if type(value) in MAY_HIDE:
+                    self._check_visible(args)
+                    break
             if kwargs:
                 self._check_visible(kwargs.values())
-            torch._C._set_grad_enabled(False)
+            _set_grad_enabled(False)
         self._is_inside = True
         try:
-            return self._apply(func, args, kwargs)
+            return self._apply(func, kind, args, kwargs)
         finally:
             self._is_inside = False
             if not self._keeps_tape:
-                torch._C._set_grad_enabled(True)
+                _set_grad_enabled(True)
 
     def stack(self, x: Any) -> Tensor:
         """Return the rows of ``x``, shape (1 + R, ...). A plain tensor has one row, itself."""
@@ -221,13 +255,14 @@ class Pass(TorchFunctionMode):
             NotImplementedError: if ``x`` was computed from parameters, and not by functions that came here.
         """
         self._check_visible((x,))
-        if type(x) is not Tensor or self._filled.is_empty or x not in self._filled:
+        if not self._is_filled(x):
             return x
-        return Dual(torch.cat([x.detach().unsqueeze(0), self._filled.tangents(x)]))
+        return Dual(torch.cat([x.detach().unsqueeze(0), self._tangents(x)]))
 
     def forget(self, x: Tensor) -> None:
         """Drop the tangents of a plain tensor."""
-        self._filled.forget(x)
+        if self._filled is not None:
+            self._filled.forget(x)
 
     def _cuts(self, func: Callable) -> bool:
         # Whether the model has switched gradients off.
@@ -250,17 +285,26 @@ class Pass(TorchFunctionMode):
                 return True
             if isinstance(value, (list, tuple)) and self._concerns(value):
                 return True
-            if not self._filled.is_empty and type(value) is Tensor and value in self._filled:
+            if self._filled is not None and self._is_filled(value):
                 return True
         return False
+
+    def _is_filled(self, x: Any) -> bool:
+        # Filled tensors have a tape, and the views of one that were made under torch.no_grad() have none.
+        return self._filled is not None and type(x) is Tensor and x.grad_fn is not None and x in self._filled
+
+    def _tangents(self, x: Tensor) -> Tensor:
+        # Those of a plain tensor, to write into.
+        if self._filled is None:
+            self._filled = Filled(self.perturbation.num_tangents)
+        return self._filled.tangents(x)
 
     def _check_visible(self, values: Iterable) -> None:
         # Refuse a plain tensor that was computed from a tensor with tangents: its own tangents are lost.
         for value in values:
             if type(value) is Tensor and value.requires_grad and value.grad_fn is not None:
-                if not self._filled.is_empty and value in self._filled:
-                    continue
-                self._check_tape(value)
+                if not self._is_filled(value):
+                    self._check_tape(value)
             elif isinstance(value, (list, tuple)):
                 self._check_visible(value)
 
@@ -272,7 +316,7 @@ class Pass(TorchFunctionMode):
                 continue
             seen.add(node)
             leaf = getattr(node, "variable", None)
-            if leaf is not None and (self.has_tangents(leaf) or leaf is self._filled.mark):
+            if leaf is not None and (self.has_tangents(leaf) or leaf is FILLED):
                 name = self.name_of(leaf)
                 raise NotImplementedError(
                     f"a tensor was computed from {f'the parameter {name!r}' if name else 'a tensor with tangents'} "
@@ -282,16 +326,16 @@ class Pass(TorchFunctionMode):
             queue += [following for following, _ in node.next_functions]
 
     def _check_fresh(self, tree: Any) -> None:
-        if not self._doubtful.is_empty:
+        if self._doubtful is not None:
             for leaf in tree_leaves(tree):
                 if isinstance(leaf, Dual):
                     self._doubtful.check(leaf)
 
-    def _apply(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        if not self._doubtful.is_empty:
+    def _apply(self, func: Callable, kind: _Kind | None, args: tuple, kwargs: dict) -> Any:
+        if self._doubtful is not None and self._doubtful.has_stale:
             self._check_fresh((args, kwargs))
         if kwargs:
-            if "input" in kwargs and not args:  # torch's name of the argument that rules take first
+            if "input" in kwargs and not args and func in RULES:  # torch's name of the argument that rules take first
                 args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
             if "inplace" in kwargs:  # handled here for all functions, so that rules never see it
                 kwargs = dict(kwargs)
@@ -301,13 +345,13 @@ class Pass(TorchFunctionMode):
                 raise NotImplementedError(
                     f"{function_name(func)}(out=...) has no derivative in torch. Leave out= away."
                 )
-        if (kind := in_place(func)) is not None:
-            return self._in_place(func, kind, args, kwargs)
-        if not self._filled.is_empty:
-            return self._with_filled(func, args, kwargs)
-        return self._call(func, args, kwargs)
+        if kind is not None and kind.in_place is not None:
+            return self._in_place(func, kind.in_place, args, kwargs)
+        if self._filled is not None:
+            return self._with_filled(func, kind, args, kwargs)
+        return self._call(func, kind, args, kwargs)
 
-    def _call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def _call(self, func: Callable, kind: _Kind | None, args: tuple, kwargs: dict) -> Any:
         rule = RULES.get(func)
         found = rule(self, *args, **kwargs) if rule is not None else NotImplemented
         has_rule = found is not NotImplemented
@@ -319,28 +363,32 @@ class Pass(TorchFunctionMode):
         if isinstance(found, Dual):
             if self.perturbation.per_example:
                 self._follow_examples(found)
-            if may_share(func, kwargs) and args and isinstance(args[0], Dual):
+            is_doubtful = kind is not None or (kwargs and kwargs.get("memory_format") is not None)
+            if is_doubtful and isinstance(args[0], Dual):
                 self._doubt(args[0], found, function_name(func))
         return found
 
-    def _with_filled(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def _with_filled(self, func: Callable, kind: _Kind | None, args: tuple, kwargs: dict) -> Any:
         # Filled tensors go into the rule as duals. A view of one is a plain tensor again, whose tangents are a view.
         given = (args, kwargs)
         args, kwargs = tree_map(self.settle, given)
-        num_doubts = self._doubtful.count
-        found = self._call(func, args, kwargs)
+        num_doubts = self._num_doubts
+        found = self._call(func, kind, args, kwargs)
         pairs = zip(tree_leaves((args, kwargs)), tree_leaves(given), strict=True)
         memories = {memory_of(x.stack) for x, before in pairs if x is not before}
-        shares = any(isinstance(y, Dual) and memory_of(y.stack) in memories for y in tree_leaves(found))
-        if shares or self._doubtful.count > num_doubts:
+        tensors = [y.stack if isinstance(y, Dual) else y for y in tree_leaves(found) if isinstance(y, Tensor)]
+        shares = any(memory_of(y) in memories for y in tensors)
+        if shares or self._num_doubts > num_doubts:
             with torch.enable_grad():
                 plain = func(*primals_of(given[0]), **primals_of(given[1]))
-            found = tree_map(lambda y, p: p if isinstance(p, Tensor) and p in self._filled else y, found, plain)
+            found = tree_map(lambda y, p: p if self._is_filled(p) else y, found, plain)
         return found
 
     def _doubt(self, source: Dual, result: Dual, name: str) -> None:
         if not self._keeps_tape:
+            self._doubtful = self._doubtful or Doubtful()
             self._doubtful.add(source, result, name)
+            self._num_doubts += 1
 
     def _follow_examples(self, found: Dual) -> None:
         # A scalar that carries the pieces of the examples is the loss or a part of it. Any other result without the
@@ -375,7 +423,7 @@ class Pass(TorchFunctionMode):
             if isinstance(target, Dual):
                 raise NotImplementedError(_moved(func))
             return func(*args, **kwargs)
-        if isinstance(target, Dual):
+        if isinstance(target, Dual) and self._doubtful is not None:
             self._doubtful.write(target)
         if func is Tensor.__setitem__:
             return self._set(target, *map(self.settle, rest))
@@ -406,7 +454,7 @@ class Pass(TorchFunctionMode):
             num_rows = 1 + self.perturbation.num_tangents
             if len(stack) > num_rows:  # the pieces of the examples
                 self.mix_examples()
-            tangents = self._filled.tangents(target)
+            tangents = self._tangents(target)
             target.copy_(stack[0])
             tangents.copy_(_spread(pad_rows(stack[:num_rows], num_rows), target.dim())[1:])
 
@@ -419,7 +467,7 @@ class Pass(TorchFunctionMode):
             return
         self.mix_examples()  # the index may put an example in the place of another
         values = self.stack(value) if isinstance(value, Tensor) else [value]
-        rows = target, *self._filled.tangents(target)
+        rows = target, *self._tangents(target)
         for i, row in enumerate(rows):
             row[index] = values[i] if i < len(values) else 0
 

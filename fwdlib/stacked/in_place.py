@@ -6,7 +6,6 @@ Torch's schemas say it, not the names: ``normal_`` has no counterpart, although 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,7 +25,6 @@ class InPlace(NamedTuple):
     """Whether it writes into nothing else, and is torch's own."""
 
 
-@functools.cache
 def in_place(func: Callable) -> InPlace | None:
     """Return what ``func`` does to its first argument; None if it writes nothing."""
     if func is Tensor.__setitem__:

@@ -238,3 +238,54 @@ def test_channels_last_changes_no_number(num_tangents, tangents):
     second = estimate()
     torch.testing.assert_close(second.jvps, first.jvps)
     torch.testing.assert_close(dict(second.grads), dict(first.grads))
+
+
+# the fallback of engine="auto"
+
+
+class Physics(nn.Module):
+    """A derivative by the inputs, which the stacked engine refuses, after a dropout and a layer with statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Tanh(), nn.Linear(4, 2))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = x.clone().requires_grad_()
+        u = self.net(x)
+        return u + torch.autograd.grad(u.sum(), x, create_graph=True)[0][:, :2]
+
+
+def physics():
+    torch.manual_seed(0)
+    return Physics().double(), torch.randn(5, 3, dtype=torch.float64), CLASSES
+
+
+@pytest.mark.parametrize("generator", [None, seeded])
+def test_auto_falls_back_on_the_torch_engine_along_the_same_tangents(generator):
+    def estimate(engine):
+        model, inputs, targets = physics()
+        objective, options = BatchLoss(model, inputs, targets), {} if generator is None else {"generator": seeded()}
+        found = [forward_gradient(objective, params_of(model), engine=engine, num_tangents=2, **options) for _ in "ab"]
+        return [(e.loss, e.jvps, dict(e.grads)) for e in found], dict(model.named_buffers()), torch.rand(1), model.calls
+
+    *auto, num_calls = estimate("auto")
+    *by_torch, expected_calls = estimate("torch")
+    torch.testing.assert_close(auto, by_torch)
+    assert num_calls == expected_calls + 1  # the model is refused once
+
+
+def test_no_other_estimate_falls_back():
+    for options in ({"engine": "stacked"}, {"tangents": "per-example"}, {"tangents": "activity"}):
+        model, inputs, targets = physics()
+        with pytest.raises(NotImplementedError, match=r"torch\.autograd\.grad.*engine='torch'"):
+            forward_gradient(BatchLoss(model, inputs, targets), params_of(model), **options)
+
+
+def test_a_part_in_torchscript_is_refused_before_the_pass():
+    model = nn.Sequential(nn.BatchNorm1d(3), torch.jit.script(nn.Linear(3, 2)))
+    with pytest.raises(NotImplementedError, match=r"TorchScript.*was scripted or traced"):
+        estimate_of(model)
+    assert not model[0].running_mean.any()

@@ -1,9 +1,13 @@
 """The pass that carries duals, the registry of rules, functions without a rule, and functions that write in place."""
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.stacked.dual import Dual
@@ -11,8 +15,11 @@ from fwdlib.stacked.estimator import stacked_gradient, stacked_jvp
 from fwdlib.stacked.forward_pass import RULES, Call, Pass, register_rule
 from fwdlib.stacked.perturbations import PerExamplePerturbation, Perturbation
 from fwdlib.tangents import random_signs
+from tests.stacked.against_backprop import INPUTS, Net, assert_as_backprop, by_the_pass
 from tests.stacked.networks import CLASSES
 from tests.stacked.rules.cases import assert_agrees_with_jvp
+from tests.test_forward_mode import BATCH
+from tests.test_forward_mode import MODELS as MODELS_OF_FORWARD_MODE
 
 PARAMS = {"weight": torch.arange(12.0).reshape(4, 3)}
 
@@ -226,28 +233,283 @@ def test_a_function_without_any_derivative_is_named():
         estimate_of(Wrapped(lambda x: torch.igamma(x.exp(), torch.ones(2))))
 
 
-def test_writing_tangents_into_a_plain_tensor_is_refused():
-    def fill(x):
-        y = torch.zeros(5, 2)
-        y[:, 0] = x[:, 1]
-        return y
-
-    for function in (fill, lambda x: torch.zeros(5, 2).add_(x)):
-        with pytest.raises(NotImplementedError, match=r"torch\.cat or torch\.stack"):
-            estimate_of(Wrapped(function))
-
-
-def test_an_activation_that_is_kept_for_the_next_call_is_named():
+def test_an_activation_that_is_kept_in_the_model_becomes_plain():
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
-            self.linear, self.state = nn.Linear(3, 3), torch.zeros(5, 3)
+            self.linear, self.state, self.kept = nn.Linear(3, 3), torch.zeros(5, 3), {"all": []}
 
         def forward(self, inputs):
             self.state = torch.tanh(self.linear(inputs) + self.state)
+            self.kept["all"].append(self.state)
             return self.state
 
     model = Recurrent()
     estimate_of(model)
+    assert type(model.state) is type(model.kept["all"][0]) is torch.Tensor
+    estimate_of(model)
+    assert (model.state + 1).isfinite().all()
+
+
+def test_an_activation_that_is_kept_elsewhere_is_named():
+    kept = []
+    estimate_of(Wrapped(lambda x: kept.append(x) or x * 2))
     with pytest.raises(RuntimeError, match=r"outside its pass.*keep x\.detach\(\)"):
-        model.state + 1
+        kept[0] + 1
+
+
+def test_an_error_in_the_model_leaves_everything_as_it_was():
+    def fails(x):
+        torch.set_grad_enabled(False)
+        with torch.no_grad():
+            raise ValueError(f"not a scalar: {x.shape}")
+
+    model = Wrapped(fails)
+    with pytest.raises(ValueError, match="not a scalar"):
+        estimate_of(model)
+    assert torch.is_grad_enabled()
+    assert torch._C._is_fwd_grad_enabled()
+    assert all(p.requires_grad for p in model.parameters())
+    assert (model.linear.weight + 1).grad_fn is not None
+
+
+# grad mode
+
+
+def target_under_no_grad(model, h):
+    with torch.no_grad():
+        target = model.c(h + 0.1)
+    return model.c(h) - target
+
+
+def changed_under_no_grad(model, h):
+    h = h * 1
+    with torch.no_grad():
+        h.mul_(2)
+        h[:, 0] = 0
+        h[h < 0] *= 0.1
+        with torch.enable_grad():
+            h = h + model.c(h)
+    return h
+
+
+def buffer_assigned(model, h):
+    with torch.no_grad():
+        model.buffer = 0.9 * model.buffer + 0.1 * h
+    return h - model.buffer
+
+
+def buffer_changed(model, h):
+    with torch.no_grad():
+        model.buffer.mul_(0.9).add_(h, alpha=0.1)
+    return h - model.buffer
+
+
+def results_by_out(_, h):
+    h, x = h * 1, torch.empty_like(h)
+    with torch.no_grad():
+        torch.mul(h, 2, out=x)
+        torch.sin(h, out=h)
+    return h * x
+
+
+def the_same_tensor_under_no_grad(_, h):
+    with torch.no_grad():
+        y = h.double()  # torch returns h itself, which has a gradient
+    return h.sin() * y
+
+
+def set_as_a_function(model, h):
+    torch.set_grad_enabled(False)
+    y = model.c(h)
+    torch.set_grad_enabled(True)
+    return model.c(h) * y
+
+
+def clamped_parameter(model, h):
+    with torch.no_grad():
+        model.w.clamp_(-0.5, 0.5)
+    return h @ model.w
+
+
+def in_inference_mode(model, h):
+    with torch.inference_mode():
+        y = model.c(h)
+    return h + y.clone()
+
+
+def function_under_no_grad(_, h):
+    with torch.no_grad():
+        y = NoForwardDerivative.apply(h)
+    return h * y
+
+
+GRAD_MODE = [
+    *(target_under_no_grad, changed_under_no_grad, buffer_assigned, buffer_changed, results_by_out),
+    *(the_same_tensor_under_no_grad, set_as_a_function, clamped_parameter, in_inference_mode, function_under_no_grad),
+]
+
+
+@pytest.mark.parametrize("num_tangents", [1, 3])
+@pytest.mark.parametrize("body", GRAD_MODE)
+def test_tangents_are_cut_where_gradients_are(body, num_tangents):
+    assert_as_backprop(lambda: Net(body), num_tangents)
+
+
+def test_the_pass_is_in_grad_mode_wherever_it_is_called():
+    seen = []
+    with torch.no_grad():
+        estimate_of(Wrapped(lambda x: seen.append((torch.is_grad_enabled(), x.requires_grad)) or x))
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        estimate_of(Wrapped(lambda x: seen.append((torch.is_grad_enabled(), x.requires_grad)) or x))
+    assert seen == [(True, True)] * 2
+
+
+# models, and what reaches torch below the function mode
+
+
+CANNOT_FOLLOW = {"autograd.grad inside", "torch.func.grad inside", "torch.func.jvp inside", "TorchScript"}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("num_tangents", [1, 3])
+@pytest.mark.parametrize("name", MODELS_OF_FORWARD_MODE)
+def test_models_are_right_or_refused(name, num_tangents, mode):
+    def make():
+        return MODELS_OF_FORWARD_MODE[name]().train(mode == "train")
+
+    options = num_tangents, lambda model: F.cross_entropy(model(BATCH[0]), BATCH[1])
+    if name not in CANNOT_FOLLOW:
+        assert_as_backprop(make, *options)
+        return
+    with pytest.raises(NotImplementedError, match="engine='torch'"):
+        by_the_pass(make, *options)
+
+
+class Inside(torch.autograd.Function):
+    """Backprop's derivative is not that of the calls in its forward."""
+
+    @staticmethod
+    def forward(ctx, x, context):
+        with context():
+            return x.sin().clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g, None
+
+
+class Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+class Constant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.ones(6, 6, dtype=torch.float64)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def scripted(function, *tensors):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(function)(*tensors)
+
+
+def times_two(x):
+    return x * 2
+
+
+def product(x, y):
+    return x @ y
+
+
+def without_overrides(function, *tensors):
+    with torch._C.DisableTorchFunction():
+        return function(*tensors)
+
+
+def in_a_thread(function, *tensors):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *tensors).result()
+
+
+def filled(h):
+    x = torch.zeros(6, 6, dtype=h.dtype)
+    x[:] = h
+    return x
+
+
+def inner_step(model, h):
+    params = dict(model.c.named_parameters())
+    inner = torch.func.grad(lambda p: torch.func.functional_call(model.c, p, (INPUTS @ INPUTS.t(),)).square().mean())
+    steps = inner(params)
+    return torch.func.functional_call(model.c, {n: p - 0.1 * steps[n] for n, p in params.items()}, (h,))
+
+
+BELOW = {
+    "no_grad in a Function": lambda _, h: Inside.apply(h, torch.no_grad),
+    "enable_grad in a Function": lambda _, h: Inside.apply(h, torch.enable_grad),
+    "inference_mode in a Function": lambda _, h: Inside.apply(h, torch.inference_mode),
+    "a Function that returns its input": lambda _, h: Same.apply(h),
+    "a Function that returns a constant": lambda _, h: h * Constant.apply(h),
+    "a Function of a parameter": lambda model, h: h * Constant.apply(model.w),
+    "a Function of a filled tensor": lambda _, h: Constant.apply(filled(h)),
+    "a reentrant checkpoint": lambda model, h: checkpoint(model.c, h, use_reentrant=True),
+    "a script of an activation": lambda _, h: scripted(times_two, h),
+    "a script of a parameter": lambda model, h: h * scripted(times_two, model.w),
+    "a script of both": lambda model, h: scripted(product, h, model.w),
+    "a script of a filled tensor": lambda _, h: scripted(times_two, filled(h)),
+    "no overrides, a parameter": lambda model, h: h * without_overrides(times_two, model.w),
+    "no overrides, an activation": lambda _, h: without_overrides(times_two, h),
+    "a thread, a parameter": lambda model, h: h * in_a_thread(times_two, model.w),
+    "a thread, an activation": lambda _, h: in_a_thread(times_two, h),
+    "torch.func.vmap": lambda model, h: torch.func.vmap(model.c)(h),
+    "torch.func.vmap over places": lambda _, h: torch.func.vmap(lambda i: h[i])(torch.arange(6)),
+    "torch.func.vmap of a filled tensor": lambda _, h: torch.func.vmap(lambda row: row * 2)(filled(h)),
+    "torch.func.vjp": lambda _, h: torch.func.vjp(torch.sin, h)[1](h.detach())[0],
+    "torch.func.jacrev": lambda _, h: torch.func.jacrev(lambda x: x.sin().sum(0))(h).sum(1),
+    "torch.func.hessian": lambda _, h: torch.func.hessian(lambda x: (x**3).sum())(h[0]) * h,
+    "torch.func.grad under no_grad": lambda _, h: torch.no_grad()(torch.func.grad(lambda x: (x**3).sum()))(h) * h,
+    "torch.func.grad by parameters": inner_step,
+}
+
+
+@pytest.mark.parametrize("num_tangents", [1, 2])
+@pytest.mark.parametrize("name", BELOW)
+def test_what_the_pass_cannot_see_is_refused_with_the_way_out(name, num_tangents):
+    with pytest.raises(NotImplementedError, match="engine='torch'"):
+        by_the_pass(lambda: Net(BELOW[name]), num_tangents)
+
+
+SEEN = {
+    "torch.func.vmap of plain tensors": lambda _, h: h * torch.func.vmap(lambda i: i * 2)(torch.arange(6)),
+    "torch.func.functional_call": lambda model, h: torch.func.functional_call(model.c, {"weight": model.w * 2}, (h,)),
+    "a script of constants": lambda model, h: h * torch.no_grad()(scripted)(times_two, model.w),
+    "a checkpoint": lambda model, h: checkpoint(lambda x: F.dropout(model.c(x), 0.3), h, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_what_the_pass_can_see_is_right(name):
+    assert_as_backprop(lambda: Net(SEEN[name]))
+
+
+def test_an_input_that_requires_a_gradient_changes_nothing():
+    inputs = INPUTS.clone().requires_grad_()
+    assert_as_backprop(lambda: Net(lambda model, h: h), loss_of=lambda model: model(inputs * 2).square().mean())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_a_compiled_part_runs_as_it_was_written():
+    assert_as_backprop(lambda: Net(lambda model, h: torch.compile(model.c, backend="eager")(h)))
