@@ -14,6 +14,8 @@ import pytest
 
 from fwdlib import children
 
+pytestmark = pytest.mark.slow  # starts processes, or trains large networks
+
 SLEEP = [sys.executable, "-c", "import time; time.sleep(100)"]
 # A child that ignores what can be ignored, with a child of its own; it writes both process ids.
 FAMILY = """\

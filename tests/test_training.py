@@ -614,7 +614,7 @@ def test_a_run_that_diverges_between_evaluations_ends_there(train):
         ({"batch_size": 61}, "batch_size must be at most the 60 training examples, got 61"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         ({"evaluate_every": 0}, "evaluate_every must be a whole number of at least 1"),
-        ({"batch_size": 5, "stacked": True, "seeds": (0, 1)}, "each seed draws its own batches"),
+        ({"batch_size": 5, "together": True, "seeds": (0, 1)}, "each seed draws its own batches"),
     ],
 )
 def test_bad_batches_are_refused(train, options, message):

@@ -23,6 +23,8 @@ from report.page import render
 from report.page.context import METHODS, RECORDS, TASKS, TIMINGS, load_results
 from tests.report.records import change, contents, draw
 
+pytestmark = pytest.mark.slow  # starts processes, or trains large networks
+
 ROOT = Path(__file__).parents[2]
 NAMES = [getattr(task, method) for task in TASKS.values() for method in METHODS]
 
