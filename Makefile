@@ -1,12 +1,17 @@
 # Two commands do everything: `make report` and `make test`. Each makes .venv first, from requirements.txt.
+# Any command takes PYTHON=python3.12, the Python that .venv is made with, and TORCH_INDEX=URL, the package index that torch
+# and torchvision are taken from while .venv is made: their CPU builds need a fifth of the space.
 
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+NBVAL  := FWDLIB_QUICK=1 $(RUN) -m pytest -n 2 --dist loadfile -o addopts=--nbval-cell-timeout=120 --nbval-lax
+SITE   := build/site
+PIP    := $(RUN) -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help report page site evidence bench test test-browser lint format notebooks wheel lab clean
+.PHONY: help report page publish site evidence bench test test-all test-browser lint format notebooks wheel lab clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,33 +19,47 @@ help:  ## list these commands
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
-	@echo "Setting up $(VENV): about two minutes and 6 GB, once."
+	@echo "Setting up $(VENV), once: about two minutes, and 6 GB with torch's usual build."
 	@$(PYTHON) -m venv $(VENV)
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+ifdef TORCH_INDEX
+	@PIP_EXTRA_INDEX_URL=$(TORCH_INDEX) $(PIP) install --no-deps --index-url $(TORCH_INDEX) $$(grep -oE '^torch(vision)?>=[0-9.]+' requirements.txt)
+	@$(PIP) freeze | grep -E '^torch(vision)?==' > $(VENV)/torch.txt
+	@$(PIP) install --requirement requirements.txt --constraint $(VENV)/torch.txt
+else
+	@$(PIP) install --requirement requirements.txt
+endif
+	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-report: $(STAMP)  ## run the six notebooks headless and make report/report.html and report.pdf (ARGS="--jobs 4 --no-resume", "--scheduler tcp://...")
+report: $(STAMP)  ## run the six notebooks and make build/report/report.html and report.pdf (ARGS="--jobs 4 --no-resume", "--scheduler tcp://...")
 	@$(RUN) -m report $(ARGS)
-	@$(RUN) -m report.site
 
-page: $(STAMP)  ## draw the figures and the page again from the saved results, and the notebooks' pages
-	@$(RUN) -m report.site & site=$$!; $(RUN) -m report --only-render && wait $$site
+page: $(STAMP)  ## draw build/report again from saved results, without running anything
+	@$(RUN) -m report --only-render $(ARGS)
 
-site: $(STAMP)  ## make report/site: the notebooks as pages, to read without running them
-	@$(RUN) -m report.site
+publish: $(STAMP)  ## for maintainers: make the committed report again, from real data only (ARGS=--only-render: from the committed results)
+	@$(RUN) -m report --publish $(ARGS)
 
-evidence: $(STAMP)  ## run every study of the report again in a short form, into evidence/: half an hour (ARGS="--scheduler tcp://...")
+site: $(STAMP)  ## make build/site: the notebooks as pages, the API reference and the committed report; a warning is an error
+	@rm -rf $(SITE) $(dir $(SITE))jupyter_execute
+	@$(RUN) -m sphinx --quiet --fail-on-warning --keep-going -d $(SITE)/.doctrees report/site $(SITE)
+	@echo $(SITE)/index.html
+
+evidence: $(STAMP)  ## run every study of the report again in a short form, into build/evidence: half an hour (ARGS="--scheduler tcp://...")
 	@$(RUN) -m report.evidence $(ARGS)
 
-bench: $(STAMP)  ## measure time and memory of a training step, alone on the machine (ARGS="--quick", "--device cuda")
+bench: $(STAMP)  ## measure time and memory of a training step, with nothing else running (ARGS="--quick", "--device cuda")
 	@$(RUN) -m fwdlib bench $(ARGS)
 
-test: $(STAMP)  ## run the tests, and every notebook in quick mode
-	@$(RUN) -m pytest -n 2 --dist loadfile
-	@FWDLIB_QUICK=1 $(RUN) -m pytest -n 2 --dist loadfile -o addopts=--nbval-cell-timeout=120 --nbval-lax notebooks
+test: $(STAMP)  ## run the tests but the slow ones, and the six notebooks in quick mode
+	@$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
+	@$(NBVAL) notebooks/*.ipynb
 
-test-browser: $(STAMP)  ## look at the pages, and run a notebook in JupyterLab, in headless Chromium (installed by apt)
+test-all: test  ## run the slow tests and the other notebooks as well
+	@$(RUN) -m pytest -n 2 --dist loadfile -m slow
+	@$(NBVAL) notebooks/beyond
+
+test-browser: site  ## look at the pages, and run a notebook in JupyterLab, in headless Chromium (installed by apt)
 	@tests/browser.sh $(RUN)
 
 lint: $(STAMP)  ## check style and documentation
@@ -51,15 +70,15 @@ format: $(STAMP)  ## put code and notebooks into the project's format
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-notebooks: $(STAMP)  ## execute the committed notebooks on the real data and write them back, cleaned
+notebooks: $(STAMP)  ## execute the committed notebooks on real data and write them back, cleaned
 	@$(RUN) -m report.notebooks $(ARGS)
 
 wheel: $(STAMP)  ## build dist/fwdlib-*.whl, for Colab
-	@$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	@$(RUN) -m jupyter lab notebooks
 
-clean:  ## remove what was built; keep .venv and the committed results
-	@rm -rf build dist results report/executed .pytest_cache .ruff_cache .hypothesis *.egg-info
-	@find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+clean:  ## remove what these commands made: build/, the wheel, caches; keep .venv, results/ and the committed report
+	@rm -rf build/report build/site build/jupyter_execute build/evidence dist/fwdlib-*.whl .pytest_cache .ruff_cache .hypothesis
+	@find fwdlib report tests notebooks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,8 +1,8 @@
 """Published archives: found in ``FWDLIB_DATA``, else in the cache folder, else downloaded into it.
 
-What is handed out has the published hash. ``FWDLIB_DATA`` is only ever read; a file in the cache is there whole or not
-at all, whoever else downloads at the same time; a damaged file is named, neither used nor replaced; and where there is
-no network, all hosts together cost a process at most ``PROBE_BUDGET`` seconds.
+Every file returned matches the published hash. A damaged file raises an error that names it and is left in place.
+Nothing is ever written to ``FWDLIB_DATA``. A file in the cache is whole, even if several processes download it at once.
+Without a network, a process waits at most ``PROBE_BUDGET`` seconds for all hosts together.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from fwdlib.runtime import cache_dir, data_dir, is_offline
 
 PROBE_SECONDS = 2.0  # longest wait for the answer of one host
 PROBE_BUDGET = 4.5  # longest wait for all hosts that do not answer, per process
-DOWNLOAD_SECONDS = 20.0  # longest silence of a host during a download
-BYTES = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}  # how a progress bar counts
+DOWNLOAD_SECONDS = 20.0  # longest pause of a host during a download
+BYTES = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}  # units of a progress bar
 
 
 class DamagedFileError(RuntimeError):
-    """A data file is there but is not the published one; it is neither used nor replaced."""
+    """A data file is not the published one. It is not used, and it is left in place."""
 
 
 class UnavailableError(Exception):
-    """A data set cannot be had; the text says what was tried."""
+    """A data set is not available; the text says what was tried."""
 
 
 class Archive(NamedTuple):
@@ -46,11 +46,11 @@ class Archive(NamedTuple):
 
 
 def obtain(archives: list[Archive]) -> tuple[Path, str]:
-    """Return the folder that holds all the archives and its name in words, after downloading what is missing.
+    """Return the folder that holds all the archives, and its name in words, after downloading missing ones.
 
     Raises:
         UnavailableError: if an archive cannot be downloaded.
-        DamagedFileError: if an archive is found and is not the published file.
+        DamagedFileError: if an archive exists but is not the published file.
     """
     folder, place = find(archives)
     if folder:
@@ -62,10 +62,10 @@ def obtain(archives: list[Archive]) -> tuple[Path, str]:
 
 
 def find(archives: list[Archive]) -> tuple[Path | None, str]:
-    """Return the folder that holds all the archives and its name in words, or None and why there is none.
+    """Return the folder that holds all the archives, and its name in words; or None, and why there is none.
 
     Raises:
-        DamagedFileError: if an archive is found and is not the published file, even where others are missing.
+        DamagedFileError: if an archive exists but is not the published file, even if others are missing.
     """
     tried = [] if data_dir() else ["FWDLIB_DATA is not set"]
     for label, folder in (("FWDLIB_DATA", data_dir()), ("the download cache", cache_dir())):
@@ -88,7 +88,7 @@ def _check(path: Path, published: str) -> None:
         DamagedFileError: if it differs.
     """
     name = "md5" if len(published) == 32 else "sha256"
-    with path.open("rb") as file:  # the flag lets md5 run where policy bars it from security uses
+    with path.open("rb") as file:  # the flag allows md5 on systems that forbid it for security
         found = hashlib.file_digest(file, lambda: hashlib.new(name, usedforsecurity=False)).hexdigest()
     if found != published:
         raise DamagedFileError(
@@ -101,7 +101,7 @@ def _download(archive: Archive, tried: str) -> None:
     """Download an archive into the cache folder from the first host that works.
 
     Raises:
-        UnavailableError: if none works; the text goes on from ``tried``, what was tried before.
+        UnavailableError: if none works; the text starts with ``tried``, which says what was tried before.
     """
     path = cache_dir() / archive.path
     reasons = [tried]
@@ -112,7 +112,7 @@ def _download(archive: Archive, tried: str) -> None:
             continue
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Made beside its target, the checked file moves there in one step.
+            # The scratch folder is beside the target, so that the checked file moves there in one step.
             scratch = tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-")
         except OSError as error:
             problem = f"the cache folder {cache_dir()} cannot be written ({error.strerror})"
@@ -138,13 +138,13 @@ def _download(archive: Archive, tried: str) -> None:
 
 
 _answered: dict[str, bool] = {}  # by host, for the life of the process
-_waited = 0.0  # seconds, for hosts that did not answer
+_waited = 0.0  # seconds spent on hosts that did not answer
 
 
 def answers(url: str) -> bool:
-    """Tell whether a host serves ``url``; each host is asked once, within one budget of time for all.
+    """Tell whether a host serves ``url``. Each host is asked once, within one time budget for all hosts.
 
-    With ``FWDLIB_OFFLINE`` set none is asked.
+    With ``FWDLIB_OFFLINE`` set, no host is asked.
     """
     global _waited
     if is_offline():
@@ -158,7 +158,7 @@ def answers(url: str) -> bool:
             with suppress(OSError, http.client.HTTPException), urllib.request.urlopen(request, timeout=wait):
                 answer.append(True)
 
-        # In a thread, because looking up a host's name has no time-out of its own.
+        # In a thread, because looking up a host's name has no time-out.
         thread, start = threading.Thread(target=ask, daemon=True), time.monotonic()
         thread.start()
         thread.join(wait)
@@ -168,5 +168,5 @@ def answers(url: str) -> bool:
 
 
 def found_no_network() -> bool:
-    """Tell whether hosts were asked in this process and none answered."""
+    """Tell whether this process has asked hosts and none has answered."""
     return bool(_answered) and not any(_answered.values())

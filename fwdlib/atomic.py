@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: the only way in which the project writes what a run leaves behind."""
+"""Files that exist whole or not at all. The project writes every result of a run this way."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 
 def write_bytes(path: Path, content: bytes | memoryview, advice: str = "") -> None:
-    """Write ``content`` to a temporary file beside ``path`` and move it into place once it is safely on the disk.
+    """Write ``content`` to a temporary file beside ``path``, and move it into place once it is safely on the disk.
 
     Args:
-        path: of the file; its folder is made if it is not there.
+        path: of the file; its folder is made if needed.
         content: its new content.
-        advice: ends the message of an error, in brackets.
+        advice: added to the message of an error, in brackets.
 
     Raises:
-        OSError: if that fails; the message names the file and what to do. What was there before is still there, and
-            nothing else is.
+        OSError: if that fails; the message names the file and says what to do. The old file is left in place, and no
+            temporary file remains.
     """
     temporary = None
     try:
@@ -30,7 +30,7 @@ def write_bytes(path: Path, content: bytes | memoryview, advice: str = "") -> No
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # NamedTemporaryFile makes it private
+        temporary.chmod(0o644)  # NamedTemporaryFile makes private files
         temporary.replace(path)
     except OSError as error:
         todo = "free some space" if error.errno == errno.ENOSPC else "choose a folder you can write to"
@@ -42,10 +42,10 @@ def write_bytes(path: Path, content: bytes | memoryview, advice: str = "") -> No
 
 
 def message_of(error: Exception) -> str:
-    """Return what an error says to a user.
+    """Return the text of an error, for a user.
 
     Args:
-        error: of an OSError made by us its strerror is the sentence; one from Python itself needs its file's name, too.
+        error: any. The text of our own OSErrors is their ``strerror``; those of Python also need the file's name.
     """
     if isinstance(error, OSError) and error.strerror and error.filename is None:
         return error.strerror

@@ -1,10 +1,12 @@
-"""Checks of arguments: each checks one thing and names the argument, its value and what is allowed."""
+"""Checks of arguments. Each checks one thing; its message names the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
+
+MAX_SEED = 2**32 - 1  # the largest that numpy and scikit-learn take
 
 
 def check_positive(name: str, value: float) -> float:
@@ -29,6 +31,17 @@ def check_count(name: str, value: int, minimum: int = 1) -> int:
     return value
 
 
+def check_seed(value: int) -> int:
+    """Return ``value`` if it can be the seed of a run.
+
+    Raises:
+        ValueError: if it is negative, above ``MAX_SEED`` or not an integer.
+    """
+    if check_count("seed", value, minimum=0) > MAX_SEED:
+        raise ValueError(f"seed must be at most {MAX_SEED}, got {value!r}")
+    return value
+
+
 def check_fraction(name: str, value: float) -> float:
     """Return ``value`` if it is between 0 and 1, both included.
 
@@ -44,7 +57,7 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
     """Return ``value`` if it is one of ``allowed``.
 
     Raises:
-        ValueError: if it is not; the message lists what is.
+        ValueError: if it is not; the message lists ``allowed``.
     """
     allowed = list(allowed)
     if value not in allowed:

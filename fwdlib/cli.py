@@ -1,7 +1,8 @@
 """The command line, ``python -m fwdlib {doctor,data,train,bench,run}``.
 
-A subcommand is a dataclass: its fields are the arguments, its docstring the help, and ``run()`` returns the exit code.
-To add one, write it and name it in ``COMMANDS``. Its imports go inside ``run()``: help must not wait for torch.
+A subcommand is a dataclass: its fields are the arguments, its docstring is the help, and ``run()`` returns the exit
+code. To add one, write it and name it in ``COMMANDS``. Import what it needs inside ``run()``: help must not wait for
+torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union
 
 import tyro
 
@@ -20,19 +21,20 @@ from fwdlib.doctor import PROG, Doctor
 from fwdlib.trainer import settings
 
 if TYPE_CHECKING:
-    from fwdlib.runs.batch import Job, Outcome, Place
+    from fwdlib.runs.jobs import Job, Outcome
+    from fwdlib.runs.places import Place
 
 ABOUT = "Gradients without backpropagation: forward gradients beside backprop."
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a subcommand and return its exit code: 0; 1 with a message on stderr; 130 when interrupted.
+    """Run a subcommand and return its exit code: 0 for success, 1 with a message on stderr, 130 after Ctrl-C.
 
     Args:
-        args: the words after ``python -m fwdlib``; default: those this process was started with.
+        args: the words after ``python -m fwdlib``. Default: those of this process.
 
     Raises:
-        SystemExit: after printing help (code 0), or if the words make no command (code 2).
+        SystemExit: after printing help (code 0), or if the words are not a command (code 2).
     """
     return _run(tyro.cli(COMMANDS, args=args, prog=PROG, description=ABOUT, config=(tyro.conf.OmitSubcommandPrefixes,)))
 
@@ -42,7 +44,7 @@ def _run(command: Doctor | ListData | FetchData | Train | Bench | Run) -> int:
     try:
         return command.run()
     except ImportError as error:
-        message = f"{error}. `{PROG} doctor` tells what is missing."
+        message = f"{error}. `{PROG} doctor` lists what is missing."
     except KeyboardInterrupt as stop:
         message, code = str(stop) or "stopped", 130
     except Exception as error:
@@ -54,7 +56,7 @@ def _run(command: Doctor | ListData | FetchData | Train | Bench | Run) -> int:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Tell whether an error is for the user to mend, so that its message says it all and a traceback would hide it."""
+    """Tell whether the user can correct this error, so that the message is enough and a traceback would hide it."""
     from fwdlib.archives import DamagedFileError
 
     return isinstance(error, (ValueError, OSError, DamagedFileError))
@@ -65,39 +67,39 @@ def _is_expected(error: Exception) -> bool:
 
 @dataclass
 class ListData:
-    """Show all data sets: from where each would come now, and under which licence."""
+    """Show all data sets, their licences, and where each would be loaded from now."""
 
     def run(self) -> int:
-        """Print the table; it asks hosts whether they answer, and downloads nothing."""
+        """Print the table. This asks hosts whether they answer, but downloads nothing."""
         from fwdlib import data
 
         where = data.available()
-        rows = [("data set", "licence", "would come now from")]
+        rows = [("data set", "licence", "would now come from")]
         rows += [(name, licence, where[name]) for name, (licence, _) in data.CREDITS.items()]
         for name, licence, place in rows:
             print(f"{name:<14}{licence:<15}{place}")
-        print(f"\nTo download one into the cache, where there is a network: {PROG} data fetch NAME")
-        print("FWDLIB_DATA names a folder with data in torchvision's layout; it is only read.")
+        print(f"\nTo download a data set into the cache: {PROG} data fetch NAME")
+        print("FWDLIB_DATA names a folder with data in torchvision's layout. fwdlib never writes to it.")
         return 0
 
 
 @dataclass
 class FetchData:
-    """Download data sets into the cache folder, where they are not in FWDLIB_DATA or the cache already.
+    """Download data sets into the cache folder, unless FWDLIB_DATA or the cache already has them.
 
-    FWDLIB_CACHE names another cache folder. What is there and has the published hash is not downloaded again.
+    FWDLIB_CACHE names another cache folder. Files with the published hash are not downloaded again.
     """
 
     names: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="")
     ]
-    """Data sets by name, for example KMNIST CIFAR10. `python -m fwdlib data` lists them."""
+    """Names of data sets, for example KMNIST CIFAR10. `python -m fwdlib data` lists them."""
 
     def run(self) -> int:
-        """Fetch one after the other; one that cannot be had does not keep back the others.
+        """Fetch the data sets one after the other; go on after a failure.
 
         Raises:
-            ValueError: if a name is not that of a data set, or there is none.
+            ValueError: if a name is unknown, or none is given.
         """
         from fwdlib import data
         from fwdlib.checks import check_choice
@@ -106,7 +108,7 @@ class FetchData:
         names = [known.get(name.casefold(), name) for name in self.names]
         if not names:
             raise ValueError(f"fetch needs the NAME of a data set: {', '.join(data.FETCHABLE)}")
-        for name in names:  # all of them, before the first download
+        for name in names:  # check all names before the first download
             check_choice("NAME", name, data.FETCHABLE)
         failed = False
         for name in names:
@@ -127,7 +129,7 @@ class Data:
     )
 
     def run(self) -> int:
-        """Do what was asked; to list is the default."""
+        """Run the action; by default, list the data sets."""
         return self.action.run()
 
 
@@ -136,29 +138,29 @@ class Data:
 
 T = TypeVar("T")
 Group = Annotated[T, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff]  # a part of the help page
-Words = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]  # an option that may come several times
-PLAIN = {"help_behavior_hint": ""}  # no "(default: None)" where the text says what happens
+Words = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]  # an option that can be repeated
+PLAIN = {"help_behavior_hint": ""}  # no "(default: None)": the text names the default
 
 
 @dataclass
 class Train:
-    """Train an image classifier by backprop, forward gradients or direct feedback, one like the other.
+    """Train an image classifier by backprop, forward gradients or direct feedback, all in the same way.
 
-    Shows a progress bar with loss, test accuracy and images per second, and ends with the test accuracy and where the
-    files are. Ctrl-C stops it at any time; --resume goes on.
+    A progress bar shows loss, test accuracy and images per second. The last line gives the test accuracy and the folder
+    of the files. Ctrl-C stops the training at any time; --resume continues it.
     """
 
     task: Group[settings.Task] = field(default_factory=settings.Task)
     method: Group[settings.Method] = field(default_factory=settings.Method)
     steps: Group[settings.Steps] = field(default_factory=settings.Steps)
-    running: Group[settings.Running] = field(default_factory=settings.Running)
+    running: Group[settings.Execution] = field(default_factory=settings.Execution)
 
     def run(self) -> int:
-        """Train, and say what came out.
+        """Train, and print the test accuracy.
 
         Raises:
             ValueError: if a setting is out of its range.
-            KeyboardInterrupt: if it is stopped; the message says how to go on.
+            KeyboardInterrupt: if it is stopped; the message says how to continue.
         """
         asked = settings.Settings(**vars(self.task), **vars(self.method), **vars(self.steps), **vars(self.running))
 
@@ -175,7 +177,7 @@ class Train:
             runtime.use_determinism()
         try:
             record = experiment.run(asked)
-        except processes.ToldElsewhereError:
+        except processes.AlreadyReportedError:
             return 1
         except KeyboardInterrupt:
             if processes.num_started() > 1 and not processes.is_first():
@@ -191,7 +193,7 @@ class Train:
         return 0
 
     def _start(self, asked: settings.Settings) -> int:
-        # The same in several processes, which say themselves what is wrong.
+        # Each process runs the same command and prints its own errors.
         from fwdlib.trainer import distributed
 
         try:
@@ -220,36 +222,36 @@ def _exit_with(command: Train) -> None:
 
 @dataclass
 class Bench:
-    """Measure what a training step costs, by backprop and by forward gradients: time, peak memory, and both over depth.
+    """Measure the time and peak memory of a training step, by backprop and by forward gradients, also over depth.
 
-    Give it the machine for itself. Ends with a table; all numbers go into a JSON file.
+    Run nothing else on the machine meanwhile. It prints a table and writes all numbers to a JSON file.
     """
 
     quick: bool = False
-    """Less of all, in a few minutes: to see that everything runs, and roughly what comes out."""
+    """Take few measurements, in a few minutes: to see that everything runs, with rough numbers."""
     device: str = "cpu"
     """cpu or cuda."""
     models: tuple[str, ...] = ()
-    """Only these, for example mnist-mlp paper-cnn. A wrong name lists all."""
+    """Measure only these models, for example mnist-mlp paper-cnn. A wrong name lists all."""
     memory: bool = True
     """Measure the peak memory of a step, each in a process of its own."""
     depth: bool = True
     """Measure MLPs of 1 to 100 layers."""
     batch: int | None = None
-    """Examples in a batch, instead of each model's own."""
+    """Examples in a batch. (default: each model's own)"""
     out: Path | None = None
-    """The JSON file. Default: report/results/bench-<device>.json; -quick or -partial is added where that is so."""
+    """The JSON file. (default: build/bench-DEVICE.json, with -quick or -partial in its name if it is)"""
 
     def run(self) -> int:
-        """Measure, save, print.
+        """Measure, save and print.
 
         Raises:
-            ValueError: if an option is not one of those allowed.
+            ValueError: if an option has a value that is not allowed.
         """
-        from fwdlib.bench import measuring
+        from fwdlib.bench import benchmark, table
         from fwdlib.results import write_json
 
-        found = measuring.run(
+        found = benchmark.run(
             device=self.device,
             models=self.models or None,
             batch=self.batch,
@@ -258,9 +260,9 @@ class Bench:
             quick=self.quick,
         )
         partial = bool(self.models) or not (self.memory and self.depth)
-        path = self.out or measuring.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
+        path = self.out or benchmark.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
         write_json(path, found)
-        print(measuring.text(found))
+        print(table.text(found))
         print(f"All numbers: {path}")
         return 0
 
@@ -272,94 +274,99 @@ class Bench:
 class Run:
     """Run notebooks over grids of parameters, and put the results of all seeds into one table.
 
-    `--notebook 1b --set learning_rate=0.05,0.1,0.2 --set num_tangents=1,4 --seeds 20`, for example, is six jobs of 20
+    For example, `--notebook 1b --set learning_rate=0.05,0.1,0.2 --set num_tangents=1,4 --seeds 20` makes six jobs of 20
     seeds each.
 
-    The same command again runs only what is missing, or was made by other code, versions or data; Ctrl-C loses only
-    what is running. A job that fails does not stop the others: at the end all failures are listed with their cells, the
-    table has what succeeded, and the exit code is 1.
+    The same command again runs only jobs that are missing, or whose code, versions or data have changed. Ctrl-C loses
+    only the jobs that are running. A job that fails does not stop the others: at the end, all failures are listed with
+    their cells, the table has the jobs that succeeded, and the exit code is 1.
     """
 
     notebook: Annotated[Words, tyro.conf.arg(metavar="NAME [NAME ...]", **PLAIN)] = ()
-    """One notebook or several: the beginning of a name, such as 1b, or a path. A wrong name lists all there are."""
+    """One or several notebooks: the beginning of a name, such as 1b, or a path. A wrong name lists all."""
     settings: Annotated[Words, tyro.conf.arg(name="set", metavar="PARAMETER=VALUE,...", **PLAIN)] = ()
-    """Values for a parameter, of the type of its default in the notebook; several parameters make all combinations. A
-    wrong name lists all there are."""
+    """Values for a parameter, of the type of its default in the notebook; with several parameters, all combinations
+    run. A value may be a list, such as [1,2]; put a text with commas in quotes. A wrong name lists all."""
     seeds: Annotated[int | None, tyro.conf.arg(metavar="N", **PLAIN)] = None
-    """Seeds in each job, the same as `--set num_seeds=N`: a notebook trains them side by side, much faster than a job
-    for each would. The first is the notebook's own, or that of `--set seed=`. (default: the notebook's)"""
+    """Seeds in each job, the same as `--set num_seeds=N`. A notebook trains its seeds side by side, much faster than
+    one job per seed. The first seed is the notebook's own, or that of `--set seed=`. (default: the notebook's)"""
     batches: Annotated[Path | None, tyro.conf.arg(metavar="FILE", **PLAIN)] = None
     """Take notebooks and parameters from the tables [notebooks.NAME] of this TOML file instead, such as
     report/batches.toml: `learning_rate = 0.1` is a value, `learning_rate = [0.1, 0.2]` a grid."""
     jobs: Annotated[int | None, tyro.conf.arg(metavar="N", **PLAIN)] = None
-    """Jobs that run at once. Above 1 each has one core, and the times in the table are no timings. (default: 2; with
-    --scheduler as many as the cluster has threads)"""
+    """Jobs that run at once. Above 1, each has one core, and the times in the table are not timings. (default: 2; with
+    --scheduler, as many as the cluster has threads)"""
     scheduler: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", **PLAIN)] = None
     """Run the jobs on a Dask cluster: the address of its scheduler, tcp://HOST:PORT or tls://HOST:PORT. Its workers
-    need this same fwdlib, with the extra `cluster`, and the same data. Times are no timings. (default: here)"""
+    need this same fwdlib, with the extra `cluster`, and the same data. Times are not timings. (default: here)"""
     to: Literal["csv", "json", "parquet"] = "csv"
     """Format of the table; parquet needs pyarrow."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="DIR", **PLAIN)] = None
-    """Folder for the table, which holds the jobs of this command, and for results/ and executed/, which keep those of
-    earlier ones, too. (default: results/run, in quick mode results/run-quick)"""
+    """Folder for the table of this command's jobs, and for results/ and executed/, which also keep those of earlier
+    commands. (default: results/run, in quick mode results/run-quick)"""
     resume: bool = True
-    """Keep the results of earlier commands whose notebook, parameters, fwdlib, versions and data are still the same."""
+    """Reuse results of earlier commands whose notebook, parameters, code, versions and data are still the same."""
     timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 900
-    """For each job."""
+    """Limit for each job."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Only list the jobs, and which of them are done already."""
+    """Only list the jobs, and which of them are already done."""
 
     def run(self) -> int:
         """Check everything, run what is missing, write the table, list the failures.
 
         Raises:
-            ValueError: if the words make no batch, or the table cannot be written in that format.
+            ValueError: if the words are not a batch, or the table cannot be written in that format.
             PlaceError: if the cluster cannot be reached, or is gone; the message says how to go on.
-            KeyboardInterrupt: if it is stopped; likewise.
+            KeyboardInterrupt: if it is stopped; the message says how to go on.
         """
         from fwdlib import runtime
-        from fwdlib.runs import batch, sweep
+        from fwdlib.runs import batch, declarations, jobs, places, tables
 
-        sweep.check_format(self.to)
-        jobs = self._jobs()
+        tables.check_format(self.to)
+        asked = self._jobs()
         output = (self.output or runtime.results_dir() / ("run-quick" if runtime.is_quick() else "run")).expanduser()
-        where = {"results": output / "results", "executed": output / "executed", "fingerprint": sweep.data_state()}
+        where = {
+            "results": output / "results",
+            "executed": output / "executed",
+            "fingerprint": declarations.data_state(),
+        }
         if self.dry_run:
-            done = {outcome.job.name for outcome in batch.finished(jobs, **where)} if self.resume else set()
-            for job in jobs:
+            done = {outcome.job.name for outcome in batch.finished(asked, **where)} if self.resume else set()
+            for job in asked:
                 print(f"{'done' if job.name in done else 'to run':<8}{job.name}")
-            print(f"{len(jobs)} jobs, {len(jobs) - len(done)} to run, with results in {output}")
+            print(f"{len(asked)} jobs, {len(asked) - len(done)} to run, with results in {output}")
             return 0
         how = {"num_jobs": self.jobs, "resume": self.resume, "timeout": self.timeout}
         try:
             with self._place() as place:
-                outcomes = batch.run_batch(jobs, **where, **how, place=place)
-        except batch.PlaceError:
-            self._save(batch.finished(jobs, **where), len(jobs), output)
+                outcomes = batch.run_batch(asked, **where, **how, place=place)
+        except places.PlaceError:
+            self._save(batch.finished(asked, **where), len(asked), output)
             raise
         except KeyboardInterrupt:
-            self._save(batch.finished(jobs, **where), len(jobs), output)
+            self._save(batch.finished(asked, **where), len(asked), output)
             again = "" if self.resume else ", without --no-resume,"
             raise KeyboardInterrupt(f"stopped. What was finished is kept; the same command{again} goes on") from None
-        self._save(outcomes, len(jobs), output)
-        failed = batch.failures(outcomes)
+        self._save(outcomes, len(asked), output)
+        failed = jobs.failures(outcomes)
         print(failed, file=sys.stderr, end="\n" if failed else "")
         return int(bool(failed))
 
     def _jobs(self) -> list[Job]:
         from fwdlib import runtime
-        from fwdlib.runs import sweep
+        from fwdlib.runs import declarations
 
         names, settings = (tuple(itertools.chain(*words)) for words in (self.notebook, self.settings))
         if bool(names) == bool(self.batches):
-            raise ValueError("run takes either --notebook NAME, of notebooks, or --batches FILE, which declares them")
+            raise ValueError("run takes either --notebook NAME ... or --batches FILE, which declares notebooks")
         if self.batches and (settings or self.seeds is not None):
-            raise ValueError(f"the parameters of {self.batches} are in it: --set and --seeds go with --notebook")
+            raise ValueError(f"{self.batches} sets its own parameters: --set and --seeds go only with --notebook")
         file = self.batches.expanduser().resolve() if self.batches else None
         root = (file and runtime.project_root(file.parent)) or runtime.project_root()
         folder = root and root / "notebooks"
-        declared = sweep.read_declaration(file) if file else sweep.declaration_of(names, settings, self.seeds, folder)
-        return sweep.jobs_of(declared, folder)
+        if file:
+            return declarations.jobs_of(declarations.read_declaration(file), folder)
+        return declarations.jobs_of(declarations.declaration_of(names, settings, self.seeds, folder), folder)
 
     def _place(self) -> AbstractContextManager[Place | None]:
         if self.scheduler is None:
@@ -369,11 +376,15 @@ class Run:
         return Cluster(self.scheduler)
 
     def _save(self, outcomes: list[Outcome], num_jobs: int, output: Path) -> None:
-        from fwdlib.runs import sweep
+        from fwdlib.runs import tables
 
-        path, frame = output / f"table.{self.to}", sweep.table(outcomes)
-        sweep.write_table(frame, path)
+        path, frame = output / f"table.{self.to}", tables.table(outcomes)
+        tables.write_table(frame, path)
         print(f"{len(frame)} rows, from {frame['job'].nunique()} of {num_jobs} jobs, in {path}")
+        ended = [outcome.job.name for outcome in outcomes if not outcome.error]
+        if silent := [name for name in ended if name not in set(frame["job"])]:
+            advice = "A notebook leaves a record by calling results.save_run"
+            print(f"No row for {', '.join(silent)}: no record was left. {advice}", file=sys.stderr)
 
 
-COMMANDS = Doctor | Data | Train | Bench | Run
+COMMANDS = Union[Doctor, Data, Train, Bench, Run]  # noqa: UP007  # for X | Y, tyro imports typeguard: 0.2 s

@@ -1,7 +1,8 @@
-"""The data sets: the same tensors by every route, and a record of where they came from that travels with them.
+"""The data sets: the same tensors by every route, together with a record of their source.
 
 The files come from :mod:`fwdlib.archives`. Image archives are unpacked into a temporary folder at each call (0.4 s for
-KMNIST): so nothing unpacked can go stale or be half written, no two processes meet, and ``FWDLIB_DATA`` is only read.
+KMNIST). So no unpacked file can be out of date or incomplete, processes do not interfere, and ``FWDLIB_DATA`` is only
+read.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fwdlib.archives import Archive, DamagedFileError, UnavailableError, answers, find, obtain
-from fwdlib.checks import check_choice, check_count
+from fwdlib.checks import check_choice, check_count, check_seed
 from fwdlib.runtime import cache_dir, data_dir, generator, resolve_device
 
 CREDITS = {  # name: (licence, citation)
@@ -37,8 +38,8 @@ CREDITS = {  # name: (licence, citation)
 }
 DISC_CREDIT = ("none needed", "the toy set of EPFL's course EE-559, Deep Learning, mini-project 2 (2019)")
 IMAGE_SETS = tuple(name for name in CREDITS if name != "penguins")
-FETCHABLE = tuple(name for name in CREDITS if name != "digits")  # those that are files
-GREY_SETS = ("KMNIST", "MNIST", "FashionMNIST")  # those that digits can stand in for
+FETCHABLE = tuple(name for name in CREDITS if name != "digits")  # digits come with scikit-learn
+GREY_SETS = ("KMNIST", "MNIST", "FashionMNIST")  # digits can replace these
 
 PENGUIN_SPECIES = ("Adelie", "Chinstrap", "Gentoo")
 PENGUIN_FEATURES = ("bill_length_mm", "bill_depth_mm", "flipper_length_mm", "body_mass_g")
@@ -56,7 +57,7 @@ class Source(NamedTuple):
 
     name: str
     origin: str  # in words that do not depend on the folders of this machine
-    substitute_for: str | None  # the data set that this one stands in for
+    substitute_for: str | None  # the data set that this one replaces
     fingerprint: str  # of the four tensors
     licence: str
     citation: str
@@ -77,7 +78,7 @@ class Dataset(NamedTuple):
 def load_penguins(*, seed: int = 0, test_fraction: float = 0.25, device: str | torch.device = "cpu") -> Dataset:
     """Load the 334 penguins: four measurements scaled to 0..1 and the species, in a stratified split.
 
-    The rows, their order and so the split are the same bit for bit, whichever source they come from.
+    The rows, their order and therefore the split are the same bit for bit from every source.
 
     Args:
         seed: seed of the split.
@@ -89,12 +90,12 @@ def load_penguins(*, seed: int = 0, test_fraction: float = 0.25, device: str | t
 
     Raises:
         ValueError: if ``seed``, ``test_fraction`` or ``device`` cannot be used.
-        DamagedFileError: if ``penguins_processed.csv`` is found and is not the published file.
+        DamagedFileError: if ``penguins_processed.csv`` exists but is not the published file.
     """
     from sklearn.model_selection import train_test_split
 
     device = resolve_device(device)
-    check_count("seed", seed, minimum=0)
+    check_seed(seed)
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction must be between 0 and 1, got {test_fraction!r}")
     try:
@@ -112,7 +113,7 @@ def load_penguins(*, seed: int = 0, test_fraction: float = 0.25, device: str | t
 def load_kmnist(
     *, num_train: int | None = 500, num_test: int | None = 100, seed: int = 0, device: str | torch.device = "cpu"
 ) -> Dataset:
-    """Load a random part of KMNIST, by default 500 images to train on and 100 to test on: see :func:`load_images`."""
+    """Load a random part of KMNIST, by default 500 training and 100 test images; see :func:`load_images`."""
     return load_images("KMNIST", num_train=num_train, num_test=num_test, seed=seed, device=device)
 
 
@@ -126,13 +127,13 @@ def load_images(
 ) -> Dataset:
     """Load an image set, or a random part of it drawn without replacement.
 
-    Where a grey set (KMNIST, MNIST, FashionMNIST) cannot be had, scikit-learn's digits stand in for it, resized to
-    28 x 28; ``source.substitute_for`` and :func:`describe` say so.
+    If a grey set (KMNIST, MNIST, FashionMNIST) is not available, scikit-learn's digits replace it, resized to 28 x 28;
+    ``source.substitute_for`` and :func:`describe` say so.
 
     Args:
         name: one of ``IMAGE_SETS``.
         num_train: number of images drawn from the training set; if None, all of them in the published order.
-        num_test: likewise for the test set.
+        num_test: the same for the test set.
         seed: seed of both draws.
         device: where the tensors go.
 
@@ -141,11 +142,11 @@ def load_images(
 
     Raises:
         ValueError: if ``name`` is unknown or a number is larger than the set.
-        FileNotFoundError: if CIFAR10 or CIFAR100 cannot be had.
-        DamagedFileError: if an archive is found and is not the published file.
+        FileNotFoundError: if CIFAR10 or CIFAR100 is not available.
+        DamagedFileError: if an archive exists but is not the published file.
     """
     check_choice("name", name, IMAGE_SETS)
-    check_count("seed", seed, minimum=0)
+    check_seed(seed)
     device = resolve_device(device)
     used, because = name, ""
     if name != "digits":
@@ -162,8 +163,8 @@ def load_images(
     for (images, targets), argument, count in zip(pools, ("num_train", "num_test"), (num_train, num_test), strict=True):
         if count is not None:
             if check_count(argument, count) > len(targets):
-                standing_in = f" (standing in for {name})" if substitute_for else ""
-                raise ValueError(f"{argument} must be at most the {len(targets)} of {used}{standing_in}, got {count}")
+                replacing = f" (the substitute for {name})" if substitute_for else ""
+                raise ValueError(f"{argument} must be at most the {len(targets)} of {used}{replacing}, got {count}")
             drawn = torch.randperm(len(targets), generator=generator(seed, purpose="data"))[:count]
             images, targets = images[drawn], targets[drawn]
         halves += [images / 255 if images.dtype == torch.uint8 else images, targets]
@@ -174,15 +175,15 @@ def load_images(
 def load_disc(
     *, num_train: int = 1000, num_test: int = 1000, seed: int = 0, device: str | torch.device = "cpu"
 ) -> Dataset:
-    """Draw points of the unit square, to be told whether they lie inside a disc of half its area.
+    """Draw uniform points of the unit square; the classes are inside and outside a disc of half its area.
 
-    The disc is centred and has the radius 1 / sqrt(2 pi); the points are uniform. All are independent, so a validation
-    set is a part of the test set: with ``num_test=2000``, half of it.
+    The disc is centred and has the radius 1 / sqrt(2 pi). All points are independent, so a part of the test set can
+    serve as a validation set.
 
     Args:
         num_train: number of points in the training set.
-        num_test: likewise in the test set.
-        seed: of the points. More points of a seed begin with the same ones.
+        num_test: number of points in the test set.
+        seed: of the points. A larger set starts with the points of a smaller one.
         device: where the tensors go.
 
     Returns:
@@ -198,7 +199,7 @@ def load_disc(
         True
     """
     device = resolve_device(device)
-    check_count("seed", seed, minimum=0)
+    check_seed(seed)
     halves = []
     for half, argument, count in (("train", "num_train", num_train), ("test", "num_test", num_test)):
         points = torch.rand(check_count(argument, count), 2, generator=generator(seed, purpose=f"disc {half}"))
@@ -208,7 +209,7 @@ def load_disc(
 
 
 def describe(dataset: Dataset) -> str:
-    """Return what a notebook prints about a data set: its source, shapes with axis names, split and fingerprint."""
+    """Return a description for notebooks: the source, shapes with axis names, split and fingerprint of a data set."""
     source = dataset.source
     axes = "(row, feature)" if dataset.train_inputs.ndim == 2 else "(image, channel, height, width)"
     lines = [
@@ -225,11 +226,11 @@ def describe(dataset: Dataset) -> str:
 
 
 def available() -> dict[str, str]:
-    """Return for every data set where it would come from now; asks hosts whether they answer, downloads nothing."""
+    """Return where each data set would come from now. This asks hosts whether they answer, but downloads nothing."""
     table = {"digits": "scikit-learn"}
-    stand_ins = {"penguins": "palmerpenguins (the same rows)"} | dict.fromkeys(GREY_SETS, "SUBSTITUTE digits")
+    substitutes = {"penguins": "palmerpenguins (the same rows)"} | dict.fromkeys(GREY_SETS, "SUBSTITUTE digits")
     for name in FETCHABLE:
-        stand_in = stand_ins.get(name, "nowhere")
+        otherwise = substitutes.get(name, "nowhere")
         try:
             archives = _archives(name)
             folder, place = find(archives)
@@ -238,26 +239,26 @@ def available() -> dict[str, str]:
             elif any(answers(url) for url in archives[0].urls):
                 table[name] = f"a download, because {place}"
             else:
-                table[name] = f"{stand_in}, because {place}, no host answers"
+                table[name] = f"{otherwise}, because {place}, no host answers"
         except DamagedFileError as error:
             table[name] = f"DAMAGED: {error}"
         except UnavailableError as reason:
-            table[name] = f"{stand_in}, because {reason}"
+            table[name] = f"{otherwise}, because {reason}"
     return table
 
 
 def lacking() -> list[str]:
-    """Return the data sets that cannot be had here, so that a substitute stands in or nothing; asks hosts, too."""
+    """Return the data sets that are not available here, with or without a substitute. This asks hosts, too."""
     return [name for name, place in available().items() if place.startswith(("SUBSTITUTE", "nowhere"))]
 
 
 def fetch(name: str) -> Path:
-    """Return the folder that holds a data set's archives, downloading those that are missing into the cache folder.
+    """Return the folder that holds a data set's archives, after downloading missing ones into the cache folder.
 
     Raises:
         ValueError: if ``name`` is unknown, or needs no download.
         FileNotFoundError: if it cannot be downloaded; the message says what was tried.
-        DamagedFileError: if an archive is found and is not the published file.
+        DamagedFileError: if an archive exists but is not the published file.
     """
     check_choice("name", name, FETCHABLE)
     try:
@@ -286,11 +287,11 @@ def fingerprint(*tensors: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-# --- reading: each route gives tensors and their origin in words -----------------------------------------------------
+# --- reading: each function returns tensors and their origin in words ------------------------------------------------
 
 
 def _archives(name: str) -> list[Archive]:
-    """Return the archives of a data set, with the hashes and addresses that torchvision has built in.
+    """Return the archives of a data set, with torchvision's own hashes and addresses.
 
     Raises:
         UnavailableError: if torchvision cannot be imported.
@@ -323,11 +324,11 @@ def _penguins_from_tfds() -> tuple[np.ndarray, str]:
                 "penguins/processed",
                 split="train",
                 data_dir=scratch,
-                builder_kwargs={"file_format": "array_record"},  # parquet loses rows, without a word
+                builder_kwargs={"file_format": "array_record"},  # parquet silently loses rows
                 download_and_prepare_kwargs={"download_config": config},
             )
             rows = _canonical_rows([[row["species"], *row["features"]] for row in table])
-    except Exception as error:  # whatever breaks inside tensorflow-datasets, the same rows are at hand elsewhere
+    except Exception as error:  # whatever fails in tensorflow-datasets, another package has the same rows
         message = " ".join(f"tensorflow-datasets failed: {type(error).__name__}: {error}".split())
         raise UnavailableError(message[:300]) from error
     return rows, f"tensorflow-datasets {version('tensorflow-datasets')}, {place}"
@@ -338,7 +339,7 @@ def _penguins_from_package() -> np.ndarray:
 
     table = palmerpenguins.load_penguins()
     raw = table[list(PENGUIN_FEATURES)].to_numpy(float)
-    # penguins/processed keeps the one penguin whose sex is '.' in the raw table; the package has it as missing.
+    # penguins/processed keeps the one penguin whose sex is '.' in the raw table; in the package it is missing.
     dotted = (table.species == "Gentoo").to_numpy() & (raw == (44.5, 15.7, 217, 4875)).all(axis=1)
     kept = ~np.isnan(raw).any(axis=1) & (table.sex.notna().to_numpy() | dotted)
     raw, species = raw[kept], [PENGUIN_SPECIES.index(name) for name in table.species[kept]]
@@ -350,9 +351,9 @@ def _canonical_rows(rows: object) -> np.ndarray:
     """Return the (334, 5) rows, species first, sorted and rounded so that all routes agree bit for bit.
 
     Raises:
-        RuntimeError: if they are other rows.
+        RuntimeError: if the rows are not those of the course.
     """
-    rows = np.round(np.asarray(rows, dtype=np.float64), 5)  # at 6 decimals, float32 turns 23 / 59 the other way
+    rows = np.round(np.asarray(rows, dtype=np.float64), 5)  # with 6 decimals, float32 would round 23 / 59 differently
     rows = rows[np.lexsort(rows.T[::-1])]
     if (found := fingerprint(torch.from_numpy(rows))) != PENGUIN_ROWS:
         raise RuntimeError(f"got {len(rows)} penguins with fingerprint {found}, expected 334 with {PENGUIN_ROWS}")
@@ -385,9 +386,9 @@ def _read_digits() -> tuple[list[tuple[Tensor, Tensor]], tuple[str, ...], str]:
     images, targets = load_digits(return_X_y=True)
     small = torch.from_numpy(images).reshape(-1, 1, 8, 8) / 16
     large = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False)
-    large = large.round(decimals=6).float()  # so that the last bits, and the fingerprint, agree on every processor
+    large = large.round(decimals=6).float()  # so that the fingerprint is the same on every processor
     labels = torch.from_numpy(targets).long()
-    # The set comes in one piece: a fixed fifth is for testing, whatever the seed of the draw.
+    # The set has no published split: a fixed fifth is the test set, whatever the seed of the draw.
     parts = train_test_split(np.arange(len(targets)), test_size=0.2, random_state=0, stratify=targets)
     origin = f"scikit-learn {version('scikit-learn')} load_digits, resized to 28 x 28"
     return [(large[part], labels[part]) for part in parts], tuple("0123456789"), origin
@@ -395,11 +396,11 @@ def _read_digits() -> tuple[list[tuple[Tensor, Tensor]], tuple[str, ...], str]:
 
 @contextmanager
 def _contained() -> Iterator[str]:
-    """Give a temporary folder; keep what tensorflow-datasets says out of notebooks and what it forgets out of /tmp."""
+    """Yield a temporary folder; keep the output of tensorflow-datasets out of notebooks and its litter out of /tmp."""
     before = logging.root.manager.disable, tempfile.tempdir
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(action="ignore"):
         logging.disable(logging.WARNING)
-        tempfile.tempdir = scratch  # it makes an empty folder per call, and forgets it
+        tempfile.tempdir = scratch  # each call of tensorflow-datasets leaves an empty folder there
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 yield scratch

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import importlib.util
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,27 +16,27 @@ from fwdlib.atomic import message_of
 if TYPE_CHECKING:
     import torch
 
-# Imports go inside the checks: help must not wait for torch, and one that fails is a finding.
+# Imports go inside the checks: help must be quick, and an import that fails is a finding.
 PROG = "python -m fwdlib"
 
 
 class Finding(NamedTuple):
     """One line of the doctor's report."""
 
-    status: str  # "ok", "note" (works, but not as you may think) or "problem"
+    status: str  # "ok", "note" (works, but perhaps not as expected) or "problem"
     text: str
     advice: str = ""
 
 
 @dataclass
 class Doctor:
-    """Find out why a notebook does not run: packages, torch, data, folders and Jupyter, with what to do about each.
+    """Find out why a notebook does not run: check packages, torch, data, folders and Jupyter, and say what to do.
 
-    Needs no network, changes nothing, and exits with 1 if there is a problem.
+    This needs no network and changes nothing. The exit code is 1 if there is a problem.
     """
 
     def run(self) -> int:
-        """Print the findings as they come, and how many are problems."""
+        """Print the findings as they come, then the number of problems."""
         problems = 0
         for title, check in CHECKS.items():
             print(title)
@@ -51,31 +48,34 @@ class Doctor:
 
 
 def _findings(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """Pass a check's findings on; a check that breaks is a finding, too, and the next ones still run."""
+    """Yield the findings of a check. A check that raises an error becomes a finding, and the others still run."""
     try:
         yield from check()
     except OSError as error:
         yield Finding("problem", message_of(error))
-    except Exception as error:  # a doctor must not die of what it finds: a damaged installation can raise anything
+    except Exception as error:  # a damaged installation can raise anything
         yield Finding("problem", f"{type(error).__name__}: {message_of(error)}")
 
 
 def _check_packages() -> Iterator[Finding]:
+    import platform
+    from importlib import metadata
+
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
-    metadata = importlib.metadata.metadata("fwdlib")  # raises PackageNotFoundError, which names fwdlib
-    python, needed = platform.python_version(), metadata["Requires-Python"] or ""
+    about = metadata.metadata("fwdlib")  # raises PackageNotFoundError, which names fwdlib
+    python, needed = platform.python_version(), about["Requires-Python"] or ""
     status = "ok" if SpecifierSet(needed).contains(python, prereleases=True) else "problem"
     yield Finding(status, f"Python {python} (needed {needed}) at {sys.executable}")
-    yield Finding("ok", f"fwdlib {metadata['Version']} at {Path(__file__).parent}")
-    for requirement in map(Requirement, importlib.metadata.requires("fwdlib") or []):
+    yield Finding("ok", f"fwdlib {about['Version']} at {Path(__file__).parent}")
+    for requirement in map(Requirement, metadata.requires("fwdlib") or []):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         install = f'{sys.executable} -m pip install --upgrade "{requirement.name}{requirement.specifier}"'
         try:
-            found = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
+            found = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
             yield Finding("problem", f"{requirement.name} is not installed", install)
             continue
         fits = requirement.specifier.contains(found, prereleases=True)
@@ -106,10 +106,10 @@ def _check_torch() -> Iterator[Finding]:
     if torch.backends.mps.is_available():
         devices.append(torch.device("mps"))
     if len(devices) == 1:
-        yield Finding("ok", 'no device but "cpu", which the course is made for')
+        yield Finding("ok", 'the only device is "cpu", which the course is made for')
     for device in devices:
         error = _jvp_error(device)
-        text = f"forward-mode AD on {device}: the jvp of a small net is {error:.0e} off backprop's"
+        text = f"forward-mode AD on {device}: the jvp of a small net differs from backprop's by {error:.0e}"
         if error < 1e-4:
             yield Finding("ok", text)
         else:
@@ -162,7 +162,7 @@ def _check_results() -> Iterator[Finding]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     probe = folder / f".doctor-{os.getpid()}"
     try:
-        results.write_text(probe, "written by the doctor, and removed again\n")
+        results.write_text(probe, "written by the doctor, which removes it again\n")
         probe.unlink()
     finally:
         for path in made:
@@ -172,27 +172,29 @@ def _check_results() -> Iterator[Finding]:
 
 
 def _check_jupyter() -> Iterator[Finding]:
-    mend = f"{sys.executable} -m pip install jupyter"
+    from importlib.util import find_spec
+
+    install = f"{sys.executable} -m pip install jupyter"
     try:
         from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
     except ImportError as error:
-        yield Finding("problem", f"Jupyter is not installed here: {error}", mend)
+        yield Finding("problem", f"Jupyter is not installed here: {error}", install)
         return
     try:
         kernel = KernelSpecManager().get_kernel_spec("python3")
     except NoSuchKernel:
-        yield Finding("problem", "Jupyter has no kernel python3, which all notebooks ask for", mend)
+        yield Finding("problem", "Jupyter has no kernel python3, which all notebooks ask for", install)
         return
     program, python = Path(kernel.argv[0]), Path(sys.executable)
-    if program.is_absolute() and program.parent != python.parent:  # a bare name is taken as Jupyter's own Python
-        # The folder in which Jupyter looks first is another in a virtual environment.
+    if program.is_absolute() and program.parent != python.parent:  # a bare name means Jupyter's own Python
+        # Jupyter looks first in the environment's folder, or in the user's outside an environment.
         place = "--user" if sys.prefix == sys.base_prefix else "--sys-prefix"
         advice = f"{python} -m ipykernel install {place}"
         yield Finding("problem", f"the kernel python3 runs {program}, not this Python ({python})", advice)
     else:
         yield Finding("ok", f"Jupyter's kernel python3 at {kernel.resource_dir}")
     for name, use in {"papermill": "run", "psutil": "run", "distributed": "run --scheduler"}.items():
-        if importlib.util.find_spec(name) is None:
+        if find_spec(name) is None:
             yield Finding("note", f"`{PROG} {use}` needs {name}", f"{sys.executable} -m pip install {name}")
 
 

@@ -1,4 +1,4 @@
-"""The checker of the notebooks' exercises."""
+"""Checks the answers to the notebooks' exercises."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 
 def check(answer: Callable[..., Any], cases: Iterable[tuple[tuple, Any]], tolerance: float = 1e-4) -> None:
-    """Print whether ``answer`` gives what each case expects; an exercise that is not solved yet is no error.
+    """Print whether ``answer`` returns the expected value for each case. An unsolved exercise raises no error.
 
     Args:
-        answer: the function to write; its stub raises NotImplementedError.
-        cases: pairs of a tuple of arguments and the value expected for them, a number or a tensor.
+        answer: the student's function; its stub raises NotImplementedError.
+        cases: pairs of a tuple of arguments and the expected value, a number or a tensor.
         tolerance: relative and absolute.
 
     Example:

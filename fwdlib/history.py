@@ -1,10 +1,12 @@
-"""What a training run leaves behind: plain data, so that records and figures need no training loop."""
+"""The outcome of a training run as plain data, so that records and figures need no training loop."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from fwdlib.tangents import Params
+if TYPE_CHECKING:
+    from fwdlib.tangents import Params
 
 
 @dataclass
@@ -13,26 +15,26 @@ class Run:
 
     seed: int
     status: str
-    """``"reached"`` the threshold; ``"not reached"`` after all iterations; ``"completed"`` them, there being no
+    """``"reached"``: the threshold; ``"not reached"``: after all iterations; ``"completed"``: all iterations, without a
     threshold; ``"diverged"``: the training loss was not finite at iteration ``iterations``."""
     iterations: int
     """Optimizer steps taken."""
     train_loss: list[float] = field(default_factory=list)
-    """Before the first step and after each (or each ``every``): then the mean since the value before. The test series
-    alike, at that step."""
+    """Before the first step, then after each step, or after every ``every`` steps the mean over them. The test series
+    have values at the same steps."""
     test_loss: list[float] = field(default_factory=list)
     test_errors: list[int] = field(default_factory=list)
     """Misclassified test examples."""
     step_seconds: list[float] = field(default_factory=list)
-    """Time of estimate + optimizer step, evaluation excluded; empty for a seed of a stack, whose steps are shared."""
+    """Time of estimate and optimizer step, without evaluation; empty for seeds that share their steps."""
     every: int = 1
-    """Steps between two values of a series: value i is that after ``i * every`` steps, the last that after all."""
+    """Steps between two values of a series: value i follows ``i * every`` steps, the last value all steps."""
 
     def end(self, num_test: int) -> tuple[float, int]:
-        """Return the test loss and errors that the run ended with.
+        """Return the test loss and the number of test errors at the end of the run.
 
-        One that has diverged gets an infinite loss and everything wrong: the argmax of nan is class 0, and what happens
-        to be of class 0 is not a success.
+        A diverged run gets an infinite loss, and every example counts as an error: the argmax of nan is class 0, so
+        examples of class 0 would count as correct.
 
         Args:
             num_test: size of the test set.
@@ -46,9 +48,9 @@ class History:
 
     runs: list[Run]
     params: list[Params]
-    """The parameters that each run ended with."""
+    """The final parameters of each run."""
     num_test: int
     stack_size: int
-    """How many seeds shared a step; 1 where they ran one after the other."""
+    """How many seeds shared a step; 1 if they ran one after the other."""
     seconds: float
-    """All steps together, evaluation excluded."""
+    """Time of all steps, without evaluation."""

@@ -60,69 +60,6 @@ class CNN(nn.Module):
         return self.fc2(hidden)
 
 
-def fully_connected(
-    num_inputs: int = 784, num_hidden: int = 2, width: int = 800, num_classes: int = 10
-) -> nn.Sequential:
-    """Return hidden layers of linear map, BatchNorm and ReLU, and a linear readout, as Bacho & Chu 2024 train them.
-
-    Args:
-        num_inputs: numbers in an example; images (B, ...) are flattened.
-        num_hidden: hidden layers.
-        width: units of each; there 800, and 1000 for CIFAR10.
-        num_classes: logits.
-    """
-    layers: list[nn.Module] = [nn.Flatten()]
-    for fan_in in [num_inputs, *[width] * num_hidden][:num_hidden]:
-        layers += [nn.Linear(fan_in, width), nn.BatchNorm1d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(width if num_hidden else num_inputs, num_classes))
-
-
-def shallow_cnn(
-    num_channels: int = 1, size: int = 28, num_classes: int = 10, *, pool_first: bool = False
-) -> nn.Sequential:
-    """Return the CNN of Bacho & Chu 2024, 15C5-40C5-P2-128 with BatchNorm and ReLU after each layer but the last.
-
-    Args:
-        num_channels: of the images.
-        size: their height and width.
-        num_classes: logits.
-        pool_first: another max-pool after the first convolution, as their text has it; their code has none there.
-    """
-    pool: list[nn.Module] = [nn.MaxPool2d(2)] if pool_first else []
-    side = ((size - 4) // (2 if pool_first else 1) - 4) // 2
-    return nn.Sequential(
-        *(nn.Conv2d(num_channels, 15, 5), nn.BatchNorm2d(15), nn.ReLU(), *pool),
-        *(nn.Conv2d(15, 40, 5), nn.BatchNorm2d(40), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(40 * side * side, 128), nn.BatchNorm1d(128), nn.ReLU()),
-        nn.Linear(128, num_classes),
-    )
-
-
-def alexnet(num_classes: int = 100) -> nn.Sequential:
-    """Return AlexNet in the widths of Krizhevsky 2014 with BatchNorm before each ReLU, for images (B, 3, 224, 224)."""
-
-    def convolution(fan_in: int, fan_out: int, kernel: int, **options: int) -> list[nn.Module]:
-        return [nn.Conv2d(fan_in, fan_out, kernel, **options), nn.BatchNorm2d(fan_out), nn.ReLU()]
-
-    def linear(fan_in: int, fan_out: int) -> list[nn.Module]:
-        return [nn.Linear(fan_in, fan_out), nn.BatchNorm1d(fan_out), nn.ReLU()]
-
-    return nn.Sequential(
-        *convolution(3, 64, 11, stride=4, padding=2),
-        nn.MaxPool2d(3, 2),
-        *convolution(64, 192, 5, padding=2),
-        nn.MaxPool2d(3, 2),
-        *convolution(192, 384, 3, padding=1),
-        *convolution(384, 256, 3, padding=1),
-        *convolution(256, 256, 3, padding=1),
-        nn.MaxPool2d(3, 2),
-        nn.Flatten(),
-        *linear(256 * 6 * 6, 4096),
-        *linear(4096, 4096),
-        nn.Linear(4096, num_classes),
-    )
-
-
 def initialise(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     """Return ``build()`` with its random initialisation fixed by ``seed``; torch's global generator is left as it was.
 

@@ -1,4 +1,4 @@
-"""One record per run of a notebook, written atomically, read back as a record or as a table."""
+"""One record per run of a notebook: written whole or not at all, and read back as a record or as a table."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from fwdlib import runtime
 from fwdlib.atomic import write_bytes
-from fwdlib.data import Source
 from fwdlib.history import History, Run
 from fwdlib.statistics import Interval, median_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fwdlib.data import Source
 
 FORMAT = 1
 
 
 @dataclasses.dataclass
 class Record:
-    """What a training run was and what came out: enough to redraw every figure without training again."""
+    """The settings and the outcome of a training run: enough to redraw every figure without training again."""
 
     name: str
-    """Of the notebook, for example ``"1b_logistic_forward"``; also the name of the file."""
+    """The notebook's name, for example ``"1b_logistic_forward"``; also the name of the file."""
     title: str
     """For the legend of figures: ``"forward gradient"`` or ``"backprop"``."""
     parameters: dict[str, Any]
@@ -38,7 +41,7 @@ class Record:
     runs: list[Run]
     """One for each seed."""
     alone: Run
-    """The first seed again, by itself: the one whose clock counts."""
+    """The first seed again, trained alone: its times are the timings."""
     environment: dict[str, Any]
     quick: bool
 
@@ -58,17 +61,17 @@ def save_run(
     Args:
         name: of the notebook, without ``.ipynb``.
         title: of the method, for legends.
-        history: all seeds.
-        alone: the first seed alone, for its times.
-        parameters: of the notebook; the device is taken from them.
+        history: of all seeds.
+        alone: of the first seed alone, for its times.
+        parameters: of the notebook, the device among them.
         source: of the data.
-        folder: where to; default :func:`fwdlib.runtime.results_dir`.
+        folder: where the record goes. Default: :func:`fwdlib.runtime.results_dir`.
 
     Returns:
         The path of the record.
 
     Raises:
-        OSError: if it cannot be written; the message says where and why. What was there before is still there.
+        OSError: if it cannot be written; the message says where and why. The old file is left in place.
     """
     record = Record(
         name=name,
@@ -104,7 +107,7 @@ def load_run(path: str | Path) -> Record:
     again = f"delete it and run {path.stem}.ipynb again"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError is one too
+    except ValueError as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"{path} is not JSON ({error}); {again}") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ValueError(f"{path} is not a record of format {FORMAT}; {again}")
@@ -117,14 +120,16 @@ def load_run(path: str | Path) -> Record:
 
 
 def table(records: list[Record]) -> pd.DataFrame:
-    """Return one row per seed of each record: how it ended, after how many steps, with what losses and errors.
+    """Return one row per seed of each record: its status, number of steps, losses and errors.
 
     Args:
-        records: any number of them.
+        records: any number of records.
 
     Returns:
         Columns ``name, title, seed, status, iterations, train_loss, test_loss, test_errors, test_accuracy``.
     """
+    import pandas as pd  # half a second, which no figure needs
+
     rows = [
         {
             "name": record.name,
@@ -144,17 +149,19 @@ def table(records: list[Record]) -> pd.DataFrame:
 
 
 def summary(records: list[Record]) -> pd.DataFrame:
-    """Return one column per record: how its seeds ended, after how many iterations, how well, and how fast.
+    """Return one column per record: how its seeds ended, their iterations, losses and errors, and the times.
 
-    Iterations are the median over the seeds with its 95 % interval; a seed that never reached the threshold counts as
-    infinite. Loss and errors are medians of what the seeds ended with; times are those of the first seed, run alone.
+    Iterations are the median over the seeds with its 95 % interval; a seed that did not reach the threshold counts as
+    infinite. Loss and errors are medians over the seeds at the end. Times are those of the first seed, trained alone.
 
     Args:
         records: of one task or several.
 
     Returns:
-        Text, for reading.
+        A table of text, for display.
     """
+    import pandas as pd
+
     return pd.DataFrame({record.name: _summary_column(record) for record in records})
 
 
@@ -178,12 +185,12 @@ def _summary_column(record: Record) -> dict[str, str]:
 
 def iterations(record: Record) -> list[float]:
     """Return each seed's number of iterations, infinite for one that diverged or did not reach the threshold."""
-    arrived = ("reached", "completed")
-    return [run.iterations if run.status in arrived else float("inf") for run in record.runs]
+    finished = ("reached", "completed")
+    return [run.iterations if run.status in finished else float("inf") for run in record.runs]
 
 
 def interval_text(interval: Interval, form: str = "{:.3g}") -> str:
-    """Return ``estimate [low, high]``, each formatted by ``form``; without the brackets where there is no interval.
+    """Return ``estimate [low, high]``, each formatted by ``form``; only the estimate if there is no interval.
 
     Example:
         >>> interval_text(Interval(300.0, 312.4, float("inf")), "{:.0f}")
@@ -194,11 +201,11 @@ def interval_text(interval: Interval, form: str = "{:.3g}") -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON, whole or not at all; numbers to six digits, nan and infinity as words.
+    """Write ``content`` as JSON, whole or not at all. Floats are rounded to six digits; nan and infinity become words.
 
     Args:
-        path: of the file; its folder is made if it is not there.
-        content: of dicts, lists, strings and numbers.
+        path: of the file; its folder is made if needed.
+        content: dicts, lists, strings and numbers.
 
     Raises:
         OSError: as :func:`write_text`.
@@ -210,17 +217,17 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all.
 
     Args:
-        path: of the file; its folder is made if it is not there.
+        path: of the file; its folder is made if needed.
         text: its new content.
 
     Raises:
-        OSError: as :func:`fwdlib.atomic.write_bytes`. What was there before is still there.
+        OSError: as :func:`fwdlib.atomic.write_bytes`. The old file is left in place.
     """
     write_bytes(path, text.encode(), "FWDLIB_RESULTS names the folder")
 
 
 def _rounded(value: Any) -> Any:
-    # Six digits are more than any figure or table shows, and a third of the file's size.
+    # Six digits are more than any figure or table shows, and make the file three times smaller.
     if isinstance(value, float):
         return float(f"{value:.6g}") if abs(value) < float("inf") else str(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The only place that touches seeds, devices, paths and the environment; of the project it imports only ``checks``."""
+"""Seeds, devices, paths and environment variables: no other module touches them. It imports only ``checks``."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ import textwrap
 import tomllib
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import platformdirs
-import torch
 
-from fwdlib.checks import check_choice, check_count
+from fwdlib.checks import check_choice, check_count, check_seed
 
-# torch builds its table of forward-mode decompositions with its own deprecated torch.jit.script: not the user's
-# concern.
+# torch takes seconds to import, and drawing figures or printing help does without it.
+if TYPE_CHECKING:
+    import torch
+
+# torch builds its table of forward-mode decompositions with its own deprecated torch.jit.script. Users cannot change
+# that.
 warnings.filterwarnings("ignore", message=r"`torch\.jit\.script", category=FutureWarning)
 warnings.filterwarnings("ignore", message=r"`torch\.jit\.script", category=DeprecationWarning)
 
@@ -28,12 +32,12 @@ PACKAGES = ("fwdlib", "torch", "torchvision", "numpy", "scikit-learn", "scipy", 
 
 
 def is_quick() -> bool:
-    """Tell whether ``FWDLIB_QUICK`` asks for a short run that only shows that everything executes."""
+    """Tell whether ``FWDLIB_QUICK`` asks for a short run, which only shows that everything executes."""
     return os.environ.get("FWDLIB_QUICK", "") not in ("", "0")
 
 
 def is_offline() -> bool:
-    """Tell whether ``FWDLIB_OFFLINE`` says that there is no network, so that none is waited for."""
+    """Tell whether ``FWDLIB_OFFLINE`` says that there is no network, so that nothing waits for one."""
     return os.environ.get("FWDLIB_OFFLINE", "") not in ("", "0")
 
 
@@ -41,24 +45,26 @@ def seed_list(seed: int, num_seeds: int) -> list[int]:
     """Return the ``num_seeds`` consecutive seeds that start at ``seed``.
 
     Raises:
-        ValueError: if ``seed`` is negative or ``num_seeds`` is below 1.
+        ValueError: if ``seed`` is negative, ``num_seeds`` is below 1, or the last seed is too large.
     """
-    check_count("seed", seed, minimum=0)
-    check_count("num_seeds", num_seeds)
+    check_seed(seed)
+    check_seed(seed + check_count("num_seeds", num_seeds) - 1)
     return list(range(seed, seed + num_seeds))
 
 
 def generator(seed: int, device: torch.device | str = "cpu", purpose: str = "tangents") -> torch.Generator:
     """Return a new random generator on ``device`` for one purpose of one seed.
 
-    Streams for different purposes, and that of ``torch.manual_seed(seed)`` for the initial parameters, are independent:
-    seeding all of them with the bare number would make a tangent repeat the numbers that the parameters started from.
+    Streams for different purposes are independent of each other, and of ``torch.manual_seed(seed)``, which draws the
+    initial parameters. If all of them used the bare seed, a tangent would repeat the numbers of the initial parameters.
 
     Args:
         seed: of the run.
         device: where the numbers are drawn.
-        purpose: what for, any word.
+        purpose: any word that names the use.
     """
+    import torch
+
     mixed = np.random.SeedSequence(seed, spawn_key=tuple(purpose.encode())).generate_state(1, np.uint64)
     return torch.Generator(device=device).manual_seed(int(mixed[0]) >> 1)
 
@@ -67,8 +73,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """Turn a device name such as ``"cpu"``, ``"cuda"`` or ``"cuda:1"`` into a usable device.
 
     Raises:
-        ValueError: if the name is unknown or this machine has no such device; the message says what it has.
+        ValueError: if the name is unknown or this machine has no such device; the message lists its devices.
     """
+    import torch
+
     available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     available += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
@@ -78,44 +86,46 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def use_determinism() -> None:
     """Ask torch for deterministic kernels, so that one seed gives one result on one machine."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS promises nothing, and torch warns
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic, and torch warns
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 
 
 def keep_freed_memory() -> bool:
-    """Ask the C library to keep the memory that tensors free for the next ones, instead of returning it to the system.
+    """Ask the C library to keep the memory of freed tensors for new ones, instead of returning it to the system.
 
-    For large arrays glibc asks the system for fresh pages and hands them back at once, and the system clears each page
-    before it gives it out again: half of the time of a training step of the course's CNN, and which half depends on
-    what else the process has allocated. With this, steps take the same time in each process. It holds for the whole
-    process, which from then on is as large as it was at its peak. Accelerators have allocators of their own and are
-    not touched.
+    For each large array, glibc takes fresh pages from the system and returns them at once, and the system clears each
+    page first. This takes half the time of a training step of the course's CNN, and it varies with what else the
+    process has allocated. With this setting, steps take the same time in each process. The setting holds for the whole
+    process, whose memory then never shrinks below its peak. It does not affect accelerators, which have their own
+    allocators.
 
     Returns:
-        Whether it was done: only on Linux with glibc.
+        True if it was set, which is possible only on Linux with glibc.
     """
     try:
         libc = ctypes.CDLL(None)
     except (OSError, TypeError):  # TypeError: Windows, where None names no library
         return False
-    if not hasattr(libc, "gnu_get_libc_version"):  # what another library's mallopt understands is not known
+    if not hasattr(libc, "gnu_get_libc_version"):  # another library's mallopt may take other options
         return False
     m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
     return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
 
 
 def has_compiler() -> bool:
-    """Tell whether there is a C++ compiler, which ``torch.compile`` needs on a CPU: ``CXX``, g++, clang++ or cl."""
+    """Tell whether a C++ compiler is installed (``CXX``, g++, clang++ or cl); ``torch.compile`` needs one on a CPU."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "cl") if name)
 
 
 def project_root(start: Path | None = None) -> Path | None:
-    """Return the checkout that ``start`` (default: the working folder) lies in, or None outside one.
+    """Return the checkout that contains ``start`` (default: the working folder), or None outside a checkout.
 
-    papermill runs a kernel in the caller's folder, Jupyter and nbval in the notebook's, Colab in /content: every path
-    of the project starts here, so that all of them agree.
+    papermill runs a kernel in the caller's folder, Jupyter and nbval in the notebook's, Colab in /content. Every path
+    of the project starts at this root, so all of them agree.
     """
     start = Path.cwd() if start is None else start
     for folder in (start, *start.parents):
@@ -129,7 +139,7 @@ def results_dir() -> Path:
     """Return the folder for run records.
 
     It is ``FWDLIB_RESULTS`` if that is set, else ``results/`` in the checkout, else ``results/`` in the working folder.
-    It is not made here; :func:`fwdlib.results.save_run` makes it.
+    This function does not create it; :func:`fwdlib.results.save_run` does.
     """
     if folder := os.environ.get("FWDLIB_RESULTS"):
         return Path(folder).expanduser().resolve()
@@ -137,7 +147,7 @@ def results_dir() -> Path:
 
 
 def data_dir() -> Path | None:
-    """Return the folder that ``FWDLIB_DATA`` names, or None when it is not set.
+    """Return the folder that ``FWDLIB_DATA`` names, or None if it is not set.
 
     Raises:
         FileNotFoundError: if it is set and is not a folder.
@@ -148,14 +158,14 @@ def data_dir() -> Path | None:
     path = Path(folder).expanduser().resolve()
     if not path.is_dir():
         raise FileNotFoundError(
-            f"FWDLIB_DATA is {folder!r}, which is not a folder. Expected one laid out like torchvision's, for example "
-            f"with KMNIST/raw/train-images-idx3-ubyte.gz in it. Correct the path, or unset FWDLIB_DATA."
+            f"FWDLIB_DATA is {folder!r}, which is not a folder. It must name a folder in torchvision's layout, for "
+            f"example with KMNIST/raw/train-images-idx3-ubyte.gz in it. Correct the path, or unset FWDLIB_DATA."
         )
     return path
 
 
 def cache_dir() -> Path:
-    """Return the folder for downloaded data: ``FWDLIB_CACHE``, else the platform's user cache. Not made here."""
+    """Return the folder for downloaded data: ``FWDLIB_CACHE``, else the platform's user cache. It may not exist yet."""
     folder = os.environ.get("FWDLIB_CACHE")
     return Path(folder).expanduser().resolve() if folder else Path(platformdirs.user_cache_dir("fwdlib"))
 
@@ -172,12 +182,14 @@ def versions() -> dict[str, str]:
 
 
 def summary(seeds: list[int], device: torch.device | str = "cpu") -> str:
-    """Return what a notebook prints at its top: packages and versions, device and threads, seeds.
+    """Return the first output of a notebook: packages and versions, device and threads, seeds.
 
     Args:
         seeds: of its runs.
         device: that it trains on.
     """
+    import torch
+
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     mode = "; quick mode: only to see that everything runs" if is_quick() else ""
@@ -186,7 +198,7 @@ def summary(seeds: list[int], device: torch.device | str = "cpu") -> str:
 
 
 def processor_name() -> str:
-    """Return the processor's name as the system gives it."""
+    """Return the processor's name, as the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         names = [
@@ -198,7 +210,9 @@ def processor_name() -> str:
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, object]:
-    """Return what a reader needs to know of the machine that a result was made on."""
+    """Return a description of this machine and its software, for the record of a result."""
+    import torch
+
     device = torch.device(device)
     return {
         "versions": versions(),

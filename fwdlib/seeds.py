@@ -23,13 +23,13 @@ def single_estimate(
     return partial(estimator, objective, **({"generator": generators[0]} if _draws(estimator) else {}))
 
 
-def stacked_estimate(
+def replicated_estimate(
     estimator: Estimator, objective: BatchLoss, generators: list[torch.Generator]
 ) -> Callable[[Params], GradientEstimate]:
-    """Return the estimator as a function of the stacked parameters of several seeds, each with its generator.
+    """Return the estimator as a function of the parameters (S, ...) of several seeds, each with its generator.
 
     Raises:
-        ValueError: by that function, if model or estimator draw numbers that cannot be told apart by seed.
+        ValueError: when it is called, if the model or the estimator draws numbers that are not each seed's own.
     """
     replicates, draws = Replicates(generators), _draws(estimator)
 
@@ -43,8 +43,8 @@ def stacked_estimate(
             if "randomness" not in str(error):
                 raise
             raise ValueError(
-                "the model or the estimator draws random numbers that a stack of seeds cannot tell apart (a functional "
-                "dropout, say, or an estimator without a keyword `generator`); pass stacked=False"
+                "the model or the estimator draws random numbers that cannot be each seed's own (a functional dropout, "
+                "or an estimator without a keyword `generator`); pass together=False"
             ) from error
 
     return every
@@ -57,13 +57,13 @@ def _draws(estimator: Estimator) -> bool:
 def keep_rows(
     params: Params, optimizer: Optimizer, make: Callable[[list[Tensor]], Optimizer], kept: list[int]
 ) -> tuple[Params, Optimizer]:
-    """Return a smaller stack, and an optimizer for it that goes on where the other was.
+    """Keep some of the seeds, with an optimizer in the state that it had for them.
 
     Args:
-        params: of the stack.
-        optimizer: of the stack, an elementwise one.
-        make: makes another like it.
-        kept: the rows that stay.
+        params: parameters (S, ...).
+        optimizer: their optimizer, an elementwise one.
+        make: makes another optimizer like it.
+        kept: the rows to keep.
     """
     smaller = {name: p[kept] for name, p in params.items()}
     successor = make(list(smaller.values()))

@@ -10,7 +10,7 @@ from scipy import special
 
 
 class Interval(NamedTuple):
-    """An estimate with the ends of its confidence interval; an end is nan where the sample is too small to give one."""
+    """An estimate with the ends of its confidence interval; the ends are nan if the sample is too small for one."""
 
     low: float
     estimate: float
@@ -18,17 +18,16 @@ class Interval(NamedTuple):
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Return the median and its distribution-free interval between order statistics, that of the sign test.
+    """Return the median and its distribution-free interval between order statistics, as in the sign test.
 
     (Conover 1999, *Practical Nonparametric Statistics*, section 3.2.)
 
-    Infinite values are welcome: the number of iterations of a seed that never reached the threshold is infinite, and
-    the median is still a number as long as half the seeds arrived. Fewer than 6 values have no 95 % interval: its ends
-    are nan.
+    Values may be infinite: a seed that never reached the threshold has infinitely many iterations, and the median is
+    still a number if more than half the seeds reached it. Fewer than 6 values have no 95 % interval: its ends are nan.
 
     Args:
         values: one number per seed; inf for "never", no nan.
-        confidence: of the interval, at least.
+        confidence: lower bound for the probability that the interval covers the median.
 
     Raises:
         ValueError: if there are no values or one is nan.
@@ -38,7 +37,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interv
         Interval(low=1.0, estimate=4.5, high=9.0)
     """
     values = _checked(values)
-    # inverted_cdf-like middle, by hand: numpy's interpolation makes nan of (inf + inf) / 2 and of inf - inf
+    # The median by hand: numpy's interpolation gives nan where both middle values are infinite.
     ordered = np.sort(values)
     low_mid, high_mid = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     middle = (low_mid + high_mid) / 2
@@ -49,36 +48,11 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interv
     return Interval(float(ordered[outside - 1]), float(middle), float(ordered[-outside]))
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Return the mean and its bootstrap interval (scipy's ``bootstrap``, BCa, 9999 resamples, fixed seed).
-
-    Args:
-        values: one finite number per seed.
-        confidence: of the interval.
-
-    Raises:
-        ValueError: if there are no values or one is not finite.
-
-    Example:
-        >>> mean_interval([2.0, 2.0, 2.0])
-        Interval(low=2.0, estimate=2.0, high=2.0)
-    """
-    values = _finite(values)
-    mean = float(values.mean())
-    if len(values) == 1:
-        return Interval(float("nan"), mean, float("nan"))
-    if np.ptp(values) == 0:  # BCa divides by the spread and returns nan
-        return Interval(mean, mean, mean)
-    from scipy import stats  # half a second to import
-
-    result = stats.bootstrap((values,), np.mean, confidence_level=confidence, rng=np.random.default_rng(0))
-    return Interval(float(result.confidence_interval.low), mean, float(result.confidence_interval.high))
-
-
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Return the mean and Student's interval, for a handful of values that a bootstrap would make too little of.
+    """Return the mean and Student's interval.
 
-    It takes them to be normally distributed, as accuracies over seeds about are.
+    It assumes normally distributed values, as accuracies over seeds roughly are. With few values it keeps its rate,
+    where a bootstrap interval is too narrow: of nominal 95 %, BCa covers 75 % at 3 values and 87 % at 6.
 
     Args:
         values: one finite number per seed.
@@ -100,7 +74,7 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Return the mean of ``first - second``, seed by seed, with its bootstrap interval.
+    """Return the mean of ``first - second``, seed by seed, with the interval of :func:`t_interval`.
 
     Args:
         first: one finite number per seed.
@@ -112,22 +86,22 @@ def paired_difference(first: Sequence[float], second: Sequence[float], confidenc
     """
     if len(first) != len(second):
         raise ValueError(f"paired samples need the same seeds, got {len(first)} and {len(second)} values")
-    return mean_interval(_finite(first) - _finite(second), confidence)
+    return t_interval(_finite(first) - _finite(second), confidence)
 
 
 def paired_ratio(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Return the median of ``first / second``, pair by pair, with its interval as :func:`median_interval` gives it.
+    """Return the median of ``first / second``, pair by pair, with the interval of :func:`median_interval`.
 
-    A pair of which one is infinite counts as infinite or zero; one of which both are, says nothing and is left out.
-    Where both are zero, that is a ratio of 1.
+    If one number of a pair is infinite, the ratio is infinite or zero. If both are, the pair is left out, because their
+    ratio is unknown. If both are zero, the ratio is 1.
 
     Args:
         first: one number per round or seed, not below 0.
         second: the same rounds in the same order.
-        confidence: of the interval, at least.
+        confidence: as in :func:`median_interval`.
 
     Returns:
-        The interval; nan if no pair is left.
+        The interval; all nan if no pair is left.
 
     Raises:
         ValueError: if the lengths differ, there are no values or one is nan.
@@ -156,5 +130,5 @@ def _finite(values: Sequence[float]) -> np.ndarray:
     values = _checked(values)
     if np.isinf(values).any():
         position = int(np.flatnonzero(np.isinf(values))[0])
-        raise ValueError(f"values has {values[position]} at position {position}, so no mean; use median_interval")
+        raise ValueError(f"values has {values[position]} at position {position}, so no mean: use median_interval")
     return values

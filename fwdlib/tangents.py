@@ -221,14 +221,14 @@ def draw(generator: AnyGenerator, sample: Callable[[torch.Generator | None], Ten
 
 
 def is_transformed() -> bool:
-    """Tell whether this runs inside ``torch.func.vmap``, where torch.autograd and dual levels do not work."""
+    """Return whether this runs inside a ``torch.func`` transform, where torch.autograd and dual levels do not work."""
     # There is no public test for it.
     return torch._C._functorch.maybe_current_level() is not None
 
 
 def is_traced() -> bool:
-    """Tell whether make_fx records what runs, for a compiler: there many small operations become one."""
-    # As make_fx itself asks; its own function for it is slow to import.
+    """Return whether make_fx is recording for a compiler, which fuses small operations."""
+    # make_fx asks the same way; its public function is slow to import.
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
@@ -237,8 +237,7 @@ def _draw_rows(params: Params, num_tangents: int, generator: AnyGenerator, fill:
 
 
 def _draw_block(params: Params, num_tangents: int, generator: AnyGenerator, fill: Callable) -> Tensor:
-    # One row of P numbers per tangent: one call of the generator however many parameters there are, and tangent k the
-    # same whatever K is.
+    # One row of P numbers per tangent: one draw for all parameters, and tangent k does not depend on K.
     first = next(iter(params.values()))
     dtype = functools.reduce(torch.promote_types, (p.dtype for p in params.values()), torch.float32)
     size = sum(p.numel() for p in params.values())
@@ -264,9 +263,9 @@ def _cut(params: Params, block: Tensor) -> Params:
 class Replicates:
     """One random generator for each of S replicates, usable inside ``torch.func.vmap`` over the replicates.
 
-    vmap can draw one random tensor for the whole stack, or the same for all; neither gives replicate s the numbers
-    that it would see alone. Here each has a generator of its own, so a stack of 100 seeds and 100 single runs draw
-    alike.
+    vmap draws either one random tensor with a row for each replicate, or the same numbers for all. Neither gives a
+    replicate the numbers that it draws alone. Here each replicate has its own generator, so 100 seeds draw the same
+    numbers together as in 100 single runs.
 
     Args:
         generators: one per replicate.
@@ -290,7 +289,7 @@ class Replicates:
         return iter(self.generators)
 
     def at(self, index: Tensor) -> Replicate:
-        """Return the replicate that ``index``, one element of ``indices`` as vmap hands it over, stands for."""
+        """Return the replicate of ``index``, the element of ``indices`` that vmap passes."""
         return Replicate(self.generators, index)
 
 
@@ -307,7 +306,7 @@ class Replicate:
 
 
 class _DrawPerReplicate(torch.autograd.Function):
-    # An autograd.Function only because that is where torch lets a function bring its own vmap rule.
+    # An autograd.Function, because only there torch accepts a vmap rule.
     @staticmethod
     def forward(index: Tensor, generators: list[torch.Generator], sample: Callable) -> Tensor:
         return sample(generators[int(index)])

@@ -27,7 +27,7 @@ from fwdlib.estimators import Estimator, GradientEstimate
 from fwdlib.history import History, Run
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
-from fwdlib.seeds import keep_rows, single_estimate, stacked_estimate
+from fwdlib.seeds import keep_rows, replicated_estimate, single_estimate
 from fwdlib.session import Progress, Running, Session
 from fwdlib.tangents import Params
 
@@ -35,7 +35,7 @@ MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 Augment = Callable[[Tensor], Tensor]
 
-# Optimizers that treat each element alone, so that a leading axis of replicates changes nothing for any of them.
+# Optimizers that update each element by itself, so a leading axis of replicates changes nothing.
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD")
 OPTIMIZERS = tuple(
     name
@@ -105,7 +105,7 @@ def train(
     evaluate_every: int = 1,
     test_batch_size: int = 1000,
     seeds: Sequence[int] = (0,),
-    stacked: bool | None = None,
+    together: bool | None = None,
     device: str | torch.device = "cpu",
     on_evaluation: Callable[[Run], object] | None = None,
     session: Session | None = None,
@@ -118,8 +118,8 @@ def train(
     Where gradients offer ``add_to_``, as those of the stacked engine do, plain SGD updates the parameters from their
     factors and never writes a gradient out.
 
-    With ``stacked``, all seeds train at once: the parameters get a leading axis and the estimator is vmapped over it.
-    Each seed sees the same random numbers as alone, so the numbers are the same up to the order of floating-point sums.
+    With ``together``, all seeds train at once: the parameters get a leading axis, and the estimator is vmapped over it.
+    Each seed draws the same random numbers as alone, so its results are the same up to rounding.
 
     Args:
         build: makes the model, for example a class of :mod:`fwdlib.models`.
@@ -129,31 +129,31 @@ def train(
             called before each run, and ``state_dict()`` and ``load_state_dict(state)`` for checkpoints.
         optimizer: the name of a ``torch.optim`` optimizer, or a function from a list of tensors to an optimizer.
         learning_rate: for an optimizer given by name.
-        scheduler: a function from the optimizer to what changes its learning rate, by a ``step()`` after each
-            evaluation but that before the first step.
+        scheduler: a function from the optimizer to a scheduler of its learning rate, whose ``step()`` is called after
+            each evaluation except the first.
         threshold: stop a seed once its training loss is at most this; None to run all iterations.
         max_iterations: stop every seed after this many steps.
-        batch_size: B, examples drawn without replacement in each pass through the training part, whose rest is left
-            out; None for the whole training part at once.
+        batch_size: B, examples drawn without replacement in each pass through the training set, which leaves out the
+            remainder; None for the whole training set at once.
         augment: applied to the inputs of each batch. It may draw from torch's global generator, which each run seeds.
-        evaluate_every: steps between two evaluations of the test set and of the threshold. The training loss is then
-            the mean over the batches since the last.
-        test_batch_size: examples of the test set that go through the model at once.
+        evaluate_every: steps between two evaluations. The test set and the threshold are checked only there. The
+            training loss is then the mean over the batches since the previous evaluation.
+        test_batch_size: test examples that go through the model at once.
         seeds: one run for each.
-        stacked: train all seeds at once or one after the other; None to stack where that gives the same and pays, that
-            is for models without convolutions, buffers and Dropout and for elementwise optimizers.
+        together: train all seeds at once, or one after the other. None trains them at once where that gives the same
+            results and is faster: for models without convolutions, buffers and Dropout, and elementwise optimizers.
         device: ``"cpu"``, ``"cuda"``, ...
         on_evaluation: called after each evaluation with the run so far.
         session: what surrounds the run, for example the checkpoint and the processes of
             :class:`fwdlib.trainer.session.TrainerSession`; None for one process that keeps no file.
-        progress: what the progress bar is called; None for no bar.
+        progress: the name of the progress bar; None for no bar.
         progress_every: steps between two updates of the bar.
 
     Returns:
-        The history of each seed. Not reaching the threshold and diverging are results, recorded in it.
+        The history of each seed. A seed that diverges or never reaches the threshold is a result, and recorded.
 
     Raises:
-        ValueError: if an argument is out of its range, ``stacked=True`` cannot give the numbers of single runs, or the
+        ValueError: if an argument is out of its range, ``together=True`` cannot give the numbers of single runs, or the
             session refuses the run.
     """
     if isinstance(optimizer, str):
@@ -195,12 +195,12 @@ def train(
         session=session,
         progress_every=progress_every,
     )
-    obstacle = _why_not_stacked(models[0], elementwise, task)
-    if stacked and obstacle:
-        raise ValueError(f"stacked=True is not possible here: {obstacle}")
-    if stacked is None:
-        stacked = obstacle is None and not _has_convolutions(models[0])
-    groups = [range(len(seeds))] if stacked else [[i] for i in range(len(seeds))]
+    obstacle = _why_not_together(models[0], elementwise, task)
+    if together and obstacle:
+        raise ValueError(f"together=True is not possible here: {obstacle}")
+    if together is None:
+        together = obstacle is None and not _has_convolutions(models[0])
+    groups = [range(len(seeds))] if together else [[i] for i in range(len(seeds))]
     generators = [runtime.generator(seed, device) for seed in seeds]
 
     # counts images where there are batches, so that its rate is in images per second
@@ -221,14 +221,14 @@ def train(
         runs=[run for runs, _, _ in histories for run in runs],
         params=[params for _, ends, _ in histories for params in ends],
         num_test=len(data.test_targets),
-        stack_size=len(seeds) if stacked else 1,
+        stack_size=len(seeds) if together else 1,
         seconds=sum(seconds for _, _, seconds in histories),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    # What train() was asked for, apart from the seeds: the same for all of them.
+    # The arguments of train() that are the same for all seeds.
     data: Dataset
     estimator: Estimator
     optimizer: MakeOptimizer
@@ -255,7 +255,7 @@ def _train_group(
     many = len(models) > 1
     params = {name: p.detach() for name, p in stack_module_state(models)[0].items()} if many else params_of(model)
     objective = BatchLoss(model, data.train_inputs, data.train_targets, session.loss)
-    make_estimate = stacked_estimate if many else single_estimate
+    make_estimate = replicated_estimate if many else single_estimate
     estimate_rows = make_estimate(task.estimator, objective, generators)
     evaluate_all = partial(evaluate, model)
     if many:
@@ -265,12 +265,12 @@ def _train_group(
     clock = _Clock(data.train_inputs.device)
     runs = [Run(seed, "", 0, every=task.evaluate_every) for seed in seeds]
     ends: list[Params] = [{} for _ in seeds]
-    rows = list(range(len(seeds)))  # which run each row of the stack is
+    rows = list(range(len(seeds)))  # the run of each row of the parameters
     running = list(rows)
     if not many:
         if _has_state(task.estimator):
             task.estimator.reset(seeds[0])
-        # for Dropout and crops, which only know torch's global generator; train() puts that back
+        # for Dropout and crops, which draw from torch's global generator; train() restores it
         purpose = f"dropout of process {session.rank}" if session.rank else "dropout"
         torch.manual_seed(runtime.generator(seeds[0], purpose=purpose).initial_seed())
 
@@ -321,7 +321,7 @@ def _train_group(
                 run.iterations = iteration
                 run.status = _status(run.train_loss[-1], task.threshold, is_last)
                 if run.status:
-                    # Set aside at the moment it stops; what the stack goes on to do with its row is never read.
+                    # Copied when the seed stops; later values of its row are never read.
                     ends[i] = {name: p[row].clone() if many else p.clone() for name, p in params.items()}
                     running.remove(i)
             if is_due:
@@ -363,8 +363,8 @@ def _figures(run: Run, recent: list[list[float]], task: _Task, num_running: int)
 
 
 class _Batches:
-    # Drawn without replacement in each pass through the training part. Its state is that of the generator when the pass
-    # began, which gives the order again, and how many batches of it are gone.
+    # Examples drawn without replacement in each pass through the training set. The state is that of the generator at
+    # the start of the pass, which gives the order again, and the number of batches drawn from it.
     def __init__(self, task: _Task, generator: torch.Generator) -> None:
         self._task = task
         self._generator = generator
@@ -404,7 +404,7 @@ class _Batches:
 
 def _advance(scheduler: LRScheduler) -> None:
     with warnings.catch_warnings():
-        # After a resumption, and where _step updates from factors, there has been no optimizer.step() that it knows of.
+        # After a resume, and where _step updates from factors, the scheduler has seen no optimizer.step().
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)`", category=UserWarning)
         scheduler.step()
 
@@ -424,7 +424,7 @@ def _step(optimizer: Optimizer, params: Params, grads: Params) -> None:
 
 
 def _plain_sgd(optimizer: Optimizer) -> float | None:
-    # Its learning rate, if its step is nothing but p -= learning_rate * grad.
+    # The learning rate, if a step is p -= learning_rate * grad and nothing else.
     group, *others = optimizer.param_groups
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
@@ -443,33 +443,33 @@ def _status(loss: float, threshold: float | None, is_last: bool) -> str:
     return ""
 
 
-def _why_not_stacked(model: nn.Module, elementwise: bool, task: _Task) -> str | None:
+def _why_not_together(model: nn.Module, elementwise: bool, task: _Task) -> str | None:
     if task.batch_size is not None:
         return "each seed draws its own batches"
     if task.augment is not None:
-        return "augment draws from torch's global generator, of which there is one"
+        return "augment draws from torch's global generator, which the seeds would share"
     if _has_state(task.estimator):
-        return "the estimator has a state (feedback matrices, say), which each seed would need for itself"
+        return "the estimator has a state (feedback matrices, for example), and each seed needs its own"
     if task.scheduler is not None:
-        return "the scheduler belongs to one optimizer, and a stack that shrinks goes on with another"
+        return "the scheduler belongs to one optimizer, which is replaced when a seed stops"
     if not elementwise:
         return f"the optimizer is not one of the elementwise ones ({', '.join(ELEMENTWISE)})"
     if next(model.buffers(), None) is not None:
-        return "the model has buffers (BatchNorm's statistics, say), which each seed would need for itself"
+        return "the model has buffers (BatchNorm's statistics, for example), and each seed needs its own"
     if any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()):
-        return "the model has Dropout, which cannot draw each seed's own mask in a stack"
+        return "the model has Dropout, which cannot draw a mask for each seed"
     if any(not p.requires_grad for p in model.parameters()):
         return "the model has frozen parameters"
     return None
 
 
 def _has_convolutions(model: nn.Module) -> bool:
-    # A stack of convolutions becomes a grouped convolution, which is slower on a CPU than one after the other.
+    # vmap turns convolutions into a grouped convolution, which is slower on a CPU than one after the other.
     return any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
 
 
 class _Clock:
-    # Adds up the time inside its `with` blocks; on a GPU it waits for the work to be done.
+    # Adds up the time inside its `with` blocks; on a GPU it waits for the kernels to finish.
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.total = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 import tomllib
@@ -16,11 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
-    from fwdlib.runs.batch import Place
+    from fwdlib.runs.places import Place
+    from report.output import Output
+    from report.page.context import Results
 
-# The rest is imported where it is used: help must not wait for torch.
+# Everything else is imported where it is used: help must not wait for torch.
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+RESULTS, BUILT = HERE / "results", ROOT / "build" / "report"
+TIMED = [HERE / "studies" / name for name in ("timings.py", "published_code.py")]  # the code that takes the times
 NOTEBOOKS, PLAN = ROOT / "notebooks", HERE / "batches.toml"
 PROG = "python -m report"
 
@@ -31,73 +36,119 @@ class BuildError(Exception):
 
 @dataclass
 class Build:
-    """Regenerate the report from the six notebooks: results, figures, report.html and report.pdf.
+    """Make the report from the six notebooks: results, figures, report.html and report.pdf, in build/report.
 
-    FWDLIB_DATA names a folder with data sets; without one they are downloaded, or substitutes take their place.
+    FWDLIB_DATA names a folder with data sets. Without it they are downloaded, or substitutes take their place.
     """
 
     jobs: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
-    """How many notebooks run at once. The times are taken afterwards, one after the other. (default: 2; with
+    """How many notebooks run at once. The times are taken afterwards, with nothing else running. (default: 2; with
     --scheduler as many as the cluster has threads)"""
     scheduler: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = None
     """Run the notebooks on a Dask cluster: the address of its scheduler, tcp://HOST:PORT or tls://HOST:PORT. Its
-    workers need this same fwdlib, with the extra `cluster`, and the same data. The times are taken here all the same.
+    workers need this same fwdlib, with the extra `cluster`, and the same data. The times are still taken here.
     (default: here)"""
     resume: bool = True
     """Keep the results of earlier builds whose notebook, parameters, fwdlib and data are still the same."""
     timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 900
     """For each notebook."""
-    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = HERE
-    """Where results/, figures/, executed/, report.html and report.pdf go."""
+    output: Annotated[Path, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = BUILT
+    """Where results/, figures/, executed/, report.html and report.pdf go: a new folder, or that of an earlier build.
+    (default: build/report)"""
+    studies: Annotated[Path, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = RESULTS
+    """The results of the studies, which are not run here. (default: the committed ones, report/results)"""
     only_render: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Draw and write again from the results that are there; run nothing."""
+    """Run nothing: draw and write again from the results of an earlier build, or from the committed ones if there was
+    none."""
+    publish: tyro.conf.FlagCreatePairsOff[bool] = False
+    """For maintainers: write the committed report, from real data only. The notebooks run in build/publish; then their
+    results, the figures and the pages replace those in report/. With --only-render, only figures and pages do."""
 
-    def run(self) -> None:
+    def run(self) -> list[Path]:
         """Build the report.
 
-        Raises:
-            BuildError: if a notebook fails or a result is missing.
-            OSError: if something cannot be read or written, or the cluster cannot be reached or is gone.
-            ValueError: if a setting is not usable.
-        """
-        start = time.monotonic()
-        self.output = self.output.expanduser().resolve()
-        if not self.only_render:
-            plan = tomllib.loads(PLAN.read_text(encoding="utf-8"))
-            data = self._load_data()
-            self._run_notebooks(plan["notebooks"], data)
-            self._take_times(plan["timings"], data)
-        say("rendering")
-        from report.page import context as page_context
-        from report.page import render
+        Returns:
+            The two pages.
 
-        pages = render.render(page_context.load(self.output / "results"), self.output)
-        say(f"report   {time.monotonic() - start:.0f} s in all")
-        print(*pages, sep="\n")
+        Raises:
+            BuildError: if a notebook fails, or what is to be published may not be.
+            OutputError: if the folder is in use, or has files that no build has written.
+            OSError: if something cannot be read or written, or the cluster cannot be reached or is gone.
+            ValueError: if a setting or a result is not usable.
+        """
+        from report.output import hold
+
+        if not self.publish:
+            with hold(self.output) as output:
+                if not self.only_render:
+                    self._run(output)
+                own = output.folder / "results"
+                return self._render(own if own.is_dir() else RESULTS, output)
+        if (self.output, self.studies) != (BUILT, RESULTS):
+            raise BuildError("--publish takes no --output and no --studies: it writes report/, from report/results")
+        records = RESULTS
+        if not self.only_render:
+            with hold(ROOT / "build" / "publish") as output:
+                self._run(output)
+                records = output.folder / "results"
+        with hold(HERE) as output:
+            return self._render(records, output)
+
+    def _run(self, output: Output) -> None:
+        """Run the notebooks and take the times."""
+        plan = tomllib.loads(PLAN.read_text(encoding="utf-8"))
+        names = list(plan["notebooks"])
+        output.claim(f"{folder}/{name}.json" for folder in ("results", "executed") for name in (*names, "timings"))
+        output.claim(f"{folder}/{name}.ipynb" for folder in ("executed", "executed/failed") for name in names)
+        data = self._load_data()
+        self._run_notebooks(output.folder, plan["notebooks"], data)
+        self._take_times(output.folder, plan["timings"], data)
+
+    def _render(self, records: Path, output: Output) -> list[Path]:
+        """Draw and write from the results in a folder; to publish, check them, and put them in place, too."""
+        from report.page import context
+        from report.page.render import render
+
+        say(f"drawing  from {records}")
+        results = context.load_results(records, self.studies)
+        if self.publish:
+            _check_real(results)
+            if records != RESULTS:
+                (output.scratch / "results").mkdir(parents=True)
+                for name in context.RECORDS:
+                    shutil.copyfile(records / name, output.scratch / "results" / name)
+        return render(results, output)
 
     def _load_data(self) -> str:
-        """Load the data once, say where it is from, and return what it depends on as one text."""
+        """Load the data once, print where they come from, and return what identifies them as one text.
+
+        Raises:
+            BuildError: if a substitute was loaded and the report is to be published.
+        """
         from fwdlib.archives import found_no_network
         from fwdlib.data import describe, load_kmnist, load_penguins
 
         found = [load_penguins(), load_kmnist()]
         if found_no_network():
-            os.environ["FWDLIB_OFFLINE"] = "1"  # the notebooks' processes need not find out again
+            os.environ["FWDLIB_OFFLINE"] = "1"  # so that the notebooks' processes do not wait for a network again
         for dataset in found:
             first, second, *_ = describe(dataset).splitlines()
             is_real = dataset.source.substitute_for is None
             say(f"data     {first}" if is_real else f"data     !!! {first}\n         !!! {second}")
+            if self.publish and not is_real:
+                raise BuildError(_refusal(dataset.source._asdict()))
         return ", ".join(f"{dataset.source.name} {dataset.source.fingerprint}" for dataset in found)
 
-    def _run_notebooks(self, notebooks: dict[str, dict[str, Any]], data: str) -> None:
-        from fwdlib.runs.batch import failures, run_batch
-        from fwdlib.runs.sweep import jobs_of
+    def _run_notebooks(self, folder: Path, notebooks: dict[str, dict[str, Any]], data: str) -> None:
+        from fwdlib.runs.batch import run_batch
+        from fwdlib.runs.declarations import jobs_of
+        from fwdlib.runs.jobs import failures
 
         with self._place() as place:
             outcomes = run_batch(
                 jobs_of(notebooks, NOTEBOOKS),
-                results=self.output / "results",
-                executed=self.output / "executed",
+                results=folder / "results",
+                executed=folder / "executed",
                 num_jobs=self.jobs,
                 resume=self.resume,
                 timeout=self.timeout,
@@ -114,18 +165,19 @@ class Build:
 
         return Cluster(self.scheduler)
 
-    def _take_times(self, pairs: dict[str, int], data: str) -> None:
-        """Measure both methods on every model, one after the other, unless what is there is still valid."""
+    def _take_times(self, folder: Path, pairs: dict[str, int], data: str) -> None:
+        """Measure both methods on every model, one after the other, unless the earlier times are still valid."""
         from fwdlib import runtime
         from fwdlib.results import load_run, write_json
         from report.page.context import TASKS, TIMINGS
 
-        path, stamp = self.output / "results" / TIMINGS, self.output / "executed" / TIMINGS
+        path, stamp = folder / "results" / TIMINGS, folder / "executed" / TIMINGS
         settings = {key: load_run(path.with_name(f"{task.forward}.json")).parameters for key, task in TASKS.items()}
         num_rounds = 1 if runtime.is_quick() else 5
         if runtime.is_quick():
             pairs = dict.fromkeys(pairs, 1)
-        print_ = fingerprint({"pairs": pairs, "settings": settings, "data": data, "versions": runtime.versions()})
+        given = {"pairs": pairs, "settings": settings, "data": data, "versions": runtime.versions()}
+        print_ = fingerprint(TIMED, given)
         if self.resume and _read(stamp) == {"fingerprint": print_, "result": sha256(path)}:
             say("reused   timings")
             return
@@ -143,6 +195,26 @@ class Build:
         say(f"done     timings in {time.monotonic() - start:.1f} s")
 
 
+def _check_real(results: Results) -> None:
+    """Check that all records were made in full, from real data.
+
+    Raises:
+        BuildError: if one was not; the message names it.
+    """
+    for record in [record for pair in results.records.values() for record in pair.values()]:
+        if record.source["substitute_for"]:
+            raise BuildError(f"{record.name}: {_refusal(record.source)}")
+        if record.quick:
+            raise BuildError(f"{record.name} was made in quick mode. Unset FWDLIB_QUICK and run it again.")
+
+
+def _refusal(source: dict[str, Any]) -> str:
+    return (
+        f"the published report shows real data only, and this is {source['name']} in place of "
+        f"{source['substitute_for']}. Set FWDLIB_DATA to a folder that has it, or connect to the network."
+    )
+
+
 def say(text: str) -> None:
     """Print a line of progress."""
     print(text, file=sys.stderr, flush=True)
@@ -153,21 +225,29 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def fingerprint(settings: dict[str, Any]) -> str:
-    """Return a hash of the settings and of all code that the times depend on."""
-    sources = [
-        *sorted((ROOT / "fwdlib").rglob("*.py")),
-        HERE / "studies" / "timings.py",
-        HERE / "studies" / "published_code.py",
-    ]
-    content = {"settings": settings, "sources": {path.relative_to(ROOT).as_posix(): sha256(path) for path in sources}}
+def fingerprint(files: list[Path], settings: dict[str, Any]) -> str:
+    """Return a hash of some code of the report, of the files of fwdlib that it can reach, and of settings.
+
+    Args:
+        files: Python files of the report.
+        settings: what else the results depend on.
+    """
+    from fwdlib.runs import stamps
+    from fwdlib.runs.imports import Package
+
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    content = {
+        "settings": settings,
+        "fwdlib": stamps.sources(Package(stamps.PACKAGE).files_of(code)),
+        "report": [[path.name, sha256(path)] for path in files],
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _read(stamp: Path) -> Any:
     try:
         return json.loads(stamp.read_text())
-    except (OSError, ValueError):  # none there, or a damaged one
+    except (OSError, ValueError):  # missing or damaged
         return None
 
 
@@ -181,20 +261,24 @@ def main(args: list[str] | None = None) -> int:
         SystemExit: after printing help (code 0), or if the words make no command (code 2).
     """
     build = tyro.cli(Build, args=args, prog=PROG)
+    start = time.monotonic()
     try:
-        build.run()
+        html, pdf = build.run()
+        say(f"report   {time.monotonic() - start:.0f} s in all")
+        print(pdf, html, sep="\n")
         return 0
     except KeyboardInterrupt:
-        say(f"\n{PROG}: stopped. What was finished is kept; the same command goes on from there.")
+        say(f"\n{PROG}: stopped. Finished results are kept; the same command continues from there.")
         return 130
     except Exception as error:
         from fwdlib.archives import DamagedFileError
+        from fwdlib.atomic import message_of
+        from report.output import OutputError
 
-        if not isinstance(error, (BuildError, OSError, ValueError, DamagedFileError)):
+        if not isinstance(error, (BuildError, OutputError, OSError, ValueError, DamagedFileError)):
             raise
-        ours = isinstance(error, OSError) and error.strerror and error.filename is None  # its strerror says it all
-        say(f"\n{PROG}: {error.strerror if ours else error}")
-    old = build.output / "report.html"
+        say(f"\n{PROG}: {message_of(error)}")
+    old = (HERE if build.publish else build.output) / "report.html"
     say(f"No report was made.{f' {old} is from an earlier build.' if old.is_file() else ''}")
     return 1
 

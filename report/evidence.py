@@ -1,51 +1,50 @@
-"""``python -m report.evidence``: all that the report rests on, from nothing, in half an hour on two cores.
+"""``python -m report.evidence``: make everything that the report rests on again, in half an hour on two cores.
 
-The studies of the report take some twenty hours of a core. Here each runs in a short form, with fewer seeds, steps and
-cases (:func:`report.studies.common.either`), two at a time; then, with nothing beside them, what takes times; then the six
-notebooks, and the page. It all goes into a folder of its own, so that no committed result is touched. At the end each
-claim's verdict stands beside the committed one. A short form has wider intervals: what it cannot tell is no objection,
-what it turns round is one.
+The studies of the report take some twenty hours of a core. Here each runs in a short form (its ``SHORT`` settings, with
+fewer seeds, steps and cases), two at a time. What is timed follows, with nothing else running; then the six notebooks
+and the page. All results go to ``build/evidence``, so no committed result changes. At the end, each verdict is printed
+beside the committed one. A short form has wider intervals: an inconclusive verdict is no objection, a reversed one is.
 
-    python -m report.evidence              # into evidence/
-    python -m report.evidence elsewhere
-    python -m report.evidence --scheduler tcp://127.0.0.1:8786    # the notebooks on a Dask cluster
+A cluster runs the notebooks. The studies and all times stay on this machine: a study is one process, which saves its
+file after each of its runs and continues from it.
 
-A cluster runs the six notebooks. The studies and all times stay on this machine: a study is one process, which writes
-its file after each of its runs and reads it to go on.
-
-What an interrupt leaves is gone on from, by the same code; by other code nothing would be seen of the change.
+After an interruption, the same command continues, if the code is still the same.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from report.__main__ import fingerprint, say, sha256
-from report.page import context as page_context
-from report.studies import common
+import tyro
 
-HERE = Path(__file__).parent
-FOLDER = HERE.parent / "evidence"
+from fwdlib import children
+from fwdlib.atomic import message_of
+from report import names
+from report.__main__ import HERE, RESULTS, ROOT, fingerprint, say
+from report.output import OutputError, hold
+from report.page.context import build_context, load_results
+
+PROG = "python -m report.evidence"
 REPORT = [sys.executable, "-m", "report"]
-TOGETHER = [  # modules and their words, the longest first
-    *(["protocols", "cnn"], ["alignment", "MNIST-2x800"], ["tangents"], ["alignment", "MNIST-cnn"]),
+TOGETHER = [  # modules and their parts, the longest first
+    *(["protocols", "cnn"], ["feedback", "MNIST-2x800"], ["tangents"], ["feedback", "MNIST-cnn"]),
     *(["frank_wolfe", "tuning", "training", "convergence"], ["protocols", "logistic", "mlp"]),
     *(["functions", "descents", "divergence", "growth"], ["scratch", "agreement", "training"], ["descent"]),
-    *(["alignment", "FashionMNIST-2x800"], ["frank_wolfe", "memory"]),
+    *(["feedback", "FashionMNIST-2x800"], ["frank_wolfe", "memory"]),
 ]
 ALONE = [
     ["functions", "steps"],
     ["scratch", "steps"],
     ["protocols", "steps"],
-    ["alignment", "steps"],
+    ["feedback", "steps"],
     ["scaling"],
 ]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -55,58 +54,85 @@ class StudyError(Exception):
     """A study ended with an error; the text says which, and its last words."""
 
 
-def rebuild(folder: Path = FOLDER, scheduler: str | None = None) -> None:
-    """Run all studies in short form, the notebooks and the page, and print the verdicts beside the committed ones.
+@dataclass
+class Evidence:
+    """Run every study in a short form, the notebooks and the page, and print the verdicts beside the committed ones."""
+
+    folder: tyro.conf.Positional[Path] = ROOT / "build" / "evidence"
+    """A new folder, or one to continue in."""
+    scheduler: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
+    """Run the notebooks on a Dask cluster: the address of its scheduler."""
+
+    def run(self) -> None:
+        """Do it.
+
+        Raises:
+            StudyError: if a study fails, or the folder has results of other code.
+            OutputError: if the folder is in use, or has files of somebody else.
+            OSError: if the folder cannot be written, or the cluster cannot be reached.
+        """
+        if self.scheduler:
+            from fwdlib.runs.cluster import Cluster
+
+            with Cluster(self.scheduler):  # it is needed last, but a wrong address is reported first
+                pass
+        start = time.monotonic()
+        with hold(self.folder) as output:
+            folder = output.folder
+            results, logs = folder / "results", folder / "logs"
+            for each in (results, logs):
+                each.mkdir(exist_ok=True)
+            check_code(folder / "code.txt")
+            (results / names.SHORT_FORM).touch()
+            run([study(words, results) for words in TOGETHER], logs, at_once=2)
+            bench = [sys.executable, "-m", "fwdlib", "bench", "--quick", "--out", str(results / names.BENCH)]
+            page = [*REPORT, "--output", str(folder / "report"), "--studies", str(results)]
+            page += ["--scheduler", self.scheduler] if self.scheduler else []
+            run([*(study(words, results) for words in ALONE), bench, page], logs, at_once=1)
+            verdicts = verdicts_of(folder / "report" / "results", results)
+        say(f"rebuilt in {(time.monotonic() - start) / 60:.1f} minutes: {folder / 'report' / 'report.html'}")
+        print(*compare(verdicts_of(RESULTS), verdicts), sep="\n")
+
+
+def check_code(stamp: Path) -> None:
+    """Write down which code the results in a folder come from, or check that it is still the same.
 
     Args:
-        folder: for all of it. What an interrupted rebuild has finished there is kept.
-        scheduler: address of that of a Dask cluster, for the notebooks.
+        stamp: the file.
 
     Raises:
-        StudyError: if a study fails.
-        OSError: if the folder cannot be written, or the cluster cannot be reached.
+        StudyError: if the code is another one.
     """
-    if scheduler:
-        from fwdlib.runs.cluster import Cluster
-
-        with Cluster(scheduler):  # it is wanted last, but a wrong address should be told first
-            pass
-    start, folder = time.monotonic(), folder.expanduser().resolve()
-    results, logs = folder / "results", folder / "logs"
-    for each in (results, logs):
-        each.mkdir(parents=True, exist_ok=True)
-    stamp, code = folder / "code.txt", fingerprint({path.name: sha256(path) for path in sorted(HERE.glob("*.py"))})
+    code = fingerprint(sorted(HERE.rglob("*.py")), {})
     if stamp.is_file() and stamp.read_text() != code:
-        raise StudyError(f"{folder} was begun with other code, and says nothing about this one: delete it")
+        raise StudyError(f"{stamp.parent} was begun with other code and says nothing about this code: delete it")
     stamp.write_text(code)
-    studies_of = [[*REPORT[:2], f"report.{module}", *words] for module, *words in TOGETHER]
-    run(studies_of, results, logs, at_once=2)
-    timed = [[*REPORT[:2], f"report.{module}", *words] for module, *words in ALONE]
-    bench = [sys.executable, "-m", "fwdlib", "bench", "--quick", "--out", str(results / "bench-cpu.json")]
-    page = [*REPORT, "--output", str(folder), *(["--scheduler", scheduler] if scheduler else [])]
-    run([*timed, bench, page], results, logs, at_once=1)
-    say(f"rebuilt in {(time.monotonic() - start) / 60:.1f} minutes: {folder / 'report.html'}")
-    command = [*REPORT[:2], "report.evidence", "verdicts"]
-    short = subprocess.run(command, env=_environment(results), check=False, stdout=subprocess.PIPE)
-    if short.returncode:
-        raise StudyError(f"the results in {results} cannot be judged; why stands above")
-    print(*compare(verdicts_of(HERE / "results"), json.loads(short.stdout)), sep="\n")
 
 
-def run(commands: Iterable[list[str]], results: Path, logs: Path, *, at_once: int) -> None:
-    """Run commands, so many at once, each with a log of its own; when one fails, or at Ctrl-C, end the others.
+def study(words: list[str], results: Path) -> list[str]:
+    """Return the command that runs a study in short form.
+
+    Args:
+        words: its module, and the parts to measure.
+        results: folder to write to.
+    """
+    module, *parts = words
+    return [sys.executable, "-m", f"report.studies.{module}", *parts, "--short", "--folder", str(results)]
+
+
+def run(commands: Iterable[list[str]], logs: Path, *, at_once: int) -> None:
+    """Run commands, each with a log of its own. When one fails, or at Ctrl-C, end the others.
 
     Args:
         commands: in the order in which they start.
-        results: folder that the studies write to.
         logs: folder for what the commands print.
-        at_once: how many run beside each other; above 1, each is held to one thread.
+        at_once: how many run at the same time; above 1, each is held to one thread.
 
     Raises:
         StudyError: if one ends with an error.
     """
     waiting, running = list(commands), []
-    environment = _environment(results) | (ONE_THREAD if at_once > 1 else {})
+    environment = os.environ | (ONE_THREAD if at_once > 1 else {})
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -115,74 +141,65 @@ def run(commands: Iterable[list[str]], results: Path, logs: Path, *, at_once: in
                 log = logs / (re.sub(r"[^\w.]+", "-", name)[:80] + ".txt")
                 say(f"started  {name}")
                 with log.open("w") as stream:
-                    process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-                running.append((name, log, time.monotonic(), process))
+                    child = children.start(command, environment=environment, stdout=stream, stderr=stream)
+                running.append((name, log, time.monotonic(), child))
             for entry in [entry for entry in running if entry[3].poll() is not None]:
+                name, log, begun, child = entry
+                children.end(child)
                 running.remove(entry)
-                name, log, begun, process = entry
-                if process.returncode:
+                if child.returncode:
                     last = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
-                    raise StudyError(f"{name} ended with code {process.returncode}; the end of {log}:\n{last}")
+                    raise StudyError(f"{name} ended with code {child.returncode}; the end of {log}:\n{last}")
                 say(f"done     {name} in {time.monotonic() - begun:.0f} s")
             time.sleep(0.2)
     finally:
-        for *_, process in running:
-            process.terminate()
-        for *_, process in running:
-            process.wait()
+        for *_, child in running:
+            children.end(child)
 
 
-def verdicts_of(results: Path) -> dict[str, str]:
-    """Return the outcome of each claim that can be judged by the results in a folder.
+def verdicts_of(records: Path, studies: Path | None = None) -> dict[str, str]:
+    """Return the outcome of each claim that can be judged.
 
     Args:
-        results: the folder.
+        records: folder of the notebooks' records and the timings.
+        studies: folder of the studies' results. Default: the same one.
     """
-    findings = page_context.context(page_context.load(results))["claims"]
+    findings = build_context(load_results(records, studies))["claims"]
     return {f"{finding.claim.text} ({finding.claim.source})": finding.outcome for finding in findings}
 
 
 def compare(committed: dict[str, str], short: dict[str, str]) -> Iterator[str]:
-    """Give a line for each claim, and one that sums up.
+    """Give a line for each claim, and a last one that sums up.
 
     Args:
         committed: outcomes by claim.
-        short: those of the rebuild.
+        short: those of the short form.
     """
-    turned = 0
+    num_reversed = 0
     for text, outcome in committed.items():
         again = short.get(text, "not judged")
-        is_turned = {outcome, again} == {"holds", "fails"}
-        turned += is_turned
-        yield f"{'!' if is_turned else ' '} {outcome:8} {again:10} {text}"
+        is_reversed = {outcome, again} == {"holds", "fails"}
+        num_reversed += is_reversed
+        yield f"{'!' if is_reversed else ' '} {outcome:12} {again:12} {text}"
     same = sum(short.get(text) == outcome for text, outcome in committed.items())
-    yield f"{same} of {len(committed)} verdicts come out the same in short form; {turned} the other way round."
+    yield f"{same} of {len(committed)} verdicts are the same in short form; {num_reversed} reversed."
 
 
-def _environment(results: Path) -> dict[str, str]:
-    return os.environ | {common.VARIABLE: str(results)}
+def main(args: list[str] | None = None) -> int:
+    """Run the command and return its exit code: 0; 1 with a message; 130 when interrupted.
 
-
-def main(words: list[str]) -> int:
-    """Rebuild as ``words`` say, ``[folder] [--scheduler address]``; return 0, 1 with a message, 130 if interrupted."""
-    if words == ["verdicts"]:
-        print(json.dumps(verdicts_of(common.RESULTS)))
-        return 0
-    scheduler = None
-    if "--scheduler" in words[:-1]:
-        at = words.index("--scheduler")
-        scheduler, words = words[at + 1], words[:at] + words[at + 2 :]
-    if len(words) > 1 or any(word.startswith("-") for word in words):
-        say(__doc__)
-        return 0 if words in (["-h"], ["--help"]) else 2
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or what runs would go on without us
+    Args:
+        args: the words after ``python -m report.evidence``; default: those this process was started with.
+    """
+    evidence = tyro.cli(Evidence, args=args, prog=PROG, description=__doc__)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        rebuild(*map(Path, words[:1]), scheduler=scheduler)
+        evidence.run()
     except KeyboardInterrupt:
-        say("\nStopped. What was finished is kept; the same command goes on from there.")
+        say("\nStopped. Finished results are kept; the same command continues from there.")
         return 130
-    except (StudyError, OSError) as error:
-        say(f"\nreport.evidence: {error}")
+    except (StudyError, OutputError, OSError) as error:
+        say(f"\n{PROG}: {message_of(error)}")
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -190,4 +207,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

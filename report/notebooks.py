@@ -1,9 +1,8 @@
 """Refresh the committed notebooks: ``python -m report.notebooks`` (``make notebooks``).
 
-Each is executed from top to bottom on the real data and written back with its outputs, less what does not belong into
-a committed file: progress bars, their widgets, what went to stderr, time stamps. The Colab badge and the line that
-installs fwdlib there are written from the address in pyproject.toml; while that is unset there is no badge, and Colab
-gets the wheel.
+Each is executed from top to bottom on real data and written back with its outputs, but without progress bars, widgets,
+stderr and time stamps. The Colab badge and the line that installs fwdlib there come from the repository's address in
+pyproject.toml. Without an address there is no badge, and Colab gets the wheel.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ if "google.colab" in sys.modules:  # nothing to do on your own machine
 
 @dataclass
 class Options:
-    """Execute the committed notebooks on the real data and write them back, cleaned."""
+    """Execute the committed notebooks on real data and write them back, cleaned."""
 
     notebooks: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Which ones; all of them by default."""
     timeout: int = 600
     """Seconds for one notebook."""
     write_only: bool = False
-    """Write the badges and the setup cells, execute nothing."""
+    """Write the badges and the setup cells, and execute nothing."""
 
 
 def main(options: Options) -> None:
@@ -57,7 +56,7 @@ def main(options: Options) -> None:
         options: see :class:`Options`.
 
     Raises:
-        SystemExit: with a message, if a notebook fails or ran on substitute data; it is then left as it was.
+        SystemExit: with a message, if a notebook fails or ran on substitute data. Its file is not changed then.
     """
     paths = list(options.notebooks) or sorted((ROOT / "notebooks").glob("**/[0-9]*.ipynb"))
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -82,7 +81,7 @@ def write_setup(notebook: NotebookNode, name: str, address: str | None) -> None:
     Args:
         notebook: to change.
         name: its path inside the repository.
-        address: of the repository, ``https://github.com/owner/name``; None while there is none.
+        address: of the repository, ``https://github.com/owner/name``, or None.
     """
     title, *rest = notebook.cells[0].source.split("\n")
     rest = [line for line in rest if not line.startswith("[![Open in Colab]")]
@@ -108,12 +107,12 @@ def execute(notebook: NotebookNode, name: str, timeout: int) -> None:
     Args:
         notebook: to run, in place.
         name: of the record that it saves.
-        timeout: seconds for all of it.
+        timeout: seconds for the whole notebook.
 
     Raises:
         CellExecutionError: if a cell fails.
         TimeoutError: if it takes longer.
-        ValueError: if its record was made with substitute data or in quick mode.
+        ValueError: if its record was made with substitute data.
     """
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "FWDLIB_RESULTS": folder, "FWDLIB_QUICK": ""}
@@ -128,7 +127,7 @@ def execute(notebook: NotebookNode, name: str, timeout: int) -> None:
         )
         client.execute(env=environment)
         record = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
-    source = record.get("source")  # none where a notebook needs no data
+    source = record.get("source")  # missing if the notebook needs no data
     if source and source["substitute_for"]:
         raise ValueError(
             f"it ran on {source['name']} in place of {source['substitute_for']}. Committed notebooks "
@@ -137,7 +136,7 @@ def execute(notebook: NotebookNode, name: str, timeout: int) -> None:
 
 
 def clean(notebook: NotebookNode) -> None:
-    """Take out, in place, what a committed notebook should not hold.
+    """Remove, in place, what a committed notebook should not contain.
 
     Args:
         notebook: executed.

@@ -1,4 +1,4 @@
-"""Numbers as text: significant digits, units, intervals, and "never" where a seed did not arrive."""
+"""Numbers as text: significant digits, units, intervals, and "never" for a seed that did not converge."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fwdlib.statistics import Interval
 
 
 def number(value: float, digits: int = 3, infinite: str = "never") -> str:
-    """Return a number to so many significant digits, never with an exponent.
+    """Return a number rounded to significant digits, never with an exponent.
 
     Args:
         value: any number.
-        digits: significant ones; digits before the decimal point are all kept.
-        infinite: what to say of one that is infinite or nan.
+        digits: how many significant digits; all digits before the decimal point are kept.
+        infinite: the text for an infinite number or nan.
 
     Example:
         >>> number(0.034567), number(12345.6), number(-7.0), number(float("inf"))
@@ -28,7 +28,7 @@ def number(value: float, digits: int = 3, infinite: str = "never") -> str:
 
 
 def count(value: float) -> str:
-    """Return a count, or the median of some, which may be a half.
+    """Return a count, or a median of counts, which may end in a half.
 
     Example:
         >>> count(382.0), count(381.5), count(float("inf"))
@@ -38,7 +38,7 @@ def count(value: float) -> str:
 
 
 def interval(value: Interval, form: Callable[[float], str] = number) -> str:
-    """Return ``estimate [low, high]``; the estimate alone where there is no interval, or nothing but one number.
+    """Return ``estimate [low, high]``, or the estimate alone where there is no interval or its ends are the same.
 
     Example:
         >>> interval(Interval(3.412, 3.5, 3.6)), interval(Interval(100, 100, 100), count)
@@ -49,7 +49,7 @@ def interval(value: Interval, form: Callable[[float], str] = number) -> str:
 
 
 def duration(value: Interval | float) -> str:
-    """Return seconds, with an interval or without, in the unit that suits the estimate.
+    """Return seconds, with or without an interval, in the unit that suits the estimate.
 
     Example:
         >>> duration(0.00123), duration(Interval(1.0, 2.5, float("inf")))
@@ -76,17 +76,17 @@ def megabytes(value: float) -> str:
 
 
 def times(ratio: Interval) -> str:
-    """Return what a ratio of durations says, as the end of a sentence about the numerator.
+    """Return what a ratio of durations says, as the end of a sentence whose subject is the numerator.
 
     Example:
         >>> times(Interval(2.1, 2.25, 2.5))
         'takes 2.25 [2.10, 2.50] times as long'
     """
     if math.isnan(ratio.estimate):
-        return "cannot be compared, as no seed arrived,"
+        return "cannot be compared, as no seed converged,"
     if not ratio.estimate:
-        return "arrives where backprop does not"
-    return f"takes {interval(ratio)} times as long" if math.isfinite(ratio.estimate) else "does not arrive"
+        return "converges where backprop does not"
+    return f"takes {interval(ratio)} times as long" if math.isfinite(ratio.estimate) else "does not converge"
 
 
 def enumerated(items: Iterable[str]) -> str:
@@ -98,3 +98,18 @@ def enumerated(items: Iterable[str]) -> str:
     """
     *rest, last = items
     return f"{', '.join(rest)} and {last}" if rest else last
+
+
+def scientific(value: float) -> str:
+    """Return a number to three digits, with a power of ten where it needs one, in pandoc's Markdown.
+
+    Example:
+        >>> scientific(0.000204), scientific(22.7), scientific(0.0), scientific(float("inf"))
+        ('2.04 × 10^−4^', '22.7', '0', 'diverged')
+    """
+    if value == 0 or (math.isfinite(value) and 1e-3 <= abs(value) < 1e6):
+        return number(value) if value else "0"
+    if not math.isfinite(value):
+        return "diverged"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa} \N{MULTIPLICATION SIGN} 10^{int(exponent)}^".replace("-", "\N{MINUS SIGN}")

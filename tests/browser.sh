@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs tests/report/test_page_browser.py and tests/test_browser.py with the Python given as $1; installs what they need.
+# Runs tests/browser/ with the Python given as $1; installs what it needs.
 # `make test-browser` calls it. FWDLIB_SCREENSHOT=/some/where/lab.png keeps the pictures; FWDLIB_DATA is passed on to the
 # notebook. The accessibility check, axe-core, is fetched from the npm registry once and kept in fwdlib's cache.
 set -eu
@@ -24,4 +24,4 @@ if ! { command -v chromium && command -v chromedriver; } >/dev/null; then
 fi
 "$python" -c 'import selenium' 2>/dev/null ||
     "$python" -m pip install --quiet --disable-pip-version-check --root-user-action=ignore selenium
-FWDLIB_BROWSER=1 exec "$python" -m pytest tests/report/test_page_browser.py tests/test_browser.py -m browser -q -rs
+FWDLIB_BROWSER=1 exec "$python" -m pytest tests/browser -m browser -q -rs

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 
+import matplotlib.style
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from fwdlib import archives, data
+from fwdlib.plotting import STYLE
 
 os.environ.setdefault("MPLBACKEND", "agg")
 torch.set_num_threads(1)  # not by OMP_NUM_THREADS, which the processes that some tests start would inherit
@@ -39,3 +44,28 @@ def damaged(monkeypatch, tmp_path) -> Path:
     path.write_text("species\n")
     monkeypatch.setenv("FWDLIB_DATA", str(tmp_path / "data"))
     return path
+
+
+@pytest.fixture
+def svg() -> Callable[[Figure], bytes]:
+    """Return what turns a figure into the bytes of its SVG file."""
+
+    def write(figure: Figure) -> bytes:
+        file = io.BytesIO()
+        with matplotlib.style.context(STYLE):
+            figure.savefig(file, format="svg", metadata={"Date": None})
+        return file.getvalue()
+
+    return write
+
+
+@pytest.fixture
+def check_drawing(svg) -> Callable[[Callable[[], Figure]], None]:
+    """Return a check of a function that draws: twice the same bytes, and the user's style is left alone."""
+
+    def check(draw: Callable[[], Figure]) -> None:
+        before = dict(matplotlib.rcParams)
+        assert svg(draw()) == svg(draw())
+        assert dict(matplotlib.rcParams) == before
+
+    return check

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from fwdlib.checks import check_choice, check_count, check_fraction, check_positive
+from fwdlib.checks import MAX_SEED, check_choice, check_count, check_fraction, check_positive, check_seed
 
 
 @pytest.mark.parametrize("value", [0, -0.1, math.nan, math.inf, -math.inf, "0.1", None, True])
@@ -16,6 +16,13 @@ def test_check_positive_refuses(value):
 def test_check_count_refuses(value):
     with pytest.raises(ValueError, match=r"num_tangents must be a whole number of at least 1, got"):
         check_count("num_tangents", value)
+
+
+@pytest.mark.parametrize("value", [-1, 0.5, True, 2**32, 10**20])
+def test_check_seed_refuses(value):
+    with pytest.raises(ValueError, match=rf"seed must be .*, got {value}"):
+        check_seed(value)
+    assert check_seed(MAX_SEED) == MAX_SEED
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf])

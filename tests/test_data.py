@@ -151,6 +151,7 @@ def test_penguin_split_is_stratified_deterministic_and_seeded():
         ({"test_fraction": 0}, "test_fraction must be between 0 and 1, got 0"),
         ({"test_fraction": 1.0}, "test_fraction must be between"),
         ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": 2**32}, "seed must be at most 4294967295, got 4294967296"),
         ({"device": "tpu"}, "device must be one of"),
     ],
 )
@@ -249,7 +250,7 @@ def test_unknown_names_are_refused():
 
 def test_too_many_images_are_refused(small_kmnist, monkeypatch):
     with pytest.raises(
-        ValueError, match=r"num_train must be at most the 1437 of digits \(standing in for MNIST\), got 60000"
+        ValueError, match=r"num_train must be at most the 1437 of digits \(the substitute for MNIST\), got 60000"
     ):
         data.load_images("MNIST", num_train=60000)
     monkeypatch.setenv("FWDLIB_DATA", str(small_kmnist))

@@ -7,16 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fwdlib.models import (
-    CNN,
-    MLP,
-    LogisticRegression,
-    alexnet,
-    fully_connected,
-    initialise,
-    num_parameters,
-    shallow_cnn,
-)
+from fwdlib.models import CNN, MLP, LogisticRegression, initialise, num_parameters
 
 INPUTS = {LogisticRegression: (5, 4), MLP: (5, 4), CNN: (5, 1, 28, 28)}
 CLASSES = {LogisticRegression: 3, MLP: 3, CNN: 10}
@@ -134,33 +125,3 @@ def test_every_parameter_gets_a_gradient(build):
     model = initialise(build, 1)
     F.cross_entropy(model(inputs_for(build)), torch.arange(5) % 3).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
-
-
-# the networks of the study of feedback
-
-
-def test_fully_connected_is_linear_batchnorm_relu():
-    model = fully_connected(12, num_hidden=3, width=7, num_classes=5)
-    kinds = [type(module) for module in model]
-    assert kinds == [nn.Flatten, *[nn.Linear, nn.BatchNorm1d, nn.ReLU] * 3, nn.Linear]
-    assert model(torch.zeros(2, 3, 2, 2)).shape == (2, 5)
-    assert num_parameters(fully_connected()) == (784 + 1 + 2) * 800 + (800 + 1 + 2) * 800 + 8010
-    assert fully_connected(12, num_hidden=0)(torch.zeros(2, 12)).shape == (2, 10)
-
-
-@pytest.mark.parametrize(("pool_first", "fan_in"), [(False, 4000), (True, 640)])
-def test_shallow_cnn_is_that_of_the_code_or_of_the_text(pool_first, fan_in):
-    model = shallow_cnn(pool_first=pool_first)
-    linear = next(module for module in model if isinstance(module, nn.Linear))
-    assert linear.in_features == fan_in
-    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
-    assert shallow_cnn(3, 32, pool_first=pool_first)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-
-
-def test_alexnet_is_as_large_as_torchvision_s():
-    torchvision = pytest.importorskip("torchvision")
-    ours, theirs = (
-        [p.shape for p in m.parameters() if p.dim() > 1] for m in (alexnet(), torchvision.models.AlexNet(100))
-    )
-    assert ours == theirs
-    assert alexnet().eval()(torch.zeros(1, 3, 224, 224)).shape == (1, 100)

@@ -137,6 +137,7 @@ def test_code_keeps_to_what_the_project_allows(path):
     for cell in code_cells(load(path)):
         assert "sys.path" not in cell.source
         assert "functorch" not in cell.source
+        assert not calls(tree(cell), "globals")
         for node in ast.walk(tree(cell)):
             loop = isinstance(node, (ast.For, ast.While, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp))
             assert not (loop and calls(node, "print")), f"printed inside a loop:\n{ast.unparse(node)}"
@@ -286,6 +287,7 @@ def said(cell) -> str:
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
+@pytest.mark.slow
 @every_core_notebook
 def test_runs_in_quick_mode_and_the_solutions_pass_their_checkers(name, tmp_path, monkeypatch):
     for variable, folder in (("IPYTHONDIR", "ipython"), ("JUPYTER_RUNTIME_DIR", "runtime")):

@@ -122,6 +122,8 @@ def test_seed_list_counts_up_from_the_seed():
     [
         (-1, 3, "seed must be a whole number of at least 0, got -1"),
         (0.5, 3, "seed must be a whole number of at least 0, got 0.5"),
+        (2**32, 3, "seed must be at most 4294967295, got 4294967296"),
+        (2**32 - 1, 2, "seed must be at most 4294967295, got 4294967296"),
         (0, 0, "num_seeds must be a whole number of at least 1, got 0"),
         (0, "3", "num_seeds must be a whole number of at least 1, got '3'"),
     ],

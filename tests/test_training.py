@@ -71,7 +71,7 @@ def assert_same_runs(history, other, rtol=1e-4):
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 @pytest.mark.parametrize("stacked", [True, False])
 def test_a_run_stops_at_the_first_loss_that_reaches_the_threshold(train, estimator, stacked):
-    history = train(estimator=estimator, threshold=0.6, max_iterations=500, seeds=SEEDS, stacked=stacked)
+    history = train(estimator=estimator, threshold=0.6, max_iterations=500, seeds=SEEDS, together=stacked)
     for run in history.runs:
         assert run.status == "reached"
         assert run.train_loss[-1] <= 0.6
@@ -81,7 +81,7 @@ def test_a_run_stops_at_the_first_loss_that_reaches_the_threshold(train, estimat
 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_a_threshold_that_is_met_at_the_start_takes_no_iteration(train, stacked):
-    history = train(threshold=100.0, seeds=(0, 1), stacked=stacked)
+    history = train(threshold=100.0, seeds=(0, 1), together=stacked)
     for run, params in zip(history.runs, history.params, strict=True):
         assert (run.status, run.iterations, len(run.train_loss), run.step_seconds) == ("reached", 0, 1, [])
         initial = params_of(initialise(LogisticRegression, run.seed))
@@ -137,17 +137,17 @@ class Exploding(LogisticRegression):
 
 def test_the_others_of_a_stack_go_on_when_one_diverges(train):
     options = {"build": Exploding, "learning_rate": 0.05, "max_iterations": 12, "seeds": SEEDS}
-    history = train(stacked=True, **options)
+    history = train(together=True, **options)
     assert [run.status for run in history.runs] == ["completed", "diverged", "completed"]
     assert 0 < history.runs[1].iterations < 12
     assert len(history.runs[1].train_loss) == history.runs[1].iterations + 1
-    assert_same_runs(history, train(stacked=False, **options))
+    assert_same_runs(history, train(together=False, **options))
 
 
 @pytest.mark.parametrize("every", [3, 7])
 def test_a_seed_that_diverges_leaves_the_schedule_of_the_others_alone(train, every):
     options = {"build": Exploding, "learning_rate": 0.05, "max_iterations": 40, "seeds": SEEDS, "threshold": 0.9}
-    together, alone = (train(stacked=s, evaluate_every=every, **options) for s in (True, False))
+    together, alone = (train(together=s, evaluate_every=every, **options) for s in (True, False))
     assert together.runs[1].status == "diverged"
     assert together.runs[1].iterations % every
     assert_same_runs(together, alone)
@@ -190,7 +190,7 @@ def test_an_optimizer_with_hooks_runs_them_also_where_updates_come_from_factors(
 @pytest.mark.parametrize("build", [LogisticRegression, MLP])
 def test_a_stack_gives_the_numbers_of_single_runs(train, build, estimator, optimizer):
     stacked, single = (
-        train(build, estimator, optimizer=optimizer, seeds=SEEDS, max_iterations=6, stacked=s) for s in (True, False)
+        train(build, estimator, optimizer=optimizer, seeds=SEEDS, max_iterations=6, together=s) for s in (True, False)
     )
     assert (stacked.stack_size, single.stack_size) == (3, 1)
     assert_same_runs(stacked, single)
@@ -201,9 +201,9 @@ def test_a_stack_gives_the_numbers_of_single_runs(train, build, estimator, optim
 
 def test_a_stack_whose_seeds_stop_at_different_times_gives_the_numbers_of_single_runs(train):
     options = {"threshold": 0.6, "max_iterations": 500, "seeds": range(6)}
-    history = train(stacked=True, **options)
+    history = train(together=True, **options)
     assert len({run.iterations for run in history.runs}) > 2
-    assert_same_runs(history, train(stacked=False, **options))
+    assert_same_runs(history, train(together=False, **options))
 
 
 def test_a_stack_of_convolutions_is_possible_and_gives_the_same_numbers():
@@ -219,7 +219,7 @@ def test_a_stack_of_convolutions_is_possible_and_gives_the_same_numbers():
         max_iterations=2,
         progress=None,
     )
-    stacked, default = call(seeds=(1, 2), stacked=True), call(seeds=(1, 2))
+    stacked, default = call(seeds=(1, 2), together=True), call(seeds=(1, 2))
     assert (stacked.stack_size, default.stack_size) == (2, 1)
     assert_same_runs(stacked, default)
 
@@ -227,7 +227,7 @@ def test_a_stack_of_convolutions_is_possible_and_gives_the_same_numbers():
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 def test_the_same_call_gives_the_same_numbers(train, estimator, stacked):
-    first, second = (train(MLP, estimator, seeds=(0, 1), stacked=stacked, max_iterations=4) for _ in range(2))
+    first, second = (train(MLP, estimator, seeds=(0, 1), together=stacked, max_iterations=4) for _ in range(2))
     assert [run.train_loss for run in first.runs] == [run.train_loss for run in second.runs]
 
 
@@ -266,7 +266,7 @@ def test_the_loss_follows_gradient_descent(train, data):
 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_series_have_a_value_before_the_first_step_and_after_each(train, stacked):
-    history = train(seeds=(4, 2), stacked=stacked, max_iterations=5)
+    history = train(seeds=(4, 2), together=stacked, max_iterations=5)
     assert [run.seed for run in history.runs] == [4, 2]
     for run in history.runs:
         assert len(run.train_loss) == len(run.test_loss) == len(run.test_errors) == run.iterations + 1 == 6
@@ -280,14 +280,14 @@ def test_series_have_a_value_before_the_first_step_and_after_each(train, stacked
 
 
 def test_a_single_seed_has_times_even_where_a_stack_was_asked_for(train):
-    history = train(seeds=(0,), stacked=True)
+    history = train(seeds=(0,), together=True)
     assert (history.stack_size, len(history.runs[0].step_seconds)) == (1, 10)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("threshold", [0.6, None])
 def test_params_are_those_that_gave_the_last_training_loss(train, data, stacked, threshold):
-    history = train(threshold=threshold, max_iterations=100, seeds=range(5), stacked=stacked)
+    history = train(threshold=threshold, max_iterations=100, seeds=range(5), together=stacked)
     for run, params in zip(history.runs, history.params, strict=True):
         assert {name: p.shape for name, p in params.items()} == {"linear.weight": (3, 4), "linear.bias": (3,)}
         assert train_loss(LogisticRegression, data, params) == pytest.approx(run.train_loss[-1], rel=1e-6)
@@ -303,7 +303,7 @@ def test_the_timer_leaves_out_the_evaluation(train, monkeypatch):
     history = train(max_iterations=4)
     assert time.perf_counter() - start > 0.5  # it was slow
     assert sorted(history.runs[0].step_seconds)[1] < 0.1  # all but the first few, on a busy machine
-    assert train(max_iterations=4, seeds=(0, 1), stacked=True).seconds < 0.4
+    assert train(max_iterations=4, seeds=(0, 1), together=True).seconds < 0.4
 
 
 def test_the_timer_has_the_estimate_and_the_step(train):
@@ -329,7 +329,7 @@ def test_an_estimator_without_a_generator(train, stacked):
         estimate = backprop_gradient(objective, params)
         return GradientEstimate(estimate.loss, {name: g.sign() for name, g in estimate.grads.items()}, estimate.jvps)
 
-    history = train(estimator=signs_only, seeds=(0, 1), stacked=stacked, max_iterations=1)
+    history = train(estimator=signs_only, seeds=(0, 1), together=stacked, max_iterations=1)
     for run, params in zip(history.runs, history.params, strict=True):
         initial = params_of(initialise(LogisticRegression, run.seed))
         for name, p in params.items():
@@ -346,7 +346,7 @@ def test_an_object_with_a_generator_gets_each_seed_s_own(train):
             return backprop_gradient(objective, params)
 
     recorder = Recorder()
-    train(estimator=recorder, seeds=(3, 4), stacked=False, max_iterations=2)
+    train(estimator=recorder, seeds=(3, 4), together=False, max_iterations=2)
     assert len(recorder.generators) == 6
     assert recorder.generators[0] is recorder.generators[2]
     assert recorder.generators[0].initial_seed() != recorder.generators[3].initial_seed()
@@ -375,8 +375,8 @@ def test_models_that_cannot_be_stacked_run_one_after_the_other(train, build, rea
         assert history.stack_size == 1
         again = train(build, estimator, seeds=(1,), max_iterations=3, learning_rate=0.01)
         assert again.runs[0].train_loss == history.runs[1].train_loss  # whatever ran before
-    with pytest.raises(ValueError, match=rf"stacked=True is not possible here: .*{reason}"):
-        train(build, seeds=(0, 1), stacked=True)
+    with pytest.raises(ValueError, match=rf"together=True is not possible here: .*{reason}"):
+        train(build, seeds=(0, 1), together=True)
 
 
 def test_frozen_parameters_stay(train):
@@ -395,7 +395,7 @@ def test_dropout_draws_a_new_mask_at_each_step_and_another_for_each_seed(train):
 def test_training_leaves_the_global_generator_alone(train):
     for build, stacked in ((LogisticRegression, True), (LogisticRegression, False), (with_dropout, False)):
         before = torch.random.get_rng_state()
-        train(build, partial(forward_gradient, tangents="normal"), seeds=(0, 1), stacked=stacked, max_iterations=2)
+        train(build, partial(forward_gradient, tangents="normal"), seeds=(0, 1), together=stacked, max_iterations=2)
         assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -429,14 +429,14 @@ def test_every_elementwise_optimizer_is_stacked_and_gives_the_numbers_of_single_
     options = {"optimizer": name, "learning_rate": 0.01, "seeds": (0, 1), "max_iterations": 4}
     history = train(MLP, **options)
     assert history.stack_size == 2
-    assert_same_runs(history, train(MLP, stacked=False, **options))
+    assert_same_runs(history, train(MLP, together=False, **options))
 
 
 @pytest.mark.parametrize("optimizer", ["Adafactor", make_optimizer("Adafactor", 0.01)])
 def test_an_optimizer_that_is_not_elementwise_is_not_stacked(train, optimizer):
     assert train(optimizer=optimizer, seeds=(0, 1), max_iterations=1).stack_size == 1
-    with pytest.raises(ValueError, match="stacked=True is not possible here: the optimizer is not one of the element"):
-        train(optimizer=optimizer, seeds=(0, 1), stacked=True)
+    with pytest.raises(ValueError, match="together=True is not possible here: the optimizer is not one of the element"):
+        train(optimizer=optimizer, seeds=(0, 1), together=True)
 
 
 def test_options_reach_the_optimizer():
@@ -525,7 +525,7 @@ def test_refuses_a_learning_rate_beside_an_optimizer_that_has_its_own(train):
 def test_a_stack_that_shrinks_goes_on_as_its_seeds_would_alone(train):
     options = {"optimizer": "Adam", "learning_rate": 0.05, "threshold": 0.5, "max_iterations": 300, "seeds": range(9)}
     stacked, alone = (
-        train(LogisticRegression, partial(forward_gradient, tangents="normal"), stacked=s, **options)
+        train(LogisticRegression, partial(forward_gradient, tangents="normal"), together=s, **options)
         for s in (True, False)
     )
     ends = sorted(run.iterations for run in alone.runs)
@@ -538,9 +538,9 @@ def test_a_stack_says_why_it_cannot_draw(train):
         def forward(self, inputs):
             return torch.nn.functional.dropout(super().forward(inputs), 0.5, self.training)
 
-    with pytest.raises(ValueError, match="pass stacked=False"):
+    with pytest.raises(ValueError, match="pass together=False"):
         train(Functional, seeds=(0, 1))
-    assert len(train(Functional, seeds=(0, 1), stacked=False).runs) == 2
+    assert len(train(Functional, seeds=(0, 1), together=False).runs) == 2
 
 
 # batches
@@ -614,7 +614,7 @@ def test_a_run_that_diverges_between_evaluations_ends_there(train):
         ({"batch_size": 61}, "batch_size must be at most the 60 training examples, got 61"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         ({"evaluate_every": 0}, "evaluate_every must be a whole number of at least 1"),
-        ({"batch_size": 5, "stacked": True, "seeds": (0, 1)}, "each seed draws its own batches"),
+        ({"batch_size": 5, "together": True, "seeds": (0, 1)}, "each seed draws its own batches"),
     ],
 )
 def test_bad_batches_are_refused(train, options, message):
@@ -734,8 +734,8 @@ def test_an_estimator_with_a_state_begins_anew_for_each_seed(train):
 )
 def test_what_else_cannot_be_stacked(train, options, reason):
     assert train(seeds=(0, 1), max_iterations=1, **options).stack_size == 1
-    with pytest.raises(ValueError, match=f"stacked=True is not possible here: {reason}"):
-        train(seeds=(0, 1), stacked=True, **options)
+    with pytest.raises(ValueError, match=f"together=True is not possible here: {reason}"):
+        train(seeds=(0, 1), together=True, **options)
 
 
 # what is told in between
@@ -746,7 +746,7 @@ def test_each_evaluation_is_told_with_the_run_so_far(train, stacked):
     told = []
     history = train(
         seeds=(4, 2),
-        stacked=stacked,
+        together=stacked,
         evaluate_every=2,
         max_iterations=5,
         on_evaluation=lambda run: told.append((run.seed, run.iterations, len(run.test_loss), run.status)),
@@ -759,7 +759,11 @@ def test_each_evaluation_is_told_with_the_run_so_far(train, stacked):
 def test_seeds_that_have_stopped_are_not_told_again(train):
     told = []
     history = train(
-        threshold=0.6, max_iterations=500, seeds=range(4), stacked=True, on_evaluation=lambda run: told.append(run.seed)
+        threshold=0.6,
+        max_iterations=500,
+        seeds=range(4),
+        together=True,
+        on_evaluation=lambda run: told.append(run.seed),
     )
     assert [told.count(run.seed) for run in history.runs] == [len(run.test_loss) for run in history.runs]
 
@@ -780,9 +784,9 @@ def test_plain_sgd_updates_from_the_factors_and_any_other_from_gradients(train, 
     read = Gradients.__getitem__
     monkeypatch.setattr(Gradients, "__getitem__", lambda self, name: written_out.append(name) or read(self, name))
     estimator = partial(forward_gradient, num_tangents=2)
-    plain = train(MLP, estimator, learning_rate=1e-3, stacked=False)
+    plain = train(MLP, estimator, learning_rate=1e-3, together=False)
     assert written_out == []
     # the same steps, by an optimizer that is not plain and steps alike
-    other = train(MLP, estimator, optimizer=lambda p: torch.optim.SGD(p, 1e-3, weight_decay=1e-30), stacked=False)
+    other = train(MLP, estimator, optimizer=lambda p: torch.optim.SGD(p, 1e-3, weight_decay=1e-30), together=False)
     assert len(written_out) == 10 * 6
     assert_same_runs(plain, other)

@@ -11,6 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.slow  # starts processes
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 # A network namespace of its own: loopback for the kernel's sockets, and nothing else.
@@ -26,23 +28,32 @@ def can_cut_the_network():
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """A folder that holds what the wheel holds, and nothing of the repository."""
+    """What `make wheel` builds, unpacked. An earlier build has left a module that no longer exists."""
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "fwdlib", source / "fwdlib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "requirements.txt", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "fwdlib", folder / "fwdlib", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "build" / "lib" / "fwdlib").mkdir(parents=True)
+    (folder / "build" / "lib" / "fwdlib" / "moved.py").touch()
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / ".installed").touch()  # newer than requirements.txt: nothing to install
+    subprocess.run(["make", "wheel", f"RUN={sys.executable}"], cwd=folder, check=True)
+    (wheel,) = (folder / "dist").glob("*")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source], check=True)
-    (wheel,) = folder.glob("fwdlib-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
     return folder / "site"
 
 
+def files_in(folder):
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+
+
 def test_the_wheel_holds_fwdlib_alone(site):
     assert {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")} == {"fwdlib"}
-    assert {path.name for path in (ROOT / "fwdlib").glob("*.py")} <= {path.name for path in (site / "fwdlib").iterdir()}
+
+
+def test_the_wheel_holds_the_files_of_today_and_none_of_an_earlier_build(site):
+    assert files_in(site / "fwdlib") == files_in(ROOT / "fwdlib")
     assert (site / "fwdlib" / "fwdlib.mplstyle").is_file()
 
 

@@ -1,7 +1,7 @@
 """What the benchmark compares: models with their batches, and training steps in all their forms.
 
-A step is the estimate and the update of plain SGD. All steps of a model work on the same parameters, with a learning
-rate so small that these stay where they are.
+A step is the estimate and the update of plain SGD. All steps of a model share its parameters. The learning rate is so
+small that the parameters stay where they are.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.stacked.step import SGDStep
 
 LEARNING_RATE = 1e-9
-METHODS = ("backprop", "forward gradient", "rank-one", "per-example", "activity")  # as plotting.METHODS calls them
+COMPARED = ("backprop", "forward gradient", "rank-one", "per-example", "activity")  # names of METHOD_STYLES
+SWEPT = COMPARED[:3]  # over the depth of an MLP
 
 Step = Callable[[], Tensor]
 
 
 class Task(NamedTuple):
-    """A model, and the batch that it is trained on."""
+    """A model and the batch that it trains on."""
 
     title: str
     build: Callable[[], nn.Module]
     batch: int
+    """Number of examples."""
     shape: tuple[int, ...]
-    """Of one example."""
+    """Shape of one example."""
     num_classes: int
 
 
 def perceptron(*widths: int) -> nn.Sequential:
     """Return linear layers between these widths with ReLU between them, initialised so that signals keep their size.
 
-    With torch's own initialisation they shrink by a factor of 0.4 in each layer; a hundred layers down the gradient
-    would be made of denormal numbers, which processors are slow at.
+    Torch's own initialisation shrinks signals by a factor of 0.4 in each layer. After a hundred layers the gradient
+    would consist of denormal numbers, which processors handle slowly.
     """
     layers: list[nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(widths):
@@ -55,7 +57,7 @@ def perceptron(*widths: int) -> nn.Sequential:
 
 
 def paper_cnn() -> nn.Sequential:
-    """Return the CNN of Baydin et al. 2022: 4 convolutions 3x3x64, 2x2 max-pool after 2 and 4, two linear layers."""
+    """Return the CNN of Baydin et al. 2022: 4 convolutions 3x3x64, 2x2 max-pools after 2 and 4, two linear layers."""
 
     def convolution(channels: int) -> list[nn.Module]:
         return [nn.Conv2d(channels, 64, 3, padding=1), nn.ReLU()]
@@ -85,10 +87,10 @@ MODELS = {
 
 
 def find_task(name: str) -> Task:
-    """Return the task of a name of :data:`MODELS`, or of ``"20x256"``: 20 layers of width 256, and one to 10 logits.
+    """Return the task called ``name`` in :data:`MODELS`; ``"20x256"`` is 20 layers of width 256, and one to 10 logits.
 
     Raises:
-        ValueError: if it is neither; the message lists the models.
+        ValueError: if ``name`` is neither; the message lists the models.
     """
     depth, cross, width = name.partition("x")
     if cross and depth.isdecimal() and width.isdecimal():
@@ -100,11 +102,11 @@ def find_task(name: str) -> Task:
 def prepare(
     task: Task, device: torch.device | str = "cpu", batch: int | None = None
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return the model in training mode, random inputs and random targets: values do not matter to time and memory.
+    """Return the model in training mode with random inputs and targets; time and memory do not depend on their values.
 
     Args:
         task: what to build.
-        device: where.
+        device: where to put it.
         batch: number of examples; None for the task's own.
     """
     model = initialise(task.build, 0).to(device).train()
@@ -115,43 +117,41 @@ def prepare(
 
 
 class Variant(NamedTuple):
-    """A method in one of its forms; as a string, ``"rank-one K=4, compiled"``, it is the key in the results."""
+    """A method in one of its forms. Its string, such as ``"rank-one K=4, compiled"``, is its key in the results."""
 
     method: str
+    """One of :data:`COMPARED`."""
     num_tangents: int = 1
     compiled: bool = False
     form: str = ""
-    """``"channels_last"``, of convolutional models; or, of backprop, ``"one graph"``: forward, backward and update
-    traced into one, by hand."""
+    """``"channels_last"`` for convolutional models; ``"one graph"`` for backprop, whose forward pass, backward pass and
+    update are then traced into one graph by hand."""
 
     def __str__(self) -> str:
-        """Return label and mode."""
+        """Return the label and the mode, separated by a comma."""
         label = f"{self.method} K={self.num_tangents}" if self.num_tangents > 1 else self.method
         return f"{label} {self.form}".rstrip() + (", compiled" if self.compiled else ", eager")
 
 
 def variants(model: nn.Module, *, quick: bool = False) -> list[Variant]:
-    """Return all that is timed for a model; of a quick run fewer, above all of the compiled ones."""
+    """Return the variants to time for a model. A quick run has fewer, and only three compiled ones."""
     has_convolution = any(isinstance(module, nn.Conv2d) for module in model.modules())
     found = [Variant("forward gradient")]
     for compiled in (False, True):
         forms = ["", *(["channels_last"] if has_convolution else []), *(["one graph"] if compiled else [])]
         found += [Variant("backprop", compiled=compiled, form=form) for form in forms]
-        found += [Variant(method, 1, compiled) for method in METHODS[2:]]
+        found += [Variant(method, 1, compiled) for method in COMPARED[2:]]
         found += [Variant("rank-one", 1, compiled, "channels_last")] if has_convolution else []
         found += [] if quick else [Variant("rank-one", k, compiled) for k in (4, 16)]
     if quick:
-        worth = (
-            Variant("backprop", compiled=True),
-            Variant("backprop", 1, True, "one graph"),
-            Variant("rank-one", 1, True),
-        )
-        found = [variant for variant in found if not variant.compiled or variant in worth]
-    return sorted(found, key=lambda variant: METHODS.index(variant.method))
+        backprop = Variant("backprop", compiled=True)
+        kept = (backprop, backprop._replace(form="one graph"), Variant("rank-one", compiled=True))
+        found = [variant for variant in found if not variant.compiled or variant in kept]
+    return sorted(found, key=lambda variant: COMPARED.index(variant.method))
 
 
 def make_step(variant: Variant, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
-    """Return a training step: the estimate and an update of SGD. What is compiled is so at the first call."""
+    """Return a training step: the estimate and the update of SGD. A compiled variant compiles at its first call."""
     if variant.form == "channels_last":
         model = copy.deepcopy(model).to(memory_format=torch.channels_last)
         inputs = inputs.to(memory_format=torch.channels_last)
@@ -160,15 +160,7 @@ def make_step(variant: Variant, model: nn.Module, inputs: Tensor, targets: Tenso
             return _one_graph(model, inputs, targets)
         return _backprop(model, inputs, targets, compiled=variant.compiled)
     if variant.method == "forward gradient":
-        objective, optimizer = BatchLoss(model, inputs, targets), torch.optim.SGD(model.parameters(), LEARNING_RATE)
-
-        def textbook() -> Tensor:
-            estimate = forward_gradient(objective, params_of(model), tangents="normal")
-            assign_gradients(model, estimate.grads)
-            optimizer.step()
-            return estimate.loss
-
-        return textbook
+        return _textbook(model, inputs, targets)
     step = SGDStep(
         model,
         learning_rate=LEARNING_RATE,
@@ -179,11 +171,23 @@ def make_step(variant: Variant, model: nn.Module, inputs: Tensor, targets: Tenso
     return lambda: step(inputs, targets)
 
 
+def _textbook(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
+    objective, optimizer = BatchLoss(model, inputs, targets), torch.optim.SGD(model.parameters(), LEARNING_RATE)
+
+    def step() -> Tensor:
+        estimate = forward_gradient(objective, params_of(model), tangents="normal")
+        assign_gradients(model, estimate.grads)
+        optimizer.step()
+        return estimate.loss
+
+    return step
+
+
 def _backprop(model: nn.Module, inputs: Tensor, targets: Tensor, *, compiled: bool) -> Step:
     def evaluate(inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(inputs), targets)
 
-    # fullgraph, or what cannot be compiled would run uncompiled without a word
+    # without fullgraph, torch silently runs what it cannot compile
     loss_of = torch.compile(evaluate, fullgraph=True, dynamic=False, mode=_mode(inputs)) if compiled else evaluate
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
 
@@ -198,7 +202,7 @@ def _backprop(model: nn.Module, inputs: Tensor, targets: Tensor, *, compiled: bo
 
 
 def _one_graph(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
-    # What SGDStep does when it compiles, done for backprop: no autograd engine and no optimizer between the kernels.
+    # Compiles backprop as SGDStep compiles forward gradients: no autograd engine, no optimizer between the kernels.
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def train(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:

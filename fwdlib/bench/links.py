@@ -1,9 +1,9 @@
-"""Links that are slow on purpose: processes in network namespaces of their own, joined by a switch, on one machine.
+"""Slow links on one machine: each process in a network namespace of its own, joined by a switch.
 
-Each process gets a namespace with one interface, through which a token bucket lets so many bits a second in either
-direction. The kernel does all of it, so what runs there needs no change. Linux alone has it, and only root may ask.
+Each namespace has one interface. A token bucket limits its bits per second in either direction. The kernel does all of
+it, so the programs need no change. It needs Linux, and root.
 
-Over these links, or any others, the kernel also counts what a process has sent.
+The kernel also counts what a process has sent, over these links or any others.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from fwdlib import children
 from fwdlib.checks import check_count, check_positive
 
 PORT = 29500
 DEVICE = "eth0"
-DELAY = "200ms"  # that a packet waits at most before it is dropped
+DELAY = "200ms"  # longest wait of a packet before it is dropped
 
 
 def obstacle() -> str:
-    """Return why links cannot be slowed here, or nothing."""
+    """Return why links cannot be slowed here; empty if they can."""
     if not sys.platform.startswith("linux"):
-        return "network namespaces are a thing of Linux"
+        return "only Linux has network namespaces"
     if os.geteuid() != 0:
         return "only root may make network namespaces"
     lacking = [name for name in ("ip", "tc") if not shutil.which(name)]
     if lacking:
-        return f"there is no program {' or '.join(lacking)}; Debian's package iproute2 has both"
+        return f"{' and '.join(lacking)} not found: install Debian's package iproute2, which has ip and tc"
     try:
         with slowed(1, 100):
             return ""
@@ -44,14 +45,14 @@ def obstacle() -> str:
 
 @contextmanager
 def slowed(count: int, megabits: float | None) -> Iterator[list[str]]:
-    """Make namespaces for the time of a ``with`` block, and give their names.
+    """Make namespaces for the duration of a ``with`` block, and yield their names.
 
     Args:
-        count: how many.
-        megabits: a second, that each can send, and as many that it can receive; None for what the machine gives.
+        count: number of namespaces.
+        megabits: rate of each link, per second and direction; None for no limit.
 
     Raises:
-        OSError: if the system refuses; the message is its.
+        OSError: if the system refuses; the message quotes it.
         ValueError: if a number is out of its range.
     """
     check_count("count", count)
@@ -62,7 +63,7 @@ def slowed(count: int, megabits: float | None) -> Iterator[list[str]]:
     with ExitStack() as undo:
         for name in (hub, *names):
             _run("ip", "netns", "add", name)
-            undo.callback(subprocess.run, ["ip", "netns", "del", name], check=False, capture_output=True)
+            undo.callback(children.run, ["ip", "netns", "del", name])
             _run("ip", "-n", name, "link", "set", "lo", "up")
         _run("ip", "-n", hub, "link", "add", "switch", "type", "bridge")
         _run("ip", "-n", hub, "link", "set", "switch", "up")
@@ -81,46 +82,41 @@ def slowed(count: int, megabits: float | None) -> Iterator[list[str]]:
 
 
 def address(rank: int) -> str:
-    """Return the address of a process in its namespace."""
+    """Return the address of the process of this rank."""
     return f"10.77.0.{rank + 1}"
 
 
 def run(command: Sequence[str], count: int, megabits: float | None, timeout: float = 600) -> None:
-    """Run a command once in each of several namespaces, with the variables that torchrun would set.
+    """Run a command in each of several namespaces, with the environment variables that torchrun sets.
 
     Args:
-        command: the words.
-        count: how many processes.
+        command: the program and its arguments.
+        count: number of processes.
         megabits: as in :func:`slowed`.
         timeout: seconds.
 
     Raises:
         OSError: if the system refuses.
-        RuntimeError: if one of them fails; the message has its last words.
+        RuntimeError: if a process fails; the message ends with the last of its output.
         TimeoutExpired: if they take longer.
     """
-    processes: list[subprocess.Popen] = []
-    with slowed(count, megabits) as names:
-        try:
-            for rank, name in enumerate(names):
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-                place |= {"MASTER_ADDR": address(0), "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": DEVICE}
-                prefix = ["ip", "netns", "exec", name]
-                env = {"OMP_NUM_THREADS": "1", **os.environ, **place}
-                streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-                processes.append(subprocess.Popen([*prefix, *command], env=env, cwd=Path.cwd(), **streams))
-            outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        if process.returncode:
-            raise RuntimeError(f"process {rank} ended with code {process.returncode}: {output[-2000:]}")
+    started: list[children.Child] = []
+    with slowed(count, megabits) as names, ExitStack() as ending:
+        for rank, name in enumerate(names):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+            place |= {"MASTER_ADDR": address(0), "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": DEVICE}
+            environment = {"OMP_NUM_THREADS": "1", **os.environ, **place}
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            child = children.start(["ip", "netns", "exec", name, *command], environment=environment, **streams)
+            started.append(ending.enter_context(child))
+        outputs = [child.communicate(timeout=timeout)[0] for child in started]
+    for rank, (child, output) in enumerate(zip(started, outputs, strict=True)):
+        if child.returncode:
+            raise RuntimeError(f"process {rank} ended with code {child.returncode}: {output[-2000:]}")
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = children.run(command)
     if done.returncode:
         raise OSError(f"`{' '.join(command)}`: {done.stderr.strip()}")
 
@@ -129,23 +125,23 @@ class Traffic(NamedTuple):
     """What this process has sent over TCP, as the kernel counts it."""
 
     num_bytes: int
-    """Of data, the exchange's own headers included; what was sent twice counts twice."""
+    """Bytes of data, with the headers of the exchange library. Data that was sent again counts again."""
     num_segments: int
-    """Packets, acknowledgements included; each has headers of its own, of 52 bytes with IPv4, and the link's."""
+    """Packets, acknowledgements included. Each also has 52 bytes of headers with IPv4, and those of the link."""
 
     def since(self, start: Traffic) -> Traffic:
-        """Return what was sent after ``start``."""
+        """Return the traffic after ``start``."""
         return Traffic(self.num_bytes - start.num_bytes, self.num_segments - start.num_segments)
 
 
 def traffic() -> Traffic:
-    """Count what the open TCP connections of this process have sent.
+    """Return what the open TCP connections of this process have sent.
 
     Raises:
-        OSError: where the system does not tell: on any but Linux.
+        OSError: on any system but Linux, which alone counts it.
     """
     if not sys.platform.startswith("linux"):
-        raise OSError("what a process has sent over TCP can be counted on Linux only")
+        raise OSError("the TCP traffic of a process can be counted on Linux only")
     num_bytes = num_segments = 0
     for entry in Path("/proc/self/fd").iterdir():
         try:
@@ -155,7 +151,7 @@ def traffic() -> Traffic:
                 if connection.type != socket.SOCK_STREAM or connection.family not in (socket.AF_INET, socket.AF_INET6):
                     continue
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        except FileNotFoundError:  # closed since it was listed
+        except FileNotFoundError:  # closed after it was listed
             continue
         num_segments += struct.unpack_from("=I", info, 136)[0]  # tcpi_segs_out and tcpi_bytes_sent of <linux/tcp.h>
         num_bytes += struct.unpack_from("=Q", info, 200)[0]

@@ -1,4 +1,4 @@
-"""Figures of steps that several processes share: measured over slow links, and on paper."""
+"""Figures of steps that several processes share: measured over slow links, and predicted by the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fwdlib.bench.scaling import METHODS
+from fwdlib.bench.scaling import NUM_TANGENTS
 from fwdlib.plotting import STYLE, plain_ticks, style_of
 from fwdlib.statistics import median_interval
 
@@ -23,8 +23,8 @@ def plot_links(rows: Sequence[dict[str, Any]], predicted: dict[tuple[int, float]
     """Draw the time of a step over the rate of the link: dots as measured, lines by the model.
 
     Args:
-        rows: as :func:`fwdlib.bench.scaling.measure` returns them, for several counts and rates; without a rate, it is
-            drawn at the right.
+        rows: as :func:`fwdlib.bench.sharing.measure_step` returns them, for several counts and rates; rows without a
+            rate are drawn at the right.
         predicted: (count, rate) -> method -> seconds.
 
     Returns:
@@ -37,7 +37,7 @@ def plot_links(rows: Sequence[dict[str, Any]], predicted: dict[tuple[int, float]
         figure = Figure(figsize=(0.8 + 3.6 * len(counts), 3.5))
         panels = np.ravel(figure.subplots(1, len(counts), sharey=True))
         for axes, count in zip(panels, counts, strict=True):
-            for number, name in enumerate(METHODS):
+            for number, name in enumerate(NUM_TANGENTS):
                 for row in rows:
                     if row["count"] == count:
                         _dot(axes, positions[row["megabits"]] + 0.12 * (number - 1), row["methods"][name], name)
@@ -54,11 +54,11 @@ def plot_links(rows: Sequence[dict[str, Any]], predicted: dict[tuple[int, float]
     return figure
 
 
-def plot_workers(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Draw what the model says of more processes than there are here.
+def plot_processes(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Draw the predicted time of a step over the number of processes.
 
     Args:
-        rows: each with ``count``, ``gigabits`` and ``seconds``: method -> of a step.
+        rows: each with ``count``, ``gigabits`` and ``seconds``, method -> time of a step.
 
     Returns:
         A figure with a panel for each rate of the link.
@@ -69,7 +69,7 @@ def plot_workers(rows: Sequence[dict[str, Any]]) -> Figure:
         panels = np.ravel(figure.subplots(1, len(rates), sharey=True))
         for axes, rate in zip(panels, rates, strict=True):
             of_rate = [row for row in rows if row["gigabits"] == rate]
-            for name in METHODS:
+            for name in NUM_TANGENTS:
                 counts = [row["count"] for row in of_rate]
                 axes.plot(counts, [1e3 * row["seconds"][name] for row in of_rate], marker=_mark(name), **_look(name))
             axes.set(title=f"{rate:g} Gbit/s", xlabel="processes", xscale="log", yscale="log")
@@ -80,21 +80,21 @@ def plot_workers(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _legend(figure: Figure) -> None:
-    handles = [Line2D([], [], marker=_mark(name), label=name, **_look(name)) for name in METHODS]
+    handles = [Line2D([], [], marker=_mark(name), label=name, **_look(name)) for name in NUM_TANGENTS]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
 def _dot(axes: Axes, where: float, found: dict[str, Any], name: str) -> None:
     low, middle, high = (1e3 * value for value in median_interval(found["seconds"]))
-    if np.isnan(low):  # too few rounds for an interval: from the least to the most
+    if np.isnan(low):  # too few rounds for an interval: draw the range
         low, high = 1e3 * min(found["seconds"]), 1e3 * max(found["seconds"])
     bars = [[middle - low], [high - middle]]
     axes.errorbar([where], [middle], bars, color=_look(name)["color"], marker=_mark(name), linestyle="")
 
 
 def _look(name: str) -> dict[str, Any]:
-    return style_of("rank-one" if METHODS[name] else "backprop")
+    return style_of("rank-one" if NUM_TANGENTS[name] else "backprop")
 
 
 def _mark(name: str) -> str:
-    return {0: "o", 1: "D"}.get(METHODS[name], "s")
+    return {0: "o", 1: "D"}.get(NUM_TANGENTS[name], "s")

@@ -1,4 +1,4 @@
-"""A model as a chain of blocks, between which no error passes: what the rules of direct feedback work on."""
+"""A model as a chain of blocks with no error passing between them: the rules of direct feedback need this form."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fwdlib.stacked.perturbations import Perturbation
 from fwdlib.stacked.recording import Recording
 from fwdlib.tangents import Params, random_signs
 
-HOW_TO_SAY = (
+HOW_TO_GIVE_BLOCKS = (
     "Make it an nn.Sequential in which every hidden layer ends in an activation module (nn.Sequential(nn.Linear(784, "
-    "800), nn.ReLU(), nn.Linear(800, 10))), or give it a method blocks() that returns the modules which it applies one "
-    "after the other: [nn.Sequential(conv, relu), ..., readout]."
+    "800), nn.ReLU(), nn.Linear(800, 10))), or give it a method blocks() that returns the modules that it applies in "
+    "order: [nn.Sequential(conv, relu), ..., readout]."
 )
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a model, in order: each up to and with an activation, the last one the readout.
+    """Return the blocks of a model, in order: each ends with an activation, the last is the readout.
 
     Args:
         model: an ``nn.Sequential``, nested or not, or anything with a method ``blocks()`` that returns them.
 
     Raises:
-        ValueError: if the blocks cannot be told, or there are fewer than two; the message shows how to say them.
+        ValueError: if the model does not show its blocks, or has fewer than two; the message shows what to do.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
@@ -41,15 +41,15 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     elif isinstance(model, nn.Sequential):
         blocks = [nn.Sequential(*modules) for modules in _cut(model)]
     else:
-        raise ValueError(f"the blocks of {type(model).__name__} cannot be told. {HOW_TO_SAY}")
+        raise ValueError(f"{type(model).__name__} does not show its blocks. {HOW_TO_GIVE_BLOCKS}")
     if len(blocks) < 2:
         raise ValueError(
-            f"{type(model).__name__} has {len(blocks)} block, and feedback needs a hidden one. {HOW_TO_SAY}"
+            f"{type(model).__name__} has {len(blocks)} block, and feedback needs a hidden one. {HOW_TO_GIVE_BLOCKS}"
         )
     lost = {id(p) for p in model.parameters()} - {id(p) for block in blocks for p in block.parameters()}
     if lost:
         names = [name for name, p in model.named_parameters() if id(p) in lost]
-        raise ValueError(f"blocks() leaves out the parameters {', '.join(names)}. {HOW_TO_SAY}")
+        raise ValueError(f"blocks() leaves out the parameters {', '.join(names)}. {HOW_TO_GIVE_BLOCKS}")
     return blocks
 
 
@@ -74,7 +74,7 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 class Network:
-    """A model as its blocks, and what has been recorded of it.
+    """The blocks of a model, and the recording of its kernels.
 
     Args:
         model: made of blocks.
@@ -90,22 +90,22 @@ class Network:
         self.recording = Recording()
 
     def tensors(self) -> Params:
-        """Return the model's own parameters and buffers by its names for them, without its search for them."""
+        """Return the model's own parameters and buffers by name, without a search through its modules."""
         return {name: owner[attribute] for block in self.blocks for name, owner, attribute in block.places.values()}
 
 
 class Block:
-    """A block, and where the model's parameters and buffers are in it.
+    """A block, and the places of the model's parameters and buffers in it.
 
     Args:
-        model: that it is a part of.
+        model: the whole model.
         block: one of :func:`blocks_of`.
     """
 
     def __init__(self, model: nn.Module, block: nn.Module) -> None:
         self.block = block
         names = {id(x): name for name, x in [*model.named_buffers(), *model.named_parameters()]}
-        self.places: dict[str, tuple[str, dict, str]] = {}  # by its name in the block: in the model, and where it is
+        self.places: dict[str, tuple[str, dict, str]] = {}  # local name -> name, owner, attribute
         for local, x in [*block.named_parameters(), *block.named_buffers()]:
             path, _, attribute = local.rpartition(".")
             owner = block.get_submodule(path)
@@ -113,12 +113,12 @@ class Block:
             self.places[local] = names[id(x)], kept, attribute
 
     def run(self, tensors: Params | None, inputs: Tensor, tangents: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Push the inputs and their tangents (K, B, ...) through, with the tape on, which begins here.
+        """Return the outputs and their tangents (K, B, ...). The tape is on and starts at the inputs.
 
         Args:
-            tensors: in place of the model's parameters and buffers of these names; None for its own.
-            inputs: constants to the tape.
-            tangents: None for no tangents.
+            tensors: replace the model's parameters and buffers of these names; None for its own.
+            inputs: constants for the tape.
+            tangents: of the inputs; None for no tangents.
         """
         call: Any = self.block
         if tensors is not None:
@@ -135,10 +135,10 @@ class Block:
 
 
 class ErrorsOfBlocks(torch.autograd.Function):
-    """Hand the blocks their errors where backprop would carry them back; forward, it is the logits.
+    """Give each block its error in the backward pass, where backprop would carry it back. Forward, return the logits.
 
-    ``deltas`` makes of the error of the logits that of each hidden output. As no block's tape reaches the one before,
-    a call to autograd with the loss then finds nothing but local derivatives.
+    ``deltas`` turns the error of the logits into that of each hidden output. No block's tape reaches the block before,
+    so autograd then computes local derivatives only.
     """
 
     @staticmethod
@@ -154,10 +154,10 @@ class ErrorsOfBlocks(torch.autograd.Function):
 
 
 def shapes_of(model: nn.Module, inputs: Tensor) -> tuple[int, list[torch.Size]]:
-    """Return the number of outputs, and the shape of what each hidden block gives for one example.
+    """Return the number of outputs, and the shape of each hidden block's output for one example.
 
     Args:
-        model: made of blocks; left as it was.
+        model: made of blocks; it is not changed.
         inputs: a batch for it.
     """
     shapes, activation = [], inputs

@@ -1,26 +1,26 @@
-r"""Training by direct feedback: the error of the output is sent to each hidden layer by a matrix of its own.
+r"""Training by direct feedback: each hidden layer gets the error of the output through a matrix of its own.
 
-A model is a chain of blocks, :math:`a_l = f_l(a_{l-1})`, each ending in an activation; the last, the readout, gives the
-logits y. Backprop carries the error e, the derivative of the loss by y, back through all blocks. Here block l gets
+A model is a chain of blocks, :math:`a_l = f_l(a_{l-1})`, each ending in an activation. The last one, the readout, gives
+the logits y. Backprop carries the error e, the derivative of the loss by y, back through all blocks. Here block l gets
 
 .. math:: \delta_l = B_l^T e \qquad\text{instead of}\qquad \delta_l = (\partial y / \partial a_l)^T e
 
-and turns it into gradients of its own parameters, by its own local derivative. No derivative goes from one block to
-another: the tape of each block ends at its input. The readout's gradient is exact. What differs is the feedback B_l of
-shape (outputs, units of block l):
+and turns it into gradients of its own parameters by its own local derivative. No derivative passes from one block to
+another: the tape of each block ends at its input. The readout's gradient is exact. The rules differ in the feedback B_l
+of shape (outputs, units of block l):
 
 =================================== ================================================= ===================
-rule                                feedback                                          what else it needs
+rule                                feedback                                          needs also
 =================================== ================================================= ===================
-:class:`DirectFeedbackAlignment`    random, and stays so                              nothing
+:class:`DirectFeedbackAlignment`    random and fixed                                  nothing
 :class:`DirectKolenPollack`         moves along :math:`-e\, a_l^T`                    nothing
 :class:`ForwardDirectFeedback...`   moves towards :math:`d\, u_l^T`, whose mean is    tangents in the same
                                     :math:`\partial y / \partial a_l`                 pass forward
-:class:`ControlVariateForward...`   likewise, and what it fails to predict of the     the same
-                                    loss is added back: no bias
+:class:`ControlVariateForward...`   the same; the part of the loss that it does not   the same
+                                    predict is added back, so there is no bias
 =================================== ================================================= ===================
 
-All are estimators by the protocol of :mod:`fwdlib.estimators`, objects because they own their feedback.
+All are estimators as :mod:`fwdlib.estimators` defines them. They are objects because they own their feedback.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ class DirectFeedbackAlignment:
 
     .. math:: \delta_l = B_l^T e, \qquad B_l \text{ random and fixed}
 
-    Bias: as large as the feedback is wrong; the forward weights learn to align with it. Variance: none beside the
-    batch's.
+    Bias: as large as the error of the feedback; the forward weights learn to align with it. Variance: only that of the
+    batch.
 
-    Cost: one pass forward and the products of the weights' gradients: backprop without carrying errors back, two
-    thirds of its products. Activations are kept, as by backprop.
+    Cost: one forward pass and the matrix products of the weights' gradients. Errors are not carried back, so it takes
+    two thirds of backprop's products. Activations are kept, as by backprop.
 
     Args:
         model: made of blocks; see :func:`~fwdlib.methods.blocks.blocks_of`.
-        inputs: a batch for it, or a part of one, which tells the shapes of the blocks' outputs.
+        inputs: a batch for the model, or a part of one; it shows the shapes of the blocks' outputs.
         seed: of the feedback.
-        recorded: replay the model's kernels instead of calling it in each step. Faster where layers are small; but
-            what else than parameters, buffers, ``train()`` and ``eval()`` changes in model or loss, a dropout's p for
-            example, is not seen any more: see :class:`fwdlib.stacked.recording.Recording`.
+        recorded: replay the model's kernels in each step instead of calling it, which is faster for small layers.
+            Changes of parameters, buffers, ``train()`` and ``eval()`` take effect; other changes of model or loss, for
+            example of a dropout's p, do not: see :class:`fwdlib.stacked.recording.Recording`.
 
     Raises:
-        ValueError: if the blocks cannot be told.
+        ValueError: if the model does not show its blocks.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -79,14 +79,14 @@ class DirectFeedbackAlignment:
     """
 
     num_tangents = 0
-    alpha, weights = 0.0, WEIGHTS[0]  # how much of what the feedback fails to predict is added, and how weighted
+    alpha, weights = 0.0, WEIGHTS[0]  # of the residual: how much is added, and its weights
 
     def __init__(self, model: nn.Module, inputs: Tensor, *, seed: int = 0, recorded: bool = False) -> None:
         self.recorded = recorded
         num_outputs, self._shapes = shapes_of(model, inputs)
         self._sizes = [shape.numel() for shape in self._shapes]
         self.matrix = nn.Parameter(next(model.parameters()).new_zeros(num_outputs, sum(self._sizes)), False)
-        self._network: Network | None = None  # the model that was seen last
+        self._network: Network | None = None  # of the last model
         self.reset(seed)
 
     @property
@@ -95,25 +95,27 @@ class DirectFeedbackAlignment:
         return self._by_block(self.matrix.detach())
 
     def reset(self, seed: int) -> None:
-        """Begin anew: draw the feedback, Kaiming-uniform over the units of each block."""
+        """Start again: draw the feedback, Kaiming-uniform over the units of each block."""
         draw = runtime.generator(seed, purpose="feedback")
         for feedback in self.feedback:
             bound = math.sqrt(6 / feedback[0].numel())
             feedback.copy_(torch.rand(feedback.shape, generator=draw) * 2 * bound - bound)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the rule has learned and drawn so far."""
+        """Return the state: the feedback."""
         return {"feedback": self.matrix.detach().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`.
+        """Restore the state that :meth:`state_dict` returned.
 
         Raises:
-            ValueError: if it belongs to another model.
+            ValueError: if it belongs to a different model.
         """
         given, own = tuple(state["feedback"].shape), tuple(self.matrix.shape)
         if given != own:
-            raise ValueError(f"the state has feedback of shape {given}, this rule {own}: it is of another model")
+            raise ValueError(
+                f"the state has feedback of shape {given}, this rule needs {own}: it belongs to a different model"
+            )
         self.matrix.copy_(state["feedback"])
 
     @torch.no_grad()
@@ -123,14 +125,14 @@ class DirectFeedbackAlignment:
         Args:
             objective: the loss of a model on a batch, a mean or a sum over its examples.
             params: the point.
-            generator: where the tangents come from, if there are any; None for torch's global generator.
+            generator: of the tangents, for rules that have any; None for torch's global generator.
 
         Returns:
             The estimate; ``jvps`` has shape (K,), empty for rules without tangents.
 
         Raises:
-            TypeError: if the objective is no :class:`BatchLoss`.
-            ValueError: if the model is not like the one that this rule was made for, or seeds are stacked.
+            TypeError: if the objective is not a :class:`BatchLoss`.
+            ValueError: if the model has another number of blocks than the rule's, or the call is vmapped over seeds.
         """
         network = self._network_of(objective)
         check_params(params)
@@ -138,7 +140,7 @@ class DirectFeedbackAlignment:
         if self.recorded:
             found = self._replay(network, objective, params, u)
         else:
-            # The tape ends at the model's own parameters where those are meant, else at tensors of their values.
+            # The tape ends at the model's own parameters if ``params`` are these, else at tensors with their values.
             own = own_params(network.tensors(), params)
             leaves = own or {name: p.detach().requires_grad_() for name, p in params.items()}
             batch = objective.inputs, objective.targets, u
@@ -161,7 +163,7 @@ class DirectFeedbackAlignment:
         leaves: Params,
         tensors: Params | None,
     ) -> tuple[Tensor, ...]:
-        # The loss; the derivatives of the examples' losses, (K, B); the gradient of the feedback; those of the leaves.
+        # Returns the loss; the derivatives of the examples' losses, (K, B); the gradients of feedback and leaves.
         activation, tangents = inputs, None
         outputs: list[Tensor] = []  # of each block, with its tape
         for block, behind in zip(network.blocks, [*self._by_block(u), None], strict=True):
@@ -215,7 +217,7 @@ class DirectFeedbackAlignment:
                 f"{type(objective).__name__}"
             )
         if is_transformed():
-            raise ValueError("a feedback rule has a state of its own, one for each seed: pass stacked=False")
+            raise ValueError("a feedback rule has a state, so each seed needs a rule of its own: pass together=False")
         if self._network is None or self._network.model is not objective.model:
             self._network = Network(objective.model)
         blocks = self._network.blocks
@@ -237,7 +239,7 @@ class DirectFeedbackAlignment:
         return self.matrix.new_zeros(0, num_examples, sum(self._sizes))
 
     def _deltas(self, matrix: Tensor, error: Tensor, along: Tensor, u: Tensor, alpha: float | Tensor) -> Tensor:
-        # What the hidden units are told to be the derivative of the loss by them, (B, all units).
+        # The errors that the hidden units get in place of the derivatives of the loss, (B, all units).
         return error @ matrix
 
     def _feedback_gradient(
@@ -246,7 +248,7 @@ class DirectFeedbackAlignment:
         return matrix.new_zeros(0)
 
     def _learning(self) -> tuple[Params, tuple]:
-        # What a recorded step of the feedback's optimizer changes, and what it depends on; nothing where it has none.
+        # The tensors that a recorded step of the feedback's optimizer changes, and the options that it depends on.
         return {}, ()
 
     def _learn(self, feedback_gradient: Tensor | None) -> None:
@@ -261,28 +263,28 @@ class _LearnedFeedback(DirectFeedbackAlignment):
         super().__init__(model, inputs, recorded=recorded)
 
     def reset(self, seed: int = 0) -> None:
-        """Begin anew: all feedback zero."""
+        """Start again: all feedback zero."""
         self.matrix.zero_()
         self.optimizer = self._make_optimizer([self.matrix])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the rule has learned so far."""
+        """Return the state: the feedback and that of its optimizer."""
         return super().state_dict() | {"optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`."""
+        """Restore the state that :meth:`state_dict` returned."""
         super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _learning(self) -> tuple[Params, tuple]:
-        # A fused optimizer is nothing but kernels, from its second step on: in the first it makes its tensors.
+        # Only a fused optimizer can be recorded, from its second step on: the first step makes its tensors.
         group, state = self.optimizer.param_groups[0], self.optimizer.state.get(self.matrix)
         if not (state and group.get("fused")):
             return {}, ()
         return state, tuple([value for name, value in group.items() if name != "params"])
 
     def _step(self, matrix: Tensor, feedback_gradient: Tensor, state: Params) -> None:
-        # The optimizer's next step, on these tensors in place of its own.
+        # Takes the optimizer's next step on these tensors instead of its own.
         optimizer = self._make_optimizer([matrix])
         optimizer.param_groups[0] |= self.optimizer.param_groups[0] | {"params": [matrix]}
         optimizer.state[matrix] = state
@@ -290,28 +292,28 @@ class _LearnedFeedback(DirectFeedbackAlignment):
         optimizer.step()
 
     def _learn(self, feedback_gradient: Tensor | None) -> None:
-        if feedback_gradient is not None:  # else the recording has done it
+        if feedback_gradient is not None:  # else the recording has taken the step
             self.matrix.grad = feedback_gradient
             self.optimizer.step()
 
 
 class DirectKolenPollack(_LearnedFeedback):
-    r"""Let the feedback change as weights from the block to the output would (Webster, Choi & Ahn 2021).
+    r"""Update the feedback as weights from the block to the output would be (Webster, Choi & Ahn 2021).
 
     .. math:: \delta_l = B_l^T e, \qquad \nabla B_l = e\, a_l^T
 
-    summed over the batch, and applied by an optimizer with weight decay. Where y = W a_l, W has this gradient, too:
-    under the same plain SGD with decay, B_l - W shrinks by the factor 1 - rate x decay in each step, whatever the data.
+    summed over the batch, and applied by an optimizer with weight decay. If y = W a_l, then W has the same gradient:
+    with plain SGD and decay for both, B_l - W shrinks by the factor 1 - rate x decay in each step, whatever the data.
 
-    Bias: the initial mismatch, until the decay has removed it; behind a nonlinear network, always. Variance: none
-    beside the batch's.
+    Bias: the initial mismatch, until the decay has removed it; if the network behind the block is nonlinear, always.
+    Variance: only that of the batch.
 
     Cost: that of :class:`DirectFeedbackAlignment`, and a product of the size of the feedback.
 
     Args:
         model: made of blocks; see :func:`~fwdlib.methods.blocks.blocks_of`.
-        inputs: a batch for it.
-        optimizer: of the feedback: from a list of tensors to an optimizer; default Adam at 1e-4. The decay is its own.
+        inputs: a batch for the model.
+        optimizer: of the feedback: from a list of tensors to an optimizer; default Adam at 1e-4. It brings the decay.
         recorded: see :class:`DirectFeedbackAlignment`.
     """
 
@@ -324,31 +326,31 @@ class DirectKolenPollack(_LearnedFeedback):
 class ForwardDirectFeedbackAlignment(_LearnedFeedback):
     r"""Learn the feedback from forward-mode derivatives (Bacho & Chu 2024, arXiv 2212.07282, equations 7 and 8).
 
-    Tangents :math:`u_l`, independent for each unit and example, enter behind every hidden block in one pass forward;
-    what arrives at the output is :math:`d = \sum_l (\partial y/\partial a_l)\, u_l`, so that the mean of
-    :math:`d\, u_l^T` is the Jacobian.
+    Tangents :math:`u_l`, independent for each unit and example, enter behind every hidden block in one forward pass.
+    At the output they are :math:`d = \sum_l (\partial y/\partial a_l)\, u_l`, so the mean of :math:`d\, u_l^T` is the
+    Jacobian.
 
     .. math:: \delta_l = B_l^T e, \qquad \nabla B_l = B_l - \overline{d\, u_l^T}
 
-    With plain SGD of rate :math:`\beta` that is an exponential average of what was seen, :math:`B \gets (1 - \beta) B +
-    \beta\, \overline{d\, u^T}`; the authors' program uses Adam.
+    With plain SGD of rate :math:`\beta` that is an exponential average, :math:`B \gets (1 - \beta) B + \beta\,
+    \overline{d\, u^T}`; the authors' program uses Adam.
 
-    Bias: the feedback is one matrix for all examples, an average Jacobian of the past; what an example's own Jacobian
-    differs from it is lost. Variance: small, for the feedback averages over batches.
+    Bias: the feedback is one matrix for all examples, an average Jacobian of the past. It misses the difference between
+    an example's own Jacobian and this average. Variance: small, because the feedback averages over batches.
 
-    Cost: one pass forward with tangents behind the first block, and the products of the weights' gradients: as many
-    products as backprop.
+    Cost: one forward pass with tangents behind the first block, and the matrix products of the weights' gradients: as
+    many products as backprop.
 
     Args:
         model: made of blocks; see :func:`~fwdlib.methods.blocks.blocks_of`.
-        inputs: a batch for it.
+        inputs: a batch for the model.
         optimizer: of the feedback: from a list of tensors to an optimizer; default Adam at 1e-4, as published.
         num_tangents: K.
         tangents: ``"rademacher"``, which has the least variance and is drawn fastest, or ``"normal"``, as published.
         recorded: see :class:`DirectFeedbackAlignment`.
 
     Raises:
-        ValueError: if ``num_tangents`` is below 1 or ``tangents`` unknown, or the blocks cannot be told.
+        ValueError: if ``num_tangents`` is below 1 or ``tangents`` unknown, or the model does not show its blocks.
     """
 
     def __init__(
@@ -379,40 +381,40 @@ class ForwardDirectFeedbackAlignment(_LearnedFeedback):
 
 
 class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
-    r"""Add to FDFA's estimate what its feedback fails to predict: a forward gradient of the residual.
+    r"""Add a forward gradient of the residual to FDFA's estimate: of the part that its feedback does not predict.
 
     The pass of :class:`ForwardDirectFeedbackAlignment` also gives, for each example, the derivative of its loss along
-    all tangents, :math:`s = \sum_l \delta_l \cdot u_l`. The feedback predicts :math:`p = \sum_l (B_l^T e) \cdot u_l` of
-    it, so
+    all tangents, :math:`s = \sum_l \delta_l \cdot u_l`. The feedback predicts :math:`p = \sum_l (B_l^T e) \cdot u_l`,
+    so
 
     .. math:: \delta_l \approx B_l^T e + \alpha\, (s - p)\, u_l
 
     averaged over the K tangents, is an activity-perturbed forward gradient with the feedback as its control variate.
 
-    Bias: none for :math:`\alpha = 1`, at any feedback; (1 - alpha) times FDFA's otherwise. Second moment of the added
+    Bias: none for :math:`\alpha = 1`, with any feedback; else (1 - alpha) times FDFA's. Second moment of the added
     term for rademacher tangents: :math:`\alpha^2 n_l |r|^2` for each example, K = 1, where :math:`r_l = \delta_l -
-    B_l^T e` is the residual of all hidden units together and n_l the units of block l; without feedback the residual is
-    the gradient itself, and the rule that of Ren et al. 2022, at the outputs of the activations.
+    B_l^T e` is the residual of all hidden units together and n_l the units of block l. Without feedback, the residual
+    is the gradient itself, and the rule is that of Ren et al. 2022, at the outputs of the activations.
 
     Cost: that of FDFA. No extra pass.
 
-    BatchNorm in training mode mixes the examples: what an example's activations do to the losses of the others is not
-    in its own s. ``weights="example"`` leaves it out, a small bias; ``weights="batch"`` weights all examples with the
-    derivative of the whole loss, which has no bias and about B times the variance.
+    BatchNorm in training mode mixes the examples, and s of an example does not contain the effect of its activations on
+    the losses of the others. ``weights="example"`` leaves this effect out: a small bias. ``weights="batch"`` weights
+    all examples with the derivative of the whole loss: no bias, and about B times the variance.
 
     Args:
         model: made of blocks; see :func:`~fwdlib.methods.blocks.blocks_of`.
-        inputs: a batch for it.
+        inputs: a batch for the model.
         optimizer: of the feedback.
         num_tangents: K.
         tangents: ``"rademacher"`` or ``"normal"``.
         alpha: weight of the residual; 0 is FDFA.
-        alpha_decay: what alpha is multiplied with after each estimate.
+        alpha_decay: the factor of alpha after each estimate.
         weights: ``"example"`` or ``"batch"``.
         recorded: see :class:`DirectFeedbackAlignment`.
 
     Raises:
-        ValueError: if an argument is out of its range, or the blocks cannot be told.
+        ValueError: if an argument is out of its range, or the model does not show its blocks.
     """
 
     def __init__(
@@ -435,16 +437,16 @@ class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
         super().__init__(model, inputs, **options)
 
     def reset(self, seed: int = 0) -> None:
-        """Begin anew: all feedback zero, alpha as it was given."""
+        """Start again: all feedback zero, alpha as it was given."""
         super().reset(seed)
         self.alpha = self._first_alpha
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the rule has learned so far."""
+        """Return the state: the feedback, that of its optimizer, and alpha."""
         return super().state_dict() | {"alpha": self.alpha}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`."""
+        """Restore the state that :meth:`state_dict` returned."""
         super().load_state_dict(state)
         self.alpha = state["alpha"]
 
@@ -463,10 +465,10 @@ class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
 
 @functools.lru_cache(maxsize=1)
 def _number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)  # without axes: no dtype is promoted by it
+    return torch.tensor(value, dtype=torch.float64)  # a tensor without axes promotes no dtype
 
 
 def _dense(x: Tensor) -> Tensor:
-    # Without gaps or overlaps: an expanded batch cannot be recorded.
+    # Without gaps or overlaps, because an expanded batch cannot be recorded.
     is_channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x if is_channels_last else x.contiguous()

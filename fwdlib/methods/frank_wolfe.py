@@ -2,20 +2,20 @@ r"""Frank-Wolfe: minimise over a ball without projections, from exact gradients 
 
 .. math:: s_k = \arg\min_{|s| \le r} \langle d_k, s \rangle, \qquad x_{k+1} = x_k + \gamma_k\, (s_k - x_k)
 
-Each :math:`x_k` is a weighted mean of the start and of vertices of the ball, so it stays inside, and on the l1 ball k
-steps leave at most k entries that are not zero. With the gradient for :math:`d_k`, :math:`f(x_k) - f^*` falls like 1/k
-for convex, smooth f (Jaggi 2013, *Revisiting Frank-Wolfe*, theorem 1).
+Each :math:`x_k` is a weighted mean of the start and of vertices of the ball, so it stays inside. On the l1 ball, k
+steps give at most k nonzero entries. If :math:`d_k` is the gradient, :math:`f(x_k) - f^*` falls like 1/k for convex,
+smooth f (Jaggi 2013, *Revisiting Frank-Wolfe*, theorem 1).
 
-A forward gradient :math:`(\nabla f \cdot v)\, v` in place of the gradient does not do: a vertex does not depend on the
-length of what it is made from, so it is that of the tangent v, and the loss has a say in its sign alone. The noise does
-not become less as the steps do, and :math:`x_k` settles where the vertices average to :math:`x_k` itself. Rostami & Kia
-2024 (arXiv 2403.12511) call it a non-vanishing error, and average the directions of the past:
+A forward gradient :math:`(\nabla f \cdot v)\, v` cannot simply replace the gradient. A vertex does not depend on the
+length of its direction, so it is the vertex of the tangent v, and the loss decides only its sign. The noise does not
+shrink with the steps, and :math:`x_k` settles where the vertices average to :math:`x_k` itself. Rostami & Kia 2024
+(arXiv 2403.12511) call this a non-vanishing error, and average the past directions:
 
 .. math:: d_k = (1 - \rho_k)\, d_{k-1} + \rho_k\, g_k, \qquad \rho_k = 4\, (k + 8)^{-2/3}, \qquad
     \gamma_k = 2/(k + 8)
 
-**These weights are ours to choose**, for theirs were not at hand: Mokhtari, Hassani & Karbasi 2020 (*Stochastic
-Conditional Gradient Methods*, arXiv 1804.09554) have them for unbiased gradients of bounded variance, and show
+**We chose these weights**, because theirs were not available to us. They are those of Mokhtari, Hassani & Karbasi 2020
+(*Stochastic Conditional Gradient Methods*, arXiv 1804.09554) for unbiased gradients of bounded variance, who show
 :math:`\mathbb E f(x_k) - f^* = O(k^{-1/3})` for convex, smooth f.
 """
 
@@ -37,12 +37,12 @@ DUALS = {"l1": "linf", "l2": "l2", "linf": "l1"}
 BALLS = (*ORDERS, "nuclear")
 POWER = 2 / 3
 OFFSETS = {True: 8.0, False: 2.0}  # averaged: Mokhtari et al.; plain: the classical 2/(k + 2)
-SMALL = 256  # a matrix with a side up to this is decomposed exactly
-SLACK = 1e-4  # relative: what single precision may put outside of a ball
+SMALL = 256  # matrices with a side up to this are decomposed exactly
+SLACK = 1e-4  # relative: single precision may put a point this far outside of a ball
 
 
 def ball_norm(x: Tensor, ball: str) -> Tensor:
-    """Return the norm whose ball of radius r is meant, as :func:`linear_minimiser` takes it.
+    """Return the norm that defines a ball of :func:`linear_minimiser`.
 
     Args:
         x: shape (..., P), or (..., m, n) for the nuclear norm, which is the sum of the singular values.
@@ -52,7 +52,7 @@ def ball_norm(x: Tensor, ball: str) -> Tensor:
         Shape (...).
 
     Raises:
-        ValueError: if ``ball`` is unknown, or ``x`` is no matrix where one is needed.
+        ValueError: if ``ball`` is unknown, or ``x`` has too few axes for it.
 
     Example:
         >>> [ball_norm(torch.tensor([3.0, -4.0]), ball).item() for ball in ("l1", "l2", "linf")]
@@ -64,7 +64,7 @@ def ball_norm(x: Tensor, ball: str) -> Tensor:
 
 
 def linear_minimiser(direction: Tensor, ball: str, radius: float) -> Tensor:
-    r"""Return the point s of a ball at which :math:`\langle d, s \rangle` is least.
+    r"""Return the point s of a ball that minimises :math:`\langle d, s \rangle`.
 
     ======= ====================================================================
     l1      :math:`-r\, \mathrm{sign}(d_j)\, e_j` for the largest :math:`|d_j|`
@@ -73,19 +73,19 @@ def linear_minimiser(direction: Tensor, ball: str, radius: float) -> Tensor:
     nuclear :math:`-r\, u v^T` for the largest singular value
     ======= ====================================================================
 
-    Where several vertices do equally well, the mean of them is returned, which does so, too: entries of one size share
-    the radius in the l1 ball, an entry of zero gets zero in the linf ball, and the direction zero gives the centre of
-    any ball. (With the first of the largest entries, rademacher tangents, all of whose entries are of one size, would
-    move a single parameter for ever.) Between equal singular values the decomposition decides.
+    If several vertices are minimal, the result is their mean, which is minimal too: in the l1 ball, entries of equal
+    size share the radius; in the linf ball, a zero entry gives zero; in any ball, the zero direction gives the centre.
+    (With the first of the largest entries instead, rademacher tangents, whose entries all have the same size, would
+    always move the same parameter.) Between equal singular values the decomposition decides.
 
-    A matrix whose sides are both above 256 gets its singular vectors from ``torch.lobpcg``, started from a fixed random
-    vector, to about the precision of the dtype.
+    If both sides of a matrix are above 256, its singular vectors come from ``torch.lobpcg``, started from a fixed
+    random vector, and are about as precise as the dtype.
 
-    Cost: of the order of the direction's own size; for the nuclear norm that of the singular vectors.
+    Cost: of the order of the direction's size; for the nuclear norm, that of the singular vectors.
 
     Args:
-        direction: shape (..., P), or (..., m, n) for the nuclear norm; leading axes are a stack. Where it is nan, the
-            result is.
+        direction: shape (..., P), or (..., m, n) for the nuclear norm; leading axes hold independent
+            directions. Where it is nan, the result is nan.
         ball: ``"l1"``, ``"l2"``, ``"linf"`` or ``"nuclear"``.
         radius: r.
 
@@ -93,8 +93,8 @@ def linear_minimiser(direction: Tensor, ball: str, radius: float) -> Tensor:
         The shape of ``direction``.
 
     Raises:
-        ValueError: if ``ball`` is unknown, the radius is not a finite number above 0, or the direction is no matrix
-            where one is needed.
+        ValueError: if ``ball`` is unknown, the radius is not a finite number above 0, or the direction has too few
+            axes.
 
     Example:
         >>> direction = torch.tensor([1.0, -3.0, 0.0])
@@ -107,7 +107,7 @@ def linear_minimiser(direction: Tensor, ball: str, radius: float) -> Tensor:
     if not _is_vector_ball(direction, ball):
         return -radius * _top_singular_pair(direction)
     if ball == "l1":
-        largest = direction.abs() == ball_norm(direction, "linf").unsqueeze(-1)  # nowhere, where one is nan
+        largest = direction.abs() == ball_norm(direction, "linf").unsqueeze(-1)  # false everywhere if one is nan
         share = -radius / largest.sum(-1, keepdim=True).to(direction.dtype)
         return direction.sign().mul_(largest).mul_(share)
     if ball == "l2":
@@ -117,7 +117,7 @@ def linear_minimiser(direction: Tensor, ball: str, radius: float) -> Tensor:
 
 
 def _top_singular_pair(matrix: Tensor) -> Tensor:
-    # u v^T, or zero for the matrix zero.
+    # u v^T, or zero for the zero matrix.
     if min(matrix.shape[-2:]) <= SMALL:
         u, sizes, v = torch.linalg.svd(matrix, full_matrices=False)
         return u[..., :1] @ v[..., :1, :] * (sizes[..., :1, None] > 0)
@@ -133,12 +133,12 @@ def _top_singular_pair(matrix: Tensor) -> Tensor:
 
 
 def frank_wolfe_gap(grad: Tensor, x: Tensor, ball: str, radius: float) -> Tensor:
-    r"""Return how much the linear model of f at x could still fall inside the ball: zero where x is stationary.
+    r"""Return how far the linear model of f at x can still fall within the ball: zero where x is stationary.
 
     .. math:: \max_{|s| \le r} \langle \nabla f(x), x - s \rangle = \langle \nabla f(x), x \rangle + r\,|\nabla f(x)|_*
 
-    For convex f it is at least :math:`f(x) - f^*` (Jaggi 2013, section 2): a bound that needs no optimum. The gradient
-    must be the exact one; with an estimate the number bounds nothing.
+    For convex f it is at least :math:`f(x) - f^*` (Jaggi 2013, section 2): a bound that can be computed without knowing
+    the optimum. The gradient must be exact; from an estimate, the result bounds nothing.
 
     Args:
         grad: at x, shape (..., P), or (..., m, n) for the nuclear norm.
@@ -163,15 +163,15 @@ def frank_wolfe_gap(grad: Tensor, x: Tensor, ball: str, radius: float) -> Tensor
 
 
 def l2_reach(num_params: int) -> float:
-    r"""Return how far plain Frank-Wolfe gets in the l2 ball of radius 1 with one normal tangent a step.
+    r"""Return how far plain Frank-Wolfe gets in the l2 ball of radius 1 with one normal tangent in each step.
 
-    The vertex is :math:`-\mathrm{sign}(\nabla f \cdot v)\, v/|v|`. With u uniform on the sphere its mean is
-    :math:`-\mathbb E|u_1|\, \nabla f/|\nabla f|`: that of Frank-Wolfe with the gradient, in a ball of radius
+    The vertex is :math:`-\mathrm{sign}(\nabla f \cdot v)\, v/|v|`. Its mean is :math:`-\mathbb E|u_1|\, \nabla
+    f/|\nabla f|` with u uniform on the sphere: the vertex of Frank-Wolfe with the exact gradient in a ball of radius
 
     .. math:: \mathbb E|u_1| = \frac{\Gamma(P/2)}{\sqrt\pi\, \Gamma((P + 1)/2)} \approx \sqrt{\frac{2}{\pi P}}
 
-    An optimum that lies within it is found; of any other, only the best point of the smaller ball. (This closed form is
-    ours.)
+    An optimum inside this smaller ball is found; otherwise the result is only the best point of the smaller ball. (We
+    derived this closed form.)
 
     Args:
         num_params: P.
@@ -200,18 +200,18 @@ def frank_wolfe(
     offset: float | None = None,
     power: float = POWER,
 ) -> Iterator[Tensor]:
-    r"""Yield :math:`x_0, x_1, x_2, \ldots` for ever: the algorithm itself, for a function of x.
+    r"""Yield :math:`x_0, x_1, x_2, \ldots` without end: the algorithm itself, for a function of x.
 
     .. math:: d_k = d_{k-1} + \rho_k\, (g_k - d_{k-1}), \qquad x_{k+1} = x_k + \gamma_k\, (s(d_k) - x_k)
 
-    with :math:`\gamma_k = 2/(k + c)` and :math:`\rho_k = (c/(k + c))^p`, so that :math:`d_0 = g_0`. For c = 8 and p =
-    2/3 these are the weights of Mokhtari et al., see :mod:`fwdlib.methods.frank_wolfe`; plain Frank-Wolfe has
-    :math:`d_k = g_k`, and classically c = 2.
+    with :math:`\gamma_k = 2/(k + c)` and :math:`\rho_k = (c/(k + c))^p`, so that :math:`d_0 = g_0`. With c = 8 and p =
+    2/3 these are the weights of Mokhtari et al., see :mod:`fwdlib.methods.frank_wolfe`. Plain Frank-Wolfe has
+    :math:`d_k = g_k` and classically c = 2.
 
     Args:
-        gradient: from x to the gradient, or an estimate of it; called once for each step.
-        start: a point of the ball, shape (..., P), or (..., m, n) for the nuclear norm; leading axes are a stack of
-            independent runs.
+        gradient: x -> the gradient or an estimate of it; called once in each step.
+        start: a point of the ball, shape (..., P), or (..., m, n) for the nuclear norm; leading axes hold independent
+            runs.
         ball: ``"l1"``, ``"l2"``, ``"linf"`` or ``"nuclear"``.
         radius: r.
         averaged: whether to average the directions.
@@ -244,36 +244,35 @@ def frank_wolfe(
 
 
 class FrankWolfe(Optimizer):
-    r"""Frank-Wolfe as a torch optimizer: for any loop that sets ``.grad``, by backprop or by a forward gradient.
+    r"""Frank-Wolfe as a torch optimizer, for any loop that sets ``.grad`` by backprop or by a forward gradient.
 
     .. math:: d_k = (1 - \rho_k)\, d_{k-1} + \rho_k\, g_k, \qquad \theta_{k+1} = \theta_k + \gamma_k\, (s(d_k) -
         \theta_k)
 
-    What s, the weights and the rates are, and where they come from: :mod:`fwdlib.methods.frank_wolfe`,
-    :func:`linear_minimiser` and :func:`frank_wolfe`, whose numbers this gives.
+    :mod:`fwdlib.methods.frank_wolfe`, :func:`linear_minimiser` and :func:`frank_wolfe` define s, the weights and the
+    rates, and name their sources. The numbers are those of :func:`frank_wolfe`.
 
-    **A ball is that of a parameter group**: all parameters of a group together are one vector, and one l1 ball around
-    weight and bias lets a step move a single number among them all. For a ball around each tensor, make each a group of
-    its own, ``[{"params": [p], "radius": 5.0} for p in model.parameters()]``. A nuclear ball holds one matrix; the
-    axes of a convolution's weight behind the first count as one.
+    **Each parameter group has one ball.** All parameters of a group form one vector: with one l1 ball for weight and
+    bias, a step moves a single number among them all. For a ball for each tensor, make each a group of its own,
+    ``[{"params": [p], "radius": 5.0} for p in model.parameters()]``. A nuclear ball takes one matrix; all axes of a
+    convolution's weight but the first are joined.
 
-    The start must lie inside: zero does, and :func:`shrink_into` brings anything there. There is no learning rate; what
-    takes its place is the radius, and a schedule that is fixed.
+    The start must lie inside the ball: zero does, and :func:`shrink_into` scales any start into it. There is no
+    learning rate: the radius and a fixed schedule replace it.
 
-    Cost: the average takes one number for each parameter, to be kept between the steps; plain Frank-Wolfe keeps
-    nothing. The step makes the direction and the vertex of one group, which are dropped at its end.
+    Cost: the average is one number for each parameter, kept between the steps. Plain Frank-Wolfe keeps nothing. A step
+    makes the direction and the vertex of one group at a time and frees them at its end.
 
     Args:
         params: parameters, or groups of them, as for any torch optimizer; a group can have each of the options below.
         ball: ``"l1"``, ``"l2"``, ``"linf"`` or ``"nuclear"``.
         radius: r.
-        averaged: whether to average the gradients; without, a forward gradient does not converge.
+        averaged: whether to average the gradients; if not, Frank-Wolfe with forward gradients does not converge.
         offset: c of the weights, at least 2; None for 8 if averaged, else 2.
         power: p of the weights, above 0 and at most 1.
 
     Raises:
-        ValueError: if an argument is out of its range, or a group does not start in its ball; the message says how far
-            out it is.
+        ValueError: if an argument is out of its range, or a group does not start in its ball; the message has the norm.
 
     Example:
         >>> weight = torch.zeros(3, requires_grad=True)
@@ -314,7 +313,7 @@ class FrankWolfe(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step in each group that has a gradient; in such a group, one that is missing counts as zero.
+        """Take a step in each group that has a gradient; in such a group, a missing gradient counts as zero.
 
         Args:
             closure: evaluates the model again and returns the loss, as for any torch optimizer; rarely needed.
@@ -349,9 +348,9 @@ class FrankWolfe(Optimizer):
 
 
 def shrink_into(params: Iterable[Tensor], ball: str, radius: float) -> list[Tensor]:
-    """Scale parameters, in place and all by the same factor, so that they lie in a ball; inside, leave them alone.
+    """Scale parameters in place, all by the same factor, so that they lie in a ball; leave them if they do already.
 
-    It is no projection: the nearest point of the ball is another. But the signs and ratios of an initialisation stay.
+    This is not a projection onto the nearest point, but it keeps the signs and ratios of an initialisation.
 
     Args:
         params: one group of :class:`FrankWolfe`.
@@ -383,26 +382,26 @@ def _weights(k: int, offset: float, power: float) -> tuple[float, float]:
 
 
 def _joined(tensors: list[Tensor], ball: str) -> Tensor:
-    # A group as the one vector, or the one matrix, that its ball is around.
+    # Joins a group to the one vector, or the one matrix, that its ball takes.
     if ball != "nuclear":
         return torch.cat([t.detach().flatten() for t in tensors])
     if len(tensors) != 1 or tensors[0].dim() < 2:
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
-        raise ValueError(f"a nuclear ball is around one matrix, got {shapes}: give each matrix a group of its own")
+        raise ValueError(f"a nuclear ball takes one matrix, got {shapes}: give each matrix a group of its own")
     return tensors[0].detach().flatten(1)
 
 
 def _is_vector_ball(x: Tensor, ball: str) -> bool:
     is_vector = check_choice("ball", ball, BALLS) != "nuclear"
     if x.dim() < (1 if is_vector else 2):
-        raise ValueError(f"the {ball} ball is one of {'vectors' if is_vector else 'matrices'}, got {tuple(x.shape)}")
+        raise ValueError(f"the {ball} ball takes {'vectors' if is_vector else 'matrices'}, got {tuple(x.shape)}")
     return is_vector
 
 
 def _check_schedule(averaged: bool, offset: float | None, power: float) -> tuple[float, float]:
     offset = OFFSETS[bool(averaged)] if offset is None else check_positive("offset", offset)
     if offset < 2:
-        raise ValueError(f"offset must be at least 2, for the first step is 2/offset of the way, got {offset!r}")
+        raise ValueError(f"offset must be at least 2, because the first step goes 2/offset of the way, got {offset!r}")
     if check_positive("power", power) > 1:
         raise ValueError(f"power must be at most 1, got {power!r}")
     return offset, power
@@ -413,6 +412,6 @@ def _check_inside(x: Tensor, ball: str, radius: float) -> None:
     largest = ball_norm(x, ball).max().item()
     if not largest <= radius * (1 + SLACK):
         raise ValueError(
-            f"the start must lie in the {ball} ball of radius {radius:g}, its norm is {largest:.6g}: begin at zero, or "
-            f"scale it by shrink_into"
+            f"the start must lie in the {ball} ball of radius {radius:g}, its norm is {largest:.6g}: start at zero, or "
+            f"scale it with shrink_into"
         )

@@ -1,8 +1,8 @@
 """Gradient descent on a function of a few numbers, with many replicates at once.
 
-Apart from :func:`fwdlib.training.train`, which trains models on data: here there is no model, no data and no test set,
-and the minimum is known. What is left is one line, and the loop around it has to be cheap: a step on two numbers takes
-less time than ``train`` needs to look whether an evaluation is due.
+:func:`fwdlib.training.train` is for models and data. Here there is no model, no data and no test set, and the minimum
+is known, so a step is one line. The loop around it must be cheap: a step on two numbers takes less time than ``train``
+needs to check whether an evaluation is due.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from tqdm.auto import trange
 from fwdlib import runtime
 from fwdlib.checks import check_count, check_positive
 from fwdlib.estimators import Estimator, GradientEstimate
-from fwdlib.objectives import as_objective
-from fwdlib.seeds import single_estimate, stacked_estimate
+from fwdlib.methods.functions import as_objective
+from fwdlib.seeds import replicated_estimate, single_estimate
 from fwdlib.tangents import check_params
 
 
 class Descent(NamedTuple):
-    """What :func:`minimise` returns, of R replicates recorded T + 1 times. One that stopped keeps its last record."""
+    """R replicates, recorded T + 1 times. A replicate that has stopped keeps its last record."""
 
     steps: Tensor
     """The iterations of the records, from 0 to ``num_iterations``, shape (T + 1,)."""
     values: Tensor
-    """Of the function, shape (R, T + 1); infinite once a replicate has diverged."""
+    """The values of the function, shape (R, T + 1); infinite once a replicate has diverged."""
     points: Tensor
-    """Where each ended, shape (R, n)."""
+    """The last point of each, shape (R, n)."""
     trajectories: Tensor | None
-    """Where each was at ``steps``, shape (R, T + 1, n), if that was asked for."""
+    """The points at ``steps``, shape (R, T + 1, n); None unless they were asked for."""
     iterations: Tensor
-    """At which iteration each stopped, shape (R,)."""
+    """The iteration at which each stopped, shape (R,)."""
     status: list[str]
-    """Of each: ``"reached"`` (the threshold), ``"completed"`` or ``"diverged"`` (the value was no longer finite)."""
+    """How each ended: ``"reached"`` the threshold, ``"completed"``, or ``"diverged"`` (the value was not finite)."""
 
     def thinned(self, num_records: int = 100) -> dict[str, list]:
-        """Return some of the records, evenly spaced on a logarithmic axis, for a file and a figure.
+        """Return some of the records, evenly spaced on a logarithmic axis, to save and to draw.
 
         Args:
             num_records: at most.
 
         Returns:
-            ``steps``, ``values`` and, where there are trajectories, ``paths``: lists, of the shapes above.
+            Lists of the shapes above: ``steps``, ``values`` and, if there are trajectories, ``paths``.
         """
         last = len(self.steps) - 1
         kept = torch.logspace(0, math.log10(last + 1), num_records, dtype=torch.float64).round().long().unique() - 1
@@ -70,26 +70,26 @@ def minimise(
 ) -> Descent:
     r"""Descend by :math:`x \leftarrow x - \eta\, g(x)`, once for each of R replicates.
 
-    The replicates run as one stack, and one that stops is taken out. Each draws what it would draw alone, so its
-    numbers are those of a single run, up to the order of floating-point sums. A grid of learning rates is one call,
-    with each rate repeated for each seed. Where a step handles a million numbers, call
-    :func:`fwdlib.runtime.keep_freed_memory` first: it takes a sixth of the time then.
+    The replicates run side by side, and one that stops is taken out. Each draws what it would draw alone, so its
+    numbers are those of a single run, up to rounding. For a grid of learning rates, make one call with each rate
+    repeated for each seed. If a step handles a million numbers, call :func:`fwdlib.runtime.keep_freed_memory` first:
+    the descent then takes a sixth of the time.
 
     Args:
-        function: point (n,) -> scalar, such as those of :mod:`fwdlib.objectives`.
-        start: shape (n,), or (R, n) for one each. Its dtype and device are those of the descent.
+        function: point (n,) -> scalar, such as those of :mod:`fwdlib.methods.functions`.
+        start: shape (n,), or (R, n) with a point for each replicate. It sets the dtype and the device.
         estimator: ``(objective, params) -> GradientEstimate``; the point is the only parameter. If it takes a keyword
             ``generator``, each replicate gets its own.
         learning_rate: eta, or one for each replicate.
-        num_iterations: steps, at most.
+        num_iterations: the largest number of steps.
         seeds: of the tangents, one for each replicate; they may repeat.
-        every: iterations between two records. Only there is looked whether a replicate is to stop.
+        every: iterations between two records. The stopping rule is checked only at these records.
         threshold: stop a replicate once a recorded value is at most this.
-        keep_trajectories: whether to return where the replicates were at each record.
-        progress: what the progress bar is called; None for no bar.
+        keep_trajectories: whether to return the points of all records.
+        progress: title of the progress bar; None for no bar.
 
     Returns:
-        The records, and how each replicate ended. To diverge is a result like another.
+        The records, and how each replicate ended. Divergence is a result, not an error.
 
     Raises:
         ValueError: if a shape, a count or a learning rate is out of range.
@@ -97,7 +97,7 @@ def minimise(
 
     Example:
         >>> from fwdlib.estimators import backprop_gradient
-        >>> from fwdlib.objectives import sphere
+        >>> from fwdlib.methods.functions import sphere
         >>> start = torch.tensor([1.0, -1.0])
         >>> minimise(sphere, start, backprop_gradient, learning_rate=0.25, num_iterations=3, progress=None).values
         tensor([[2.0000, 0.5000, 0.1250, 0.0312]])
@@ -113,7 +113,7 @@ def minimise(
 
     generators = [runtime.generator(seed, start.device) for seed in seeds]
     estimate = _stack(estimator, function, generators)
-    rows = torch.arange(num, device=start.device)  # which replicate each row of the stack is
+    rows = torch.arange(num, device=start.device)  # the replicate of each row
     steps = torch.tensor([*range(0, num_iterations, every), num_iterations])
     iterations, ends = torch.zeros_like(rows), points.clone()
     values = points.new_empty(num, len(steps))
@@ -144,7 +144,9 @@ def minimise(
 
 
 def step_of(function: Callable[[Tensor], Tensor], start: Tensor, estimator: Estimator) -> Callable[[], None]:
-    """Return what makes one step of a single replicate, estimate and update, to be timed. It moves by next to nothing.
+    """Return a function that takes one step of a single replicate, for timing: estimate and update.
+
+    The learning rate is so small that the point hardly moves.
 
     Args:
         function: point (n,) -> scalar.
@@ -160,7 +162,7 @@ def step_of(function: Callable[[Tensor], Tensor], start: Tensor, estimator: Esti
 
 
 def _for_each(name: str, given: Tensor, dims: int, num: int) -> Tensor:
-    # A row for each replicate, of `dims` axes, where one was given for all of them or one for each.
+    # Returns a row of `dims` axes for each replicate; given is one row for all of them, or one for each.
     rows = given.expand(num, *given.shape) if given.dim() == dims else given
     if rows.dim() != dims + 1 or len(rows) != num:
         one = "a number" if dims == 0 else "of shape (n,)"
@@ -171,9 +173,9 @@ def _for_each(name: str, given: Tensor, dims: int, num: int) -> Tensor:
 def _stack(
     estimator: Estimator, function: Callable[[Tensor], Tensor], generators: list[torch.Generator]
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    # From points (R, n) to values (R,) and gradients (R, n). A single row does without vmap, most of a step's time.
+    # From points (R, n) to values (R,) and gradients (R, n). A single row avoids vmap, which is most of a step's time.
     if len(generators) > 1:
-        every_row = stacked_estimate(estimator, as_objective(function), generators)
+        every_row = replicated_estimate(estimator, as_objective(function), generators)
         return lambda points: _parts(every_row({"x": points}))
     one_row = single_estimate(estimator, as_objective(function), generators)
     return lambda points: tuple(part.unsqueeze(0) for part in _parts(one_row({"x": points[0]})))

@@ -1,4 +1,4 @@
-"""Which learning rates a descent can bear: what theory says of a quadratic, and what happens."""
+"""The learning rates at which a descent is stable: in theory, for a quadratic, and as measured."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.func import hessian
 
 from fwdlib.checks import check_count, check_positive
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
+from fwdlib.methods.functions import sphere
 from fwdlib.methods.minimise import minimise
-from fwdlib.objectives import sphere
 
 
 def limits_at(function: Callable[[Tensor], Tensor], minimum: Tensor, num_tangents: int = 1) -> dict[str, float]:
-    """Return the learning rates up to which descent is stable on the quadratic that touches a function at its minimum.
+    """Return the largest stable learning rates, for the quadratic that approximates a function at its minimum.
 
     Args:
         function: point (n,) -> scalar.
@@ -26,13 +26,13 @@ def limits_at(function: Callable[[Tensor], Tensor], minimum: Tensor, num_tangent
         num_tangents: K, of the forward gradient.
 
     Returns:
-        For ``"backprop"`` 2 over the largest curvature, for ``"forward gradient"`` :func:`mean_square_limit`.
+        ``"backprop"``: 2 over the largest curvature; ``"forward gradient"``: :func:`mean_square_limit`.
 
     Raises:
         ValueError: if a curvature is not above 0, or K is below 1.
 
     Example:
-        >>> from fwdlib.objectives import sphere
+        >>> from fwdlib.methods.functions import sphere
         >>> {name: round(limit, 6) for name, limit in limits_at(sphere, torch.zeros(2)).items()}
         {'backprop': 1.0, 'forward gradient': 0.25}
     """
@@ -42,10 +42,10 @@ def limits_at(function: Callable[[Tensor], Tensor], minimum: Tensor, num_tangent
 
 
 def mean_square_limit(curvatures: Sequence[float] | Tensor, num_tangents: int = 1) -> float:
-    r"""Return the learning rate from which on descent by forward gradients is unstable in the mean square.
+    r"""Return the learning rate above which descent by forward gradients is unstable in the mean square.
 
     On the quadratic :math:`\tfrac12 \sum_i \lambda_i x_i^2`, with the mean of K normal tangents, the second moments
-    :math:`c_i = \mathbb E\, x_i^2` go on without those of other pairs,
+    :math:`c_i = \mathbb E\, x_i^2` follow a recursion of their own,
 
     .. math:: c_i \leftarrow \big(1 - 2\eta\lambda_i + (1 + \tfrac1K)\,\eta^2\lambda_i^2\big)\, c_i
         + \tfrac1K\, \eta^2 \sum_j \lambda_j^2 c_j,
@@ -53,7 +53,7 @@ def mean_square_limit(curvatures: Sequence[float] | Tensor, num_tangents: int = 
     and shrink to zero as long as :math:`\sum_i \eta\lambda_i / (2K - (K + 1)\,\eta\lambda_i) < 1`. That is the
     condition of least mean squares filters (Feuer & Weinstein 1985, there K = 1). With n equal curvatures
     :math:`\eta < 2K/((n + K + 1)\,\lambda)`; for backprop, or K to infinity, :math:`\eta < 2/\lambda_{\max}`. A single
-    run may do well above it for long: the mean then belongs to a few that do not.
+    run can converge for a long time above the limit: a few other runs then dominate the mean.
 
     Args:
         curvatures: lambda, the eigenvalues of the Hessian, all above 0.
@@ -76,10 +76,10 @@ def mean_square_limit(curvatures: Sequence[float] | Tensor, num_tangents: int = 
         parts = [a * curvature / largest for curvature in curvatures]
         return sum(part / (2 * k - (k + 1) * part) for part in parts) - 1
 
-    return brentq(excess, 0, (1 - 1e-12) * 2 * k / (k + 1)) / largest  # at the end a term is infinite
+    return brentq(excess, 0, (1 - 1e-12) * 2 * k / (k + 1)) / largest  # at the upper end a term is infinite
 
 
-def parts_diverged(
+def fractions_diverged(
     function: Callable[[Tensor], Tensor],
     start: Tensor,
     estimator: Estimator,
@@ -89,10 +89,10 @@ def parts_diverged(
     num_iterations: int = 1000,
     progress: str | None = "divergence",
 ) -> list[float]:
-    """Measure at each learning rate which part of the seeds diverges: ends above its start, or not at a finite value.
+    """Measure which fraction of the seeds diverges at each learning rate: ends above its start, or not finite.
 
-    A sum of squares grows by a factor in each step and would take long to be infinite; a function that grows with the
-    fourth power is within a few steps.
+    A finite value above the start counts because a sum of squares grows by a constant factor in each step and takes
+    long to overflow. A function that grows with the fourth power overflows within a few steps.
 
     Args:
         function: point (n,) -> scalar.
@@ -101,7 +101,7 @@ def parts_diverged(
         rates: the learning rates.
         seeds: of the tangents, the same at each rate.
         num_iterations: steps.
-        progress: what the progress bar is called; None for no bar.
+        progress: title of the progress bar; None for no bar.
 
     Returns:
         For each rate a number from 0 to 1.
@@ -111,8 +111,8 @@ def parts_diverged(
 
     Example:
         >>> from fwdlib.estimators import backprop_gradient
-        >>> from fwdlib.objectives import sphere
-        >>> parts_diverged(sphere, torch.ones(2), backprop_gradient, [0.9, 1.1], num_iterations=10, progress=None)
+        >>> from fwdlib.methods.functions import sphere
+        >>> fractions_diverged(sphere, torch.ones(2), backprop_gradient, [0.9, 1.1], num_iterations=10, progress=None)
         [0.0, 1.0]
     """
     check_count("the number of rates", len(rates))
@@ -147,18 +147,18 @@ def divergence(
         minimum: shape (n,).
         seeds: of the tangents.
         num_iterations: steps.
-        progress: what the progress bar is called; None for no bar.
+        progress: title of the progress bar; None for no bar.
 
     Returns:
-        As :func:`fwdlib.methods.landscapes.plot_divergence` takes it: ``limits``, those of :func:`limits_at`; ``rates``,
-        from an eighth of backprop's limit to four times it; ``diverged``, method -> :func:`parts_diverged`.
+        ``limits``, as :func:`limits_at` returns them; ``rates``, from an eighth of backprop's limit to four times it;
+        ``diverged``, method -> as :func:`fractions_diverged` returns them.
     """
     limits = limits_at(function, minimum)
     rates = limits["backprop"] * 2 ** (torch.arange(-6, 5, dtype=torch.float64) / 2)
     how = {"num_iterations": num_iterations, "progress": progress}
     diverged = {
-        "backprop": parts_diverged(function, start, backprop_gradient, rates, **how),
-        "forward gradient": parts_diverged(
+        "backprop": fractions_diverged(function, start, backprop_gradient, rates, **how),
+        "forward gradient": fractions_diverged(
             function, start, partial(forward_gradient, tangents="normal"), rates, seeds=seeds, **how
         ),
     }
@@ -168,18 +168,18 @@ def divergence(
 def growth(
     rates: Tensor, *, curvature: float = 2.0, n: int = 2, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    r"""Return by what factor a step multiplies the value of a quadratic with the same curvature in all n directions.
+    r"""Return the factor by which a step multiplies a quadratic with the same curvature in all n dimensions.
 
-    With :math:`a = \eta\lambda` backprop multiplies it by :math:`(1 - a)^2`. With a forward gradient of one normal
-    tangent, which has z along x and :math:`|w|^2` across it, the factor is
-    :math:`(1 - a z^2)^2 + a^2 z^2 |w|^2`, wherever x is. Its mean is :math:`1 - 2a + (n + 2)\,a^2`. A product of many
-    goes with the *typical* factor :math:`\exp \mathbb E \log`, which is less.
+    Write :math:`a = \eta\lambda`. Backprop multiplies the value by :math:`(1 - a)^2`. A forward gradient of one normal
+    tangent, with component z along x and w across it, multiplies it by :math:`(1 - a z^2)^2 + a^2 z^2 |w|^2`, whatever
+    x is. The mean of this factor is :math:`1 - 2a + (n + 2)\,a^2`. After many steps, a run follows the *typical* factor
+    :math:`\exp \mathbb E \log`, which is smaller.
 
     Args:
         rates: eta, shape (R,).
         curvature: lambda.
         n: dimensions.
-        generator: of the 200 000 tangents that the typical factor is computed from.
+        generator: of the 200 000 tangents from which the typical factor is computed.
 
     Returns:
         ``backprop``, ``mean`` and ``typical``, shape (R,).
@@ -200,17 +200,17 @@ def growth(
 def measure_growth(
     rates: Tensor, *, n: int = 2, num_seeds: int = 100, num_iterations: int = 100, progress: str | None = "growth"
 ) -> list[dict[str, float]]:
-    """Measure on the sphere the factors of :func:`growth`, in each step of each run.
+    """Measure the factors of :func:`growth` on the sphere, in each step of each run.
 
     Args:
         rates: shape (R,).
         n: dimensions.
         num_seeds: runs at each rate, all with the same tangents.
         num_iterations: steps of each run.
-        progress: what the progress bar is called; None for no bar.
+        progress: title of the progress bar; None for no bar.
 
     Returns:
-        For each rate ``rate``, ``mean`` and its standard ``error``, and ``typical``, the geometric mean.
+        A row for each rate: ``rate``, ``mean`` and its standard ``error``, and ``typical``, the geometric mean.
     """
     found = minimise(
         sphere,

@@ -1,23 +1,22 @@
-r"""Backprop from scratch, in one file: layers, losses and SGD on torch tensors, with autograd left out.
+r"""Backprop from scratch, in one file: layers, losses and SGD on torch tensors, without autograd.
 
-Read it from top to bottom. A network is a chain of functions, :math:`a_l = f_l(a_{l-1};\, \theta_l)`, and a loss L at
-its end. Each function is a :class:`Module` with two passes:
+Read it from top to bottom. A network is a chain of functions, :math:`a_l = f_l(a_{l-1};\, \theta_l)`, with a loss L at
+the end. Each function is a :class:`Module` with two passes:
 
 =================== ======================= ===========================================================================
-pass                is given                gives
+pass                takes                   returns
 =================== ======================= ===========================================================================
-``forward``         :math:`a_{l-1}`         :math:`a_l`, and keeps what the way back needs
+``forward``         :math:`a_{l-1}`         :math:`a_l`, and keeps what the backward pass needs
 ``backward``        :math:`\partial L /     :math:`\partial L / \partial a_{l-1}`, and adds :math:`\partial L /
                     \partial a_l`           \partial \theta_l` to its ``grads``
 =================== ======================= ===========================================================================
 
-So no module knows the others, and the chain rule is one loop, :meth:`Sequential.backward`. Three rules make it agree
-with PyTorch to the last digits:
+No module needs to know the others, and the chain rule is one loop, :meth:`Sequential.backward`. Three rules make the
+results agree with PyTorch's to the last digits:
 
-- **Gradients add up** until ``zero_grad``, as PyTorch's do: two backward passes give the gradient of the sum.
-- **Reductions live in the loss.** A layer sums over the batch, whatever the loss does; only the loss knows whether it
-  is a mean.
-- **Parameters change in place**, so whoever holds them (a :class:`Sequential`, an :class:`SGD`) sees the same tensors.
+- **Gradients add up** until ``zero_grad``, as in PyTorch: two backward passes give the gradient of the sum.
+- **Only the loss reduces.** A layer sums over the batch in any case; only the loss knows whether it is a mean.
+- **Parameters change in place**, so a :class:`Sequential` and an :class:`SGD` that hold them see the same tensors.
 
 The names are PyTorch's, so the same lines run with both:
 
@@ -53,8 +52,8 @@ REDUCTIONS = ("mean", "sum")
 class Module:
     """A function with two passes, and with parameters if it has any: layers, activations, losses.
 
-    ``params`` has its parameters by name, ``grads`` under the same names what ``backward`` has added up, and ``kept``
-    what the last forward pass left for the way back.
+    ``params`` has its parameters by name, ``grads`` under the same names the sums that ``backward`` has made, and
+    ``kept`` what the last forward pass kept for the backward pass.
     """
 
     def __init__(self) -> None:
@@ -71,7 +70,7 @@ class Module:
         raise NotImplementedError
 
     def backward(self, grad: Tensor) -> Tensor:
-        """Return the gradient at the last inputs from ``grad``, that at their outputs; add that of the parameters."""
+        """Turn ``grad``, the gradient at the outputs, into that at the inputs; add that of the parameters."""
         raise NotImplementedError
 
     def zero_grad(self) -> None:
@@ -80,13 +79,13 @@ class Module:
             grad.zero_()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy values into the parameters, for example those of ``torch_model.state_dict()``: the names are the same.
+        """Copy values into the parameters, for example ``torch_model.state_dict()``: the names are the same.
 
         Args:
             state: a tensor for each parameter.
 
         Raises:
-            ValueError: if the names or shapes are others.
+            ValueError: if the names or shapes differ.
         """
         given, own = ({name: tuple(p.shape) for name, p in found.items()} for found in (state, self.params))
         if given != own:
@@ -109,13 +108,13 @@ class Linear(Module):
         \frac{\partial L}{\partial x} = \frac{\partial L}{\partial z}\, W
 
     ``params`` and ``grads`` have ``weight``, shape (``out_features``, ``in_features``), and ``bias``. Both start
-    uniform in :math:`\pm 1/\sqrt{\texttt{in\_features}}`: PyTorch's default, and from a generator with the same seed
+    uniform in :math:`\pm 1/\sqrt{\texttt{in\_features}}`, PyTorch's default; a generator with the same seed gives
     PyTorch's numbers.
 
     Args:
-        in_features: what an example has.
-        out_features: what it is turned into.
-        generator: where the initial parameters come from; None for torch's global generator.
+        in_features: the features of an example.
+        out_features: the features of its output.
+        generator: of the initial parameters; None for torch's global generator.
         dtype: of the parameters.
         device: of the parameters, and of the generator.
 
@@ -156,13 +155,13 @@ class Linear(Module):
         """Return ``inputs`` times the weights plus the bias, shape (B, ``out_features``).
 
         Raises:
-            ValueError: if the inputs have another shape than (B, ``in_features``), or require a gradient.
+            ValueError: if the shape of the inputs is not (B, ``in_features``), or they require a gradient.
         """
         weight, bias = self.params["weight"], self.params["bias"]
         if inputs.dim() != 2 or inputs.shape[1] != weight.shape[1]:
             raise ValueError(f"inputs must have the shape (batch, {weight.shape[1]}), got {tuple(inputs.shape)}")
         if inputs.requires_grad:
-            raise ValueError("inputs require a gradient, and there is no autograd here: pass inputs.detach()")
+            raise ValueError("inputs require a gradient, but tinynet has no autograd: pass inputs.detach()")
         self.kept = inputs
         return torch.addmm(bias, inputs, weight.t())  # bias + inputs @ weight.t(), in one call
 
@@ -174,17 +173,17 @@ class Linear(Module):
 
         Raises:
             RuntimeError: if there was no forward pass.
-            ValueError: if ``grad`` has another shape than the outputs had.
+            ValueError: if ``grad`` does not have the shape of the outputs.
         """
         inputs, weight = self._recall(), self.params["weight"]
         check_shape("grad", grad, (len(inputs), len(weight)))
-        self.grads["weight"].addmm_(grad.t(), inputs)  # += grad.t() @ inputs: the sum over the batch is in the product
+        self.grads["weight"].addmm_(grad.t(), inputs)  # += grad.t() @ inputs, which sums over the batch
         self.grads["bias"] += grad.sum(0)
         return grad @ weight
 
 
 class _Activation(Module):
-    # Elementwise. All three derivatives can be told from the outputs, so these are what is kept.
+    # Elementwise. All three derivatives are functions of the outputs, so the outputs are kept.
     def _outputs(self, grad: Tensor) -> Tensor:
         outputs = self._recall()
         check_shape("grad", grad, outputs.shape)
@@ -244,11 +243,11 @@ class Sequential(Module):
     ``params`` and ``grads`` have those of the layers, the same tensors, under PyTorch's names: ``"0.weight"``.
 
     Args:
-        layers: in the order of the forward pass, each once: a layer remembers one pass, so that a second use, even of
-            an activation, would overwrite the first.
+        layers: in the order of the forward pass, each once. A layer, even an activation, remembers one pass only, so a
+            second use would overwrite the first.
 
     Raises:
-        ValueError: if a layer comes twice.
+        ValueError: if a layer is used twice.
 
     Example:
         >>> list(Sequential(Linear(2, 3), Tanh(), Linear(3, 1)).params)
@@ -260,19 +259,19 @@ class Sequential(Module):
         self.layers = list(layers)
         leaves = list(_leaves(self))
         if len({id(leaf) for leaf in leaves}) < len(leaves):
-            raise ValueError("a layer comes twice, and each remembers one pass only: make a second one")
+            raise ValueError("a layer is used twice, but it remembers one pass only: make a second layer")
         for i, layer in enumerate(layers):
             self.params |= {f"{i}.{name}": p for name, p in layer.params.items()}
             self.grads |= {f"{i}.{name}": grad for name, grad in layer.grads.items()}
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return what the last layer makes of what the layers before made of the inputs."""
+        """Pass the inputs through all layers and return the last output."""
         for layer in self.layers:
             inputs = layer.forward(inputs)
         return inputs
 
     def backward(self, grad: Tensor) -> Tensor:
-        """Carry ``grad`` from the outputs back to the inputs; each layer adds up its own gradients on the way."""
+        """Carry ``grad`` from the outputs back to the inputs; each layer adds to its own gradients."""
         for layer in reversed(self.layers):
             grad = layer.backward(grad)
         return grad
@@ -287,7 +286,7 @@ def _leaves(module: Module) -> Iterator[Module]:
 
 
 class _Loss(Module):
-    # A scalar function of outputs and targets, and the start of the way back: its backward takes no gradient.
+    # A scalar function of outputs and targets. The backward pass starts here, so its backward takes no gradient.
     def __init__(self, reduction: str = "mean") -> None:
         super().__init__()
         self.reduction = check_choice("reduction", reduction, REDUCTIONS)
@@ -302,10 +301,10 @@ class _Loss(Module):
 class MSELoss(_Loss):
     r"""The squared error, :math:`\sum_{n,k} (y_{nk} - t_{nk})^2`, divided by the number of elements for the mean.
 
-    Its gradient at the outputs is :math:`2\,(y - t)`, divided likewise.
+    Its gradient at the outputs is :math:`2\,(y - t)`, divided by the same number.
 
     Args:
-        reduction: ``"mean"``, over all elements, not over examples alone, as PyTorch has it; or ``"sum"``.
+        reduction: ``"mean"`` over all elements, not over the examples alone, as in PyTorch; or ``"sum"``.
 
     Raises:
         ValueError: if the reduction is neither.
@@ -344,8 +343,8 @@ class MSELoss(_Loss):
 class CrossEntropyLoss(_Loss):
     r"""The negative log-likelihood of the right classes under a softmax, :math:`-\sum_n \log p_{n,t_n}`.
 
-    Its gradient at the logits is what the softmax says too much, :math:`p_{nk} - [k = t_n]`; both divided by the number
-    of examples for the mean.
+    Its gradient at the logits is the error of the softmax, :math:`p_{nk} - [k = t_n]`. For the mean, both are divided
+    by the number of examples.
 
     Args:
         reduction: ``"mean"``, over the examples, or ``"sum"``.
@@ -389,14 +388,14 @@ class CrossEntropyLoss(_Loss):
 
 
 class SGD:
-    r"""Stochastic gradient descent, with momentum or without, as ``torch.optim.SGD`` has it.
+    r"""Stochastic gradient descent, with or without momentum, as in ``torch.optim.SGD``.
 
     .. math:: v \gets \mu\, v + g, \qquad \theta \gets \theta - \eta\, v
 
     Args:
-        model: whose parameters it changes, in place, by their ``grads``.
+        model: its parameters are changed in place by their ``grads``.
         lr: the learning rate.
-        momentum: what is kept of the velocity v in each step, between 0 and 1; 0 for plain descent.
+        momentum: the fraction of the velocity v that is kept in each step, between 0 and 1; 0 for plain descent.
 
     Raises:
         ValueError: if ``lr`` is not above 0 or ``momentum`` is not between 0 and 1.
@@ -426,17 +425,17 @@ class SGD:
 
 
 def xavier_normal_(model: Module, gain: float = 1.0, generator: torch.Generator | None = None) -> None:
-    r"""Draw the weights anew, normal and scaled by the layer's size, and set the biases to zero.
+    r"""Draw new weights, normal and scaled by the layer's size, and set the biases to zero.
 
     The variance is :math:`2\, \text{gain}^2 / (\text{in\_features} + \text{out\_features})`.
 
-    Glorot & Bengio 2010, *Understanding the difficulty of training deep feedforward neural networks*, equation 12 for
-    the variance; there uniform, and with gain 1.
+    The variance is that of Glorot & Bengio 2010, *Understanding the difficulty of training deep feedforward neural
+    networks*, equation 12. Their distribution is uniform, and their gain 1.
 
     Args:
         model: to change, in place.
-        gain: 1, or the square root of 2 for the half of its inputs that a ReLU lets through.
-        generator: where the weights come from; None for torch's global generator.
+        gain: 1; or the square root of 2 with ReLUs, which pass half of their inputs.
+        generator: of the weights; None for torch's global generator.
     """
     for p in model.params.values():
         if p.dim() > 1:
@@ -446,10 +445,10 @@ def xavier_normal_(model: Module, gain: float = 1.0, generator: torch.Generator 
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    """Refuse a tensor of another shape.
+    """Check the shape of a tensor.
 
     Raises:
-        ValueError: if it has one.
+        ValueError: if it is not the expected one.
     """
     if tensor.shape != expected:
         raise ValueError(f"{name} must have the shape {tuple(expected)}, got {tuple(tensor.shape)}")

@@ -1,11 +1,11 @@
-"""A Dask cluster as the place where a batch runs: the same jobs, each on whatever worker is free.
+"""A Dask cluster as the place where a batch runs: the same jobs, each on a worker that is free.
 
-The loop of :mod:`fwdlib.runs.batch` stays the only one that writes results. A job travels as the notebook's text; the Dask
-worker that gets it starts the very process that a batch starts here, watches it, and sends back the folder that it
-left. So a notebook never runs in a Dask worker itself, and dies with it: the pipe between the two closes.
+Only the loop of :mod:`fwdlib.runs.batch`, in the client, writes results. It sends the text of the notebook. The Dask
+worker starts the same process for it that a batch starts here, watches it, and sends back the files. So a notebook
+never runs inside a Dask worker, but its process ends with the worker: see :mod:`fwdlib.children`.
 
-Whatever becomes of the client, a worker notices at its own end: a job that nobody waits for any more is ended. A job
-whose worker died is given to another by the scheduler, as often as its ``allowed-failures`` has it.
+A worker ends a job that nobody waits for any more, whatever happened to the client. If a worker dies, the scheduler
+gives its job to another one, at most ``allowed-failures`` times (a setting of Dask).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import threading
@@ -32,13 +31,15 @@ from typing import Any
 import distributed
 import nbformat
 
-from fwdlib.runs import batch
-from fwdlib.runs.batch import Job, PlaceError, Worker
+from fwdlib import children
+from fwdlib.runs import notebook, stamps
+from fwdlib.runs.jobs import Job
+from fwdlib.runs.places import STAGGER, PlaceError, RunningJob, replace_paths
 
 CONNECT_SECONDS = 10
 PING_SECONDS = 2
-SILENCE_SECONDS = 20  # without an answer, and the scheduler counts as gone
-# By name, so that the scheduler, through which it all passes, can do without fwdlib.
+SILENCE_SECONDS = 20  # without an answer; then the scheduler counts as gone
+# As text, so that the scheduler, which forwards it, needs no fwdlib.
 CALL = "__import__('fwdlib.runs.cluster', fromlist=['run']).run(order)"
 Order = dict[str, Any]
 
@@ -49,14 +50,14 @@ class Cluster:
     """A Dask cluster, for :func:`fwdlib.runs.batch.run_batch`; a context manager, because it holds a connection.
 
     Args:
-        scheduler: its address, ``"tcp://host:port"`` or ``"tls://host:port"``; the certificates for TLS are those of
-            Dask's own configuration.
+        scheduler: its address, ``"tcp://host:port"`` or ``"tls://host:port"``. Dask's own configuration names the
+            certificates for TLS.
 
     Raises:
-        PlaceError: if there is no scheduler at that address, or none that talks to us.
+        PlaceError: if no scheduler answers at that address.
     """
 
-    num_jobs, stagger = None, 0.0  # the scheduler has the queue, by which a cluster that can grow knows that it should
+    num_jobs, stagger = None, 0.0  # all jobs wait at the scheduler: a cluster that can grow does so by its queue
 
     def __init__(self, scheduler: str) -> None:
         self.scheduler, self.news = scheduler, deque()
@@ -73,7 +74,7 @@ class Cluster:
         self._executor = self.client.get_executor(pure=False)
         self._name = f"fwdlib-{uuid.uuid4().hex[:8]}"
         self._num_sent, self._heard, self._state = 0, time.monotonic(), None
-        self.sent: dict[str, _Remote] = {}
+        self.sent: dict[str, RemoteJob] = {}
         self.client.subscribe_topic(self._name, self._on_start)
         self._pings = asyncio.run_coroutine_threadsafe(self._ping(), self.client.loop.asyncio_loop)
         threads = self.client.nthreads().values()
@@ -81,28 +82,28 @@ class Cluster:
         self.news.append(f"cluster  {scheduler}: {size}")
 
     def __enter__(self) -> Cluster:
-        """Return the cluster."""
+        """Return the cluster itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the connection up; what still runs for it is ended by the workers."""
+        """Close the connection; the workers end the jobs that still run for it."""
         self._pings.cancel()
-        if self._is_gone():  # we have said so, or shall; Dask would add the traceback of its attempts to get it back
+        if self._is_gone():  # the user is told so; Dask would add the traceback of its attempts to connect again
             logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
-        # What a close that takes too long leaves behind would be told by asyncio, after our last words.
+        # If closing takes too long, asyncio would report unfinished tasks after our own last line.
         self.client.loop.asyncio_loop.set_exception_handler(lambda *_: None)
         with suppress(TimeoutError):
             self.client.close(timeout=5)
 
-    def start(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> Worker:
-        """Send a job. On a cluster each has one thread; and there is one bar, that of all jobs."""
+    def start(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> RunningJob:
+        """Send a job. On a cluster each job has one thread, and there is one bar for all jobs."""
         if self._state is None:
             from fwdlib import data
 
             self._state = _code_state() | {"data": data.lacking()}
-        remote = _Remote(job, results, slot, self.scheduler)
+        remote = RemoteJob(job, results, slot, self.scheduler)
         self.sent[job.name] = remote
-        # Under one name and with numbers, Dask takes the jobs for a group, and holds back those that cannot run yet.
+        # With one name and a number each, Dask treats the jobs as a group and holds back those that cannot run yet.
         key, self._num_sent = (self._name, self._num_sent), self._num_sent + 1
         order = {
             "name": job.name,
@@ -117,10 +118,10 @@ class Cluster:
         return remote
 
     def check(self) -> None:
-        """Find out whether the scheduler is still there.
+        """Check that the scheduler is still there.
 
         Raises:
-            PlaceError: if it is not.
+            PlaceError: if it is gone.
         """
         if self._is_gone():
             raise PlaceError(GONE.format(self.scheduler))
@@ -129,9 +130,9 @@ class Cluster:
         return self.client.status != "running" or time.monotonic() - self._heard > SILENCE_SECONDS
 
     async def _ping(self) -> None:
-        # A connection that breaks is noticed by itself; this is for a scheduler that hangs, or a network that is cut.
+        # Dask notices a broken connection; this notices a scheduler that hangs and a network that is cut.
         while True:
-            with suppress(OSError):  # once is no silence
+            with suppress(OSError):  # a single failure does not matter
                 await self.client.scheduler.identity(n_workers=0)
                 self._heard = time.monotonic()
             await asyncio.sleep(PING_SECONDS)
@@ -146,15 +147,15 @@ class Cluster:
 
 
 async def _greet(scheduler: str) -> None:
-    # Dask's Client waits for ever for one that takes a connection and says nothing. One that failed leaves a thread
-    # behind, and when it is collected while another starts, it waits for the lock that the other holds, and both hang.
+    # Dask's Client waits for ever for a server that accepts a connection and says nothing. And a Client that failed
+    # leaves a thread behind: if it is garbage-collected while another Client starts, both wait for one lock and hang.
     args = distributed.Security().get_connection_args("client")
     connection = distributed.comm.connect(scheduler, timeout=CONNECT_SECONDS, **args)
     await (await asyncio.wait_for(connection, CONNECT_SECONDS)).close()
 
 
-class _Remote(Worker):
-    """A run on a worker of the cluster; its folder fills at once, when the answer is here."""
+class RemoteJob(RunningJob):
+    """A job on a worker of the cluster; its folder fills when the answer comes."""
 
     future: Future[dict[str, Any]]
 
@@ -164,10 +165,10 @@ class _Remote(Worker):
         self.staging.mkdir()
 
     def has_ended(self) -> bool:
-        """Tell whether an answer is here; if so, unpack it.
+        """Tell whether the answer has come, and unpack it.
 
         Raises:
-            PlaceError: if the scheduler is gone, or has a worker that cannot run our jobs.
+            PlaceError: if the scheduler is gone, or a worker cannot run our jobs.
         """
         if not self.future.done():
             return False
@@ -175,7 +176,7 @@ class _Remote(Worker):
             raise PlaceError(GONE.format(self.scheduler))
         error = self.future.exception()
         if isinstance(error, ImportError):
-            raise PlaceError(f"a worker of {self.scheduler} lacks what a job needs: {error}. {ADVICE}")
+            raise PlaceError(f"a worker of {self.scheduler} lacks a package that a job needs: {error}. {ADVICE}")
         if error:
             self.is_lost = isinstance(error, distributed.KilledWorker)
             lost = f"lost: each of {error.allowed_failures + 1} workers that had it died" if self.is_lost else ""
@@ -190,38 +191,36 @@ class _Remote(Worker):
         return True
 
     def _unpack(self, worker: str, seconds: float, status: int, folder: str, files: dict[str, bytes]) -> None:
-        self.where, self.status, self.start = f" on {worker}", status, time.monotonic() - seconds
+        self.where, self.status, self.begun = f" on {worker}", status, time.monotonic() - seconds
         for name, content in files.items():
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         copy = self.folder / "copy.ipynb"
-        if copy.is_file():  # it names its files where they were on the worker
-            text = copy.read_text(encoding="utf-8")
-            for old, new in ((f"{folder}/notebook.ipynb", self.job.notebook), (folder, self.folder)):
-                text = text.replace(*(json.dumps(str(path), ensure_ascii=False)[1:-1] for path in (old, new)))
-            copy.write_text(text, encoding="utf-8")
+        if copy.is_file():  # it has the paths of the worker
+            paths = {f"{folder}/notebook.ipynb": self.job.notebook, folder: self.folder}
+            copy.write_text(replace_paths(copy, paths), encoding="utf-8")
 
     def remove(self) -> None:
-        """Take the job back if it has not ended, and remove the folder."""
+        """Cancel the job if it has not ended, and remove the folder."""
         self.future.cancel()
         super().remove()
 
 
-NO_DATA = "it has no {} (if this machine alone could download that: set FWDLIB_OFFLINE=1 here)"
+NO_DATA = "it has no {} (if only this machine can download that, set FWDLIB_OFFLINE=1 here)"
 GONE = (
-    "the Dask scheduler at {} is gone. Everything finished so far is kept; when it is back, the same command runs what "
-    "is missing"
+    "the Dask scheduler at {} is gone. Everything finished so far is kept; when the scheduler is back, the same "
+    "command runs what is missing"
 )
 ADVICE = (
-    "Install there the wheel and the versions that are here, point FWDLIB_DATA to the same data, or take the worker "
-    "away. What was finished is kept; the same command goes on"
+    "Install the wheel and the versions of this machine there, point FWDLIB_DATA to the same data, or remove the "
+    "worker. Everything finished so far is kept; the same command goes on"
 )
 
 
-def _without_outputs(notebook: Path) -> str:
-    # papermill clears them anyhow, and they are most of the file.
-    content = nbformat.read(notebook, 4)
+def _without_outputs(path: Path) -> str:
+    # papermill clears the outputs anyway, and they are most of the file.
+    content = nbformat.read(path, 4)
     for cell in content.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -229,7 +228,7 @@ def _without_outputs(notebook: Path) -> str:
 
 
 def _variables() -> dict[str, str]:
-    """What the user has set for this batch and not for a machine."""
+    """Return the variables that the user has set for this batch, not for a machine."""
     offline = {"FWDLIB_OFFLINE": "1"} if os.environ.get("FWDLIB_OFFLINE", "") not in ("", "0") else {}
     return {"FWDLIB_QUICK": os.environ.get("FWDLIB_QUICK", "")} | offline
 
@@ -240,35 +239,35 @@ _STARTING = threading.Lock()  # the jobs of a worker with several threads start 
 
 
 def run(order: Order) -> dict[str, Any]:
-    """Run a job on the Dask worker that this is called on, and return what it left, or why it is refused.
+    """Run a job on this Dask worker, and return its files, or why the worker refuses it.
 
     Args:
-        order: that :class:`Cluster` has sent.
+        order: sent by :class:`Cluster`.
 
     Raises:
-        RuntimeError: if nobody waits for it any more; nobody sees this.
+        RuntimeError: if nobody waits for the job any more. Nobody sees this error.
     """
     worker = distributed.get_worker()
     key, name = worker.get_current_task(), str(worker.name)
     with _STARTING:
         if refused := _difference(order["state"], order["variables"]):
             return {"worker": name, "refused": refused}
-        time.sleep(batch.STAGGER)
+        time.sleep(STAGGER)
     worker.log_event(order["topic"], {"job": order["name"], "name": name})
-    with tempfile.TemporaryDirectory(prefix="fwdlib-", dir=worker.local_directory, ignore_cleanup_errors=True) as path:
-        folder, begun = Path(path).resolve(), time.monotonic()
-        notebook = folder / "notebook.ipynb"
-        notebook.write_text(order["notebook"], encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="fwdlib-", dir=worker.local_directory, ignore_cleanup_errors=True) as made:
+        folder, begun = Path(made).resolve(), time.monotonic()
+        path = folder / "notebook.ipynb"
+        path.write_text(order["notebook"], encoding="utf-8")
         how = {"timeout": order["timeout"], "one_thread": True, "variables": order["variables"]}
-        process = batch.start_process(folder, notebook, order["parameters"], **how)
+        process = notebook.start(folder, path, order["parameters"], **how)
         try:
             while process.poll() is None:
                 task = worker.state.tasks.get(key)
                 if task is None or task.state == "cancelled" or worker.status.name in ("closing", "closed", "failed"):
-                    raise RuntimeError(f"{order['name']} was given up by its client, or this worker is closing")
+                    raise RuntimeError(f"the client gave up {order['name']}, or this worker is closing")
                 time.sleep(0.1)
         finally:
-            batch.end_process(process)
+            children.end(process)
         left = [folder / kept for kept in ("copy.ipynb", "log.txt", "error.txt")]
         left += [path for path in sorted((folder / "results").rglob("*")) if path.is_file()]
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in left if path.is_file()}
@@ -278,11 +277,11 @@ def run(order: Order) -> dict[str, Any]:
 
 def _code_state() -> dict[str, Any]:
     versions = {"Python": platform.python_version(), "torch": importlib.metadata.version("torch")}
-    return {"code": batch.sources(), "versions": versions}
+    return {"code": stamps.sources(), "versions": versions}
 
 
 def _difference(wanted: dict[str, Any], variables: dict[str, str]) -> str:
-    """Return in what this worker differs from the client so that results could, too; empty if in nothing."""
+    """Return how this worker differs from the client in what could change results; empty if it does not."""
     here = _code_state()
     texts = [
         f"{name} is {here['versions'][name]} there and {version} here"
@@ -293,20 +292,21 @@ def _difference(wanted: dict[str, Any], variables: dict[str, str]) -> str:
     if changed := sorted(path for path in code.keys() | others.keys() if code.get(path) != others.get(path)):
         more = f" and {len(changed) - 1} more files" if len(changed) > 1 else ""
         texts.append(f"its fwdlib is another ({changed[0]}{more})")
-    if not texts:  # only then is there a fwdlib that can be asked
+    if not texts:  # only the same fwdlib can be asked about its data
         lacking = set(_lacking_data(tuple(variables.items())))
         missing, surplus = sorted(lacking - {*wanted["data"]}), sorted({*wanted["data"]} - lacking)
         texts += [NO_DATA.format(", ".join(missing))] if missing else []
         texts += [f"it has {', '.join(surplus)}, which this machine has not"] if surplus else []
         if texts:
-            _lacking_data.cache_clear()  # somebody will mend it
+            _lacking_data.cache_clear()  # ask again next time: somebody may have added it
     return "; ".join(texts)
 
 
 @functools.cache
 def _lacking_data(variables: tuple[tuple[str, str], ...]) -> list[str]:
-    # In a process of its own: a Dask worker has no use for torch.
+    # In a process of its own: a Dask worker needs no torch.
     code = "import json; from fwdlib import data; print(json.dumps(data.lacking()))"
-    environment = os.environ | dict(variables)
-    asked = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True)
+    asked = children.run([sys.executable, "-c", code], environment=os.environ | dict(variables))
+    if asked.returncode:
+        raise RuntimeError(f"looking for data sets failed: {asked.stderr.strip()}")
     return json.loads(asked.stdout.splitlines()[-1])

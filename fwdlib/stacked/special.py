@@ -21,6 +21,13 @@ def _refuse(run: Pass, func: Callable, *args: Any, **kwargs: Any) -> Any:
     )
 
 
+def _refuse_numpy(run: Pass, func: Callable, *args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError(
+        f"{function_name(func)} was called on a tensor with tangents, which numpy would lose. Torch refuses it for a "
+        f"tensor that requires a gradient, too. Use x.detach().numpy() if x is to count as a constant."
+    )
+
+
 def _on_primals(run: Pass, func: Callable, *args: Any, **kwargs: Any) -> Any:
     return func(*primals_of(args), **primals_of(kwargs))
 
@@ -58,7 +65,8 @@ SPECIAL: dict[Callable, Callable] = {
     **dict.fromkeys([torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.register_hook], _refuse),
     **dict.fromkeys([Tensor.register_post_accumulate_grad_hook], _refuse),
     **dict.fromkeys([Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage, Tensor.storage_offset], _on_primals),
-    **dict.fromkeys([Tensor.is_set_to, Tensor.is_shared, Tensor.is_pinned, Tensor.__array__], _on_primals),
+    **dict.fromkeys([Tensor.is_set_to, Tensor.is_shared, Tensor.is_pinned], _on_primals),
+    **dict.fromkeys([Tensor.numpy, Tensor.__array__], _refuse_numpy),
     **dict.fromkeys([Tensor.__deepcopy__, nn.Parameter.__deepcopy__, Tensor.__reduce_ex__], _on_primals),
     **dict.fromkeys([Tensor.grad.__set__, Tensor.grad.__delete__], _on_primals),
     **dict.fromkeys([Tensor.requires_grad_, Tensor.requires_grad.__set__], _require_grad),

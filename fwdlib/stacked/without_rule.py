@@ -106,10 +106,10 @@ def call_without_rule(
             f"fwdlib.register_rule, or use fwdlib.backprop_gradient."
         )
     duals = []
-    for value, tangents in rows:
+    for (value, tangents), is_lost in zip(rows, lost or [False], strict=False):
         check(value)
         source = next((a.dual for a in arguments.values() if memory_of(value) == memory_of(a.primal)), None)
-        view = None if source is None else _view(value, source.stack)
+        view = None if source is None or is_lost else _view(value, source.stack)
         duals.append(Dual(torch.cat([value.unsqueeze(0), tangents])) if view is None else view)
         if source is not None and view is None:
             doubt(source, duals[-1], name)

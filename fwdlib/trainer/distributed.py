@@ -1,16 +1,15 @@
-r"""Data-parallel training that exchanges only scalars, and beside it backprop's, which exchanges gradients.
+r"""Data-parallel training that exchanges only scalars; for comparison, backprop's, which exchanges gradients.
 
-A batch is shared among N processes that hold the same parameters. If they draw the same tangents, each can make the
-whole estimate from the mean of their directional derivatives:
+N processes hold the same parameters and share each batch. They draw the same tangents, so each makes the whole estimate
+from the mean of their directional derivatives:
 
 .. math:: \frac1K \sum_k \Bigl(\frac1N \sum_{r=1}^N \nabla f_r \cdot v_k\Bigr)\, v_k
 
-so K numbers and the loss go over the wire in a step, whatever the number of parameters; backprop sends all of them. The
-mean over processes is linear, and hence its own derivative. So it is part of the loss here, which every estimator of
-forward mode differentiates like any other: nothing of them is written anew.
+A step sends K numbers and the loss, whatever the number of parameters; backprop sends all gradients. The mean over
+processes is part of the loss (:mod:`fwdlib.trainer.exchange`), so every forward estimator works without change.
 
 Start it by ``torchrun --nproc-per-node N -m fwdlib train ...``, or on one machine by ``python -m fwdlib train
---processes N ...``. The exchange is torch.distributed's: gloo on CPUs, nccl on GPUs.
+--processes N ...``. torch.distributed does the exchange, with gloo on CPUs and nccl on GPUs.
 """
 
 from __future__ import annotations
@@ -31,129 +30,30 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fwdlib import runtime
 from fwdlib.data import Dataset, fingerprint
 from fwdlib.estimators import Estimator, GradientEstimate
 from fwdlib.history import History
 from fwdlib.objectives import BatchLoss, own_params
-from fwdlib.stacked.dual import Dual
-from fwdlib.stacked.forward_pass import Pass, register_rule
 from fwdlib.tangents import Params
 from fwdlib.trainer.checkpoint import Part, differences
-from fwdlib.trainer.processes import ALONE, ToldElsewhereError, Workers, num_restarts, num_started
+from fwdlib.trainer.exchange import Exchange, mean_over_processes
+from fwdlib.trainer.processes import ALONE, AlreadyReportedError, Processes, num_restarts, num_started
 from fwdlib.trainer.session import TrainerSession
 from fwdlib.training import train
 
 T = TypeVar("T")
-MEETING = "FWDLIB_MEETING"  # variable with the file in which processes meet that start() has started
-TIMEOUT = timedelta(minutes=5)  # for the slowest process to come to the same point
+MEETING = "FWDLIB_MEETING"  # environment variable: the file in which the processes of start() meet
+TIMEOUT = timedelta(minutes=5)  # for the slowest process to reach the same point
 
 
-# --- the mean over processes -----------------------------------------------------------------------------------------
-
-
-class Exchange:
-    """The mean of a small tensor over all processes.
-
-    They stand in a grid whose sides are the prime factors of their number, and gather along one side after the other.
-    Four processes take two messages each, where the ring of gloo's all-reduce takes six, one after the other: for a few
-    numbers the messages are all that counts. All processes add the same numbers in the same order.
+class ProcessGroup(Processes):
+    """The processes of torch.distributed's default group, see :func:`joined`.
 
     Args:
-        device: of the tensors.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.size = dist.get_world_size()
-        self._sides = prime_factors(self.size)
-        names = [f"side {i}" for i in range(len(self._sides))]
-        mesh = init_device_mesh(device.type, tuple(self._sides), mesh_dim_names=tuple(names))
-        self._groups = [mesh.get_group(name) for name in names]
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Return the mean of ``values``, of any shape, which must be the same in all processes."""
-        total = values.detach().reshape(-1)
-        for side, group in zip(self._sides, self._groups, strict=True):
-            rows = total.new_empty(side * len(total))
-            dist.all_gather_into_tensor(rows, total, group=group)
-            total = rows.view(side, -1).sum(0)
-        return (total / self.size).reshape(values.shape)
-
-
-def prime_factors(number: int) -> list[int]:
-    """Return the prime factors of a whole number, in rising order.
-
-    Example:
-        >>> prime_factors(12)
-        [2, 2, 3]
-    """
-    factors, divisor = [], 2
-    while number > 1:
-        while number % divisor == 0:
-            factors.append(divisor)
-            number //= divisor
-        divisor += 1
-    return factors
-
-
-class _Mean(torch.autograd.Function):
-    # The mean over processes for torch's own forward mode. As it is linear, its derivative is itself.
-    @staticmethod
-    def forward(values: Tensor, exchange: Exchange) -> Tensor:
-        return exchange.mean(values)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
-        ctx.exchange = inputs[1]
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return mean_over_processes(tangent, ctx.exchange)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, values: Tensor, exchange: Exchange) -> tuple[Tensor, int | None]:
-        return mean_over_processes(values, exchange), in_dims[0]
-
-
-def mean_over_processes(values: Tensor, exchange: Exchange) -> Tensor:
-    """Return the mean of ``values`` over all processes, to be differentiated in forward mode.
-
-    In the stacked pass value and derivatives are exchanged together, in torch's own forward mode one after the other.
-
-    Args:
-        values: a small tensor.
-        exchange: between the processes.
-
-    Raises:
-        NotImplementedError: for tangents that belong to examples, of which each process knows its own alone.
-    """
-    if has_torch_function_unary(values) or torch._C._len_torch_function_stack():
-        return handle_torch_function(mean_over_processes, (values,), values, exchange)
-    return _Mean.apply(values, exchange)
-
-
-@register_rule(mean_over_processes)
-def _mean_over_processes(run: Pass, values: Any, exchange: Exchange) -> Dual:
-    if run.perturbation.per_example:
-        raise NotImplementedError(
-            "tangents of activities or single examples cannot be shared among processes: each would have to know the "
-            "examples of the others. Take tangents of the weights, such as rank-one ones."
-        )
-    return Dual(exchange.mean(run.stack(values)))
-
-
-# --- the processes ---------------------------------------------------------------------------------------------------
-
-
-class Processes(Workers):
-    """The processes of torch.distributed's default group, see :func:`processes`.
-
-    Args:
-        device: that this one works on.
+        device: where this process computes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -161,23 +61,23 @@ class Processes(Workers):
         self.exchange = Exchange(device)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross entropy over the shares of all processes; it has no derivative in reverse mode."""
+        """Return the mean cross entropy over the shares of all processes, differentiable in forward mode only."""
         return mean_over_processes(F.cross_entropy(logits, targets), self.exchange)
 
     def share(self, rows: Tensor) -> Tensor:
-        """Return every N-th of the rows, from that of the rank on."""
+        """Return every N-th row, beginning at this process's rank."""
         return rows[self.rank :: self.size]
 
     def each(self, part: Part) -> Part:
-        """Return a part of a checkpoint that holds the states of all processes, and loads each its own."""
+        """Return a part of a checkpoint that saves the state of every process's ``part``, and restores each."""
         return _Each(part, self)
 
     def check_alike(self, about: Mapping[str, str]) -> None:
-        """Refuse to train together what differs, versions of torch and fwdlib included.
+        """Refuse to train together if the processes differ, also in their versions of torch and fwdlib.
 
         Raises:
-            ValueError: in the first process, with what differs, and for which processes.
-            ToldElsewhereError: in the others.
+            ValueError: in process 0, if two processes differ; the message says which, and in what.
+            AlreadyReportedError: in the others.
         """
         versions = runtime.versions()
         found = self._gather({**about, **{f"the version of {name}": versions[name] for name in ("torch", "fwdlib")}})
@@ -190,18 +90,14 @@ class Processes(Workers):
                 values = ", ".join(f"{value} in {', '.join(which)}" for value, which in ranks.items())
                 lines.append(f"{name} is {values}")
         if lines:
-            raise self.told(
-                ValueError(
-                    f"the {self.size} processes would not train the same thing: {differences(lines)}. Start all of "
-                    f"them with the same command, code and data"
-                )
-            )
+            message = f"the {self.size} processes would not train the same thing: {differences(lines)}. Start all of "
+            raise self.reported_once(ValueError(f"{message}them with the same command, code and data"))
 
     def settle(self, model: nn.Module) -> None:
-        """Give all processes the mean of their buffers, and compare their parameters, by a hash.
+        """Set the buffers of all processes to their mean, and compare the parameters, by a hash.
 
         Raises:
-            RuntimeError: if these differ, as they can where processors round differently.
+            RuntimeError: if the parameters differ, as they can if processors round differently.
         """
         for buffer in model.buffers():
             if buffer.is_floating_point():
@@ -210,16 +106,16 @@ class Processes(Workers):
         if len(set(prints)) > 1:
             odd = [str(rank) for rank, found in enumerate(prints) if found != prints[0]]
             raise RuntimeError(
-                f"the parameters of process {', '.join(odd)} are no longer those of process 0, so what they exchange "
-                f"means nothing. Processors of different kinds round differently: use machines of one kind"
+                f"the parameters of process {', '.join(odd)} are no longer those of process 0, so their exchange would "
+                f"be meaningless. Processors of different kinds round differently: use machines of one kind"
             )
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return what ``make()`` returns in the first process; an exception there ends all of them.
+        """Return what ``make()`` returns in process 0.
 
         Raises:
-            Exception: in the first process, what ``make`` raises.
-            ToldElsewhereError: in the others.
+            Exception: in process 0, what ``make`` raises.
+            AlreadyReportedError: in the others, if ``make`` raises.
         """
         made: list[Any] = [None, None]
         problem: Exception | None = None
@@ -232,7 +128,7 @@ class Processes(Workers):
         if problem:
             raise problem
         if made[1] is not None:
-            raise ToldElsewhereError(made[1])
+            raise AlreadyReportedError(made[1])
         return made[0]
 
     def _gather(self, value: T) -> list[T]:
@@ -242,21 +138,21 @@ class Processes(Workers):
 
 
 class _Each:
-    def __init__(self, part: Part, workers: Processes) -> None:
-        self._part, self._workers = part, workers
+    def __init__(self, part: Part, processes: ProcessGroup) -> None:
+        self._part, self._processes = part, processes
 
     def state_dict(self) -> dict[str, Any]:
-        return {"of each process": self._workers._gather(self._part.state_dict())}
+        return {"of each process": self._processes._gather(self._part.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._part.load_state_dict(state["of each process"][self._workers.rank])
+        self._part.load_state_dict(state["of each process"][self._processes.rank])
 
 
 class DataParallelGradient:
     """Backprop's gradient of the loss of all processes, by torch's DistributedDataParallel.
 
-    It averages the gradients while the backward pass goes on. Running statistics of BatchNorm stay each process's own
-    in a step, as with forward gradients; the logged loss is exchanged beside the backward pass.
+    Gradients are averaged and the logged loss is exchanged during the backward pass. Within a step each process keeps
+    its own running statistics of BatchNorm, as with forward gradients.
     """
 
     def __init__(self) -> None:
@@ -266,14 +162,14 @@ class DataParallelGradient:
         """Return the gradient of a model at its own parameters, ``params_of(model)``.
 
         Raises:
-            ValueError: if the parameters are others.
+            ValueError: if ``params`` are other tensors.
         """
         model = objective.model
         own = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if own.keys() != params.keys() or own_params(own, params) is None:
-            raise ValueError("DistributedDataParallel works at the model's own parameters: pass params_of(model)")
+            raise ValueError("DistributedDataParallel needs the model's own parameters: pass params_of(model)")
         if self._wrapped is None or self._wrapped.module is not model:
-            with warnings.catch_warnings():  # torch 2.15 has another name for it, which lower versions lack
+            with warnings.catch_warnings():  # renamed in torch 2.15; lower versions lack the new name
                 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
                 self._wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         for p in own.values():
@@ -287,19 +183,21 @@ class DataParallelGradient:
         return GradientEstimate(mean, {name: p.grad for name, p in own.items()}, mean.new_empty(0))
 
 
-# --- starting --------------------------------------------------------------------------------------------------------
+# --- starting and joining --------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def processes(device: torch.device) -> Iterator[Workers]:
-    """Join the processes that torchrun has started, for the time of a ``with`` block; alone, join none.
+def joined(device: torch.device) -> Iterator[Processes]:
+    """Join the processes that torchrun or :func:`start` has started, for the duration of a ``with`` block.
+
+    A process that was started alone gets :data:`~fwdlib.trainer.processes.ALONE`.
 
     Args:
-        device: that this process works on; a CPU means gloo, a GPU nccl.
+        device: where this process computes; CPUs use gloo, GPUs nccl.
 
     Raises:
-        ToldElsewhereError: if another process is gone.
-        RuntimeError: what else goes wrong in the block.
+        AlreadyReportedError: if another process has ended.
+        RuntimeError: if anything else goes wrong in the block.
     """
     if num_started() == 1:
         yield ALONE
@@ -307,19 +205,19 @@ def processes(device: torch.device) -> Iterator[Workers]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     master = os.environ.get("MASTER_ADDR", "localhost")
-    if socket.gethostbyname(master).startswith("127."):  # or gloo would listen where the machine's name points to
+    if socket.gethostbyname(master).startswith("127."):  # or gloo would listen on the address of the machine's name
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     place = {"rank": int(os.environ["RANK"]), "world_size": num_started()}
     store, *_ = next(dist.rendezvous(os.environ.get(MEETING, "env://"), timeout=TIMEOUT, **place))
-    # Under a name of its own after each restart: torchrun's store still has the addresses of those that were lost.
+    # A new name after each restart: torchrun's store still has the addresses of the lost processes.
     store = dist.PrefixStore(f"start {num_restarts()}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, timeout=TIMEOUT, **place)
     try:
-        yield Processes(device)
+        yield ProcessGroup(device)
     except RuntimeError as error:
         is_lost = "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error)
-        raise (ToldElsewhereError(f"another process was lost: {error}") if is_lost else error) from error
+        raise (AlreadyReportedError(f"another process was lost: {error}") if is_lost else error) from error
     finally:
         dist.destroy_process_group()
 
@@ -329,24 +227,24 @@ def _loopback() -> str:
 
 
 def start(count: int, function: Callable[..., None], *args: Any) -> None:
-    """Call a function in several new processes on this machine, which :func:`processes` joins.
+    """Call a function in several new processes on this machine, which can join each other by :func:`joined`.
 
-    They meet in a file and talk over the loopback device, so that nothing can be reached from elsewhere. (torchrun has
-    a server of its own, which listens on all addresses.) Each takes one thread, unless ``OMP_NUM_THREADS`` says more.
+    They meet in a file and talk over the loopback device, so no other machine can reach them. (torchrun's own server
+    listens on all addresses.) Each uses one thread, unless ``OMP_NUM_THREADS`` says otherwise.
 
     Args:
-        count: how many.
-        function: that can be pickled. Where it ends by ``sys.exit(code)``, the others are ended.
-        args: its arguments, likewise.
+        count: number of processes.
+        function: must be picklable. If it calls ``sys.exit(code)`` with a code other than 0, the other processes end.
+        args: its arguments, also picklable.
 
     Raises:
-        ChildError: if one of them ends with a code other than 0; the message has it.
-        ProcessRaisedException: if one of them ends by another exception; the message has its traceback.
+        ChildError: if a process ends with a code other than 0, or by a signal.
+        ProcessRaisedException: if a process ends by another exception; the message has its traceback.
     """
     with tempfile.TemporaryDirectory(prefix="fwdlib-") as folder:
         given = (count, (Path(folder) / "meeting").as_uri(), function, args)
         children = torch.multiprocessing.start_processes(_start, given, nprocs=count, join=False)
-        # what ends the others is said below, or by the first
+        # the ChildError below, or process 0, says why the others end
         logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
         lost = None
         try:
@@ -354,19 +252,19 @@ def start(count: int, function: Callable[..., None], *args: Any) -> None:
                 pass
         except torch.multiprocessing.ProcessExitedException as end:
             lost = end.error_index
-        finally:  # at Ctrl-C there are some left
+        finally:  # after Ctrl-C some are still running
             for process in children.processes:
                 process.terminate()
                 process.join()
         codes = [process.exitcode for process in children.processes]
-        if lost is not None:  # that it noticed first: better the one that was killed than one that missed it
+        if lost is not None:  # prefer a rank killed by a signal over one that merely noticed
             killed = [rank for rank, code in enumerate(codes) if code < 0 and code != -signal.SIGTERM]
             rank = (killed or [lost])[0]
             raise ChildError(rank, codes[rank])
 
 
 class ChildError(RuntimeError):
-    """A process that :func:`start` has started ended early, by an error that it has told, or by a signal."""
+    """A process of :func:`start` ended early, by a signal or by an error that it has reported itself."""
 
     def __init__(self, rank: int, code: int) -> None:
         how = f"code {code}" if code >= 0 else f"signal {-code}"
@@ -388,15 +286,15 @@ def train_together(
     """Train a model in several new processes on this machine, which share each batch.
 
     Args:
-        count: of processes.
-        build: makes the model; like the estimator, something that can be imported or is made of such things by
-            ``functools.partial``: the processes know nothing of a notebook's cells.
+        count: number of processes.
+        build: makes the model. Like the estimator, it must be importable, or a ``functools.partial`` of importable
+            things: the processes do not know the cells of a notebook.
         data: the data set.
         estimator: see :func:`fwdlib.training.train`.
-        options: what else that takes.
+        options: other arguments of ``train``.
 
     Returns:
-        The history of each process: all the same, the times apart.
+        The history of each process. All are equal, apart from the times.
 
     Raises:
         ChildError: as :func:`start`.
@@ -407,6 +305,6 @@ def train_together(
 
 
 def _train(folder: str, build: Callable, data: Dataset, estimator: Estimator, options: dict[str, Any]) -> None:
-    with processes(torch.device(options.get("device", "cpu"))) as workers:
-        history = train(build, data, estimator, session=TrainerSession(workers=workers), **options)
-        torch.save(history, Path(folder) / f"{workers.rank}.pt")
+    with joined(torch.device(options.get("device", "cpu"))) as processes:
+        history = train(build, data, estimator, session=TrainerSession(processes=processes), **options)
+        torch.save(history, Path(folder) / f"{processes.rank}.pt")

@@ -1,12 +1,13 @@
-"""One training of an image classifier by any method: what ``python -m fwdlib train`` does, and what it leaves behind.
+"""``python -m fwdlib train``: train an image classifier by any method, and write what came out.
 
-Files in the log folder, all written whole or not at all, all but the checkpoint a function of the run alone, so that a
-run which was cut off and goes on ends with the same ones:
+It writes these files in the log folder, each whole or not at all:
 
 - ``log.csv``: a row for each epoch;
-- ``record.json``: the same rows, settings, source of the data, machine and versions;
+- ``record.json``: the same rows, the settings, the source of the data, the machine and the versions;
 - ``checkpoint.pt``: see :mod:`fwdlib.trainer.checkpoint`; ``["model"]`` has the weights;
 - ``curves.png``, ``curves.svg``: drawn from the record at the end.
+
+All but the checkpoint depend on the run alone, so an interrupted and resumed run ends with the same files.
 """
 
 from __future__ import annotations
@@ -30,25 +31,25 @@ from fwdlib.atomic import write_bytes
 from fwdlib.data import Dataset, fetch, load_images
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.history import History, Run
-from fwdlib.models import alexnet, fully_connected, initialise, num_parameters, shallow_cnn
+from fwdlib.models import initialise, num_parameters
 from fwdlib.results import write_json, write_text
-from fwdlib.trainer.processes import ALONE, Workers, num_restarts, num_started
+from fwdlib.trainer.networks import alexnet, fully_connected, shallow_cnn
+from fwdlib.trainer.processes import ALONE, Processes, num_restarts, num_started
 from fwdlib.trainer.session import TrainerSession
 from fwdlib.trainer.settings import SHARED_MODES, Settings, why_not_shared
 from fwdlib.training import Augment, MakeOptimizer, make_optimizer, train
 
 FORMAT = 1
 ALEXNET_SIZE = 224
-FUSED = ("Adam", "AdamW", "SGD", "Adagrad")  # have one kernel for the whole step, on a CPU, too
+FUSED = ("Adam", "AdamW", "SGD", "Adagrad")  # have one kernel for the whole step, also on a CPU
 COLUMNS = ("epoch", "train_loss", "test_loss", "test_accuracy", "seconds", "images_per_second", "learning_rate")
-# What of the settings a checkpoint depends on; batch, seed, optimizer and learning rates train() notes by itself.
+# Settings that a checkpoint depends on. The session notes batch size, seed, optimizer and learning rates by itself.
 BELONGS = ("dataset", "train_mode", "num_tangents", "b_lr", "feedback_decay", "alpha", "alpha_decay")
-
-PASSING = ("log_dir", "resume", "dry_run", "log_interval", "processes")  # make no difference to what comes out
+PASSING = ("log_dir", "resume", "dry_run", "log_interval", "processes")  # settings that do not change the result
 
 
 def folder_of(settings: Settings) -> Path:
-    """Return the log folder: the one that was asked for, or ``train/<name of the run>`` in the folder for results."""
+    """Return the log folder: ``log_dir``, or else ``train/<name of the run>`` in the folder for results."""
     return Path(settings.log_dir) if settings.log_dir else runtime.results_dir() / "train" / settings.name
 
 
@@ -56,64 +57,40 @@ def run(settings: Settings, *, progress: bool = True) -> dict[str, Any]:
     """Train, and write the files.
 
     Args:
-        settings: all there is to say.
+        settings: what to train, and how.
         progress: whether to show a progress bar.
 
     Returns:
-        The record, as it is in ``record.json``.
+        The record, as in ``record.json``.
 
     Raises:
-        ValueError: if the folder has a checkpoint and ``resume`` is not set; if that is damaged or one of something
-            else; or if the training diverged: its files up to the last whole epoch are there.
-        FileNotFoundError: if the data set cannot be had; no other takes its place.
-        DamagedFileError: if its archive is not the published one.
+        ValueError: if the folder has a checkpoint and ``resume`` is not set; if the checkpoint is damaged or belongs to
+            a different run; or if the training diverged: the files up to the last whole epoch are kept.
+        FileNotFoundError: if the data set is not available. No other takes its place.
+        DamagedFileError: if the data set's archive is not the published one.
         OSError: if a file cannot be written.
-        ToldElsewhereError: if several processes train together, and the first of them has raised one of these.
+        AlreadyReportedError: if process 0 of several has raised one of these.
     """
     device = runtime.resolve_device(device_name(settings))
-    with together(settings, device) as workers:
-        return _run(settings, device, workers, progress)
+    with together(settings, device) as processes:
+        return _run(settings, device, processes, progress)
 
 
-def _run(settings: Settings, device: torch.device, workers: Workers, progress: bool) -> dict[str, Any]:
-    folder, is_first = folder_of(settings), workers.rank == 0
-    checkpoint = folder / "checkpoint.pt"
-    resume = settings.resume or num_restarts() > 0
-    loaded: list[Dataset] = []
-
-    def prepare() -> None:
-        if checkpoint.exists() and not (resume or settings.dry_run):
-            raise ValueError(
-                f"{checkpoint} is there from an earlier run. To go on from it, add --resume; to begin anew, delete it "
-                f"or name another --log-dir"
-            )
-        loaded.append(load(settings, device))
-
-    workers.from_first(prepare)  # if it has to be downloaded, then once
-    data = loaded[0] if loaded else load(settings, device)
+def _run(settings: Settings, device: torch.device, processes: Processes, progress: bool) -> dict[str, Any]:
+    folder = folder_of(settings)
+    checkpoint = None if settings.dry_run else folder / "checkpoint.pt"
+    resume = bool(checkpoint) and (settings.resume or num_restarts() > 0)
+    data = _load_together(settings, device, processes, None if resume else checkpoint)
     steps = len(data.train_targets) // settings.batch_size
     if not steps:
-        raise workers.told(
-            ValueError(
-                f"batch_size must be at most the {len(data.train_targets)} training images, got {settings.batch_size}"
-            )
-        )
-    record = {
-        "format": FORMAT,
-        "settings": {name: value for name, value in asdict(settings).items() if name not in PASSING},
-        "network": settings.network,
-        "num_params": num_parameters(network(settings, data)()),
-        "num_train": len(data.train_targets),
-        "num_test": len(data.test_targets),
-        "num_processes": workers.size,
-        "steps_per_epoch": steps,
-        "source": data.source._asdict(),
-        "environment": runtime.environment(device),
-    }
-    writes = is_first and not settings.dry_run
+        limit = f"the {len(data.train_targets)} training images"
+        raise processes.reported_once(ValueError(f"batch_size must be at most {limit}, got {settings.batch_size}"))
+    record = _record(settings, data, device, steps, processes.size)
+    writes = processes.rank == 0 and not settings.dry_run
     if writes:
         for left in folder.glob(".*.part"):  # of a run that was killed while it wrote
             left.unlink()
+    belongs = {name: getattr(settings, name) for name in BELONGS}
     history = fit(
         settings,
         data,
@@ -121,63 +98,92 @@ def _run(settings: Settings, device: torch.device, workers: Workers, progress: b
         evaluate_every=1 if settings.dry_run else steps,
         device=device,
         on_evaluation=partial(write_logs, folder, record) if writes else None,
-        session=TrainerSession(
-            None if settings.dry_run else checkpoint,
-            resume=resume and not settings.dry_run,
-            settings={name: getattr(settings, name) for name in BELONGS},
-            workers=workers,
-        ),
+        session=TrainerSession(checkpoint, resume=resume, settings=belongs, processes=processes),
         progress=f"{settings.train_mode} on {settings.dataset}" if progress else None,
         progress_every=settings.log_interval,
     )
     (end,) = history.runs
     if end.status == "diverged":
-        kept = (
-            f"; the checkpoint of epoch {(end.iterations - 1) // steps} in {folder} is intact" if end.iterations else ""
-        )
-        raise workers.told(
-            ValueError(
-                f"the training diverged: its loss was {end.train_loss[-1]} after {end.iterations} steps, in epoch "
-                f"{-(-end.iterations // steps)}. Try a lower --lr than {settings.lr:g}{kept}"
-            )
-        )
+        raise processes.reported_once(_divergence(end, steps, settings.lr, folder))
     record = finished(record, end)
     if writes:
         draw(folder, record)
     return record
 
 
+def _load_together(settings: Settings, device: torch.device, processes: Processes, unwanted: Path | None) -> Dataset:
+    # Process 0 loads first, so that it alone downloads.
+    loaded: list[Dataset] = []
+
+    def load_first() -> None:
+        if unwanted and unwanted.exists():
+            raise ValueError(
+                f"{unwanted} exists: it is there from an earlier run. To resume that run, add --resume; to start anew, "
+                f"delete the file or name another --log-dir"
+            )
+        loaded.append(load(settings, device))
+
+    processes.from_first(load_first)
+    return loaded[0] if loaded else load(settings, device)
+
+
+def _record(
+    settings: Settings, data: Dataset, device: torch.device, steps_per_epoch: int, num_processes: int
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "settings": {name: value for name, value in asdict(settings).items() if name not in PASSING},
+        "network": settings.network,
+        "num_params": num_parameters(network(settings, data)()),
+        "num_train": len(data.train_targets),
+        "num_test": len(data.test_targets),
+        "num_processes": num_processes,
+        "steps_per_epoch": steps_per_epoch,
+        "source": data.source._asdict(),
+        "environment": runtime.environment(device),
+    }
+
+
+def _divergence(end: Run, steps_per_epoch: int, learning_rate: float, folder: Path) -> ValueError:
+    epoch, whole_epoch = -(-end.iterations // steps_per_epoch), (end.iterations - 1) // steps_per_epoch
+    kept = f"; the checkpoint of epoch {whole_epoch} in {folder} is intact" if end.iterations else ""
+    return ValueError(
+        f"the training diverged: its loss was {end.train_loss[-1]} after {end.iterations} steps, in epoch {epoch}. Try "
+        f"a lower --lr than {learning_rate:g}{kept}"
+    )
+
+
 def device_name(settings: Settings) -> str:
-    """Return the device of this process: of several GPUs that with its number on this machine."""
+    """Return the device of this process. Several processes with ``cuda`` use one GPU each, by their local rank."""
     shares = settings.device == "cuda" and num_started() > 1
     return f"cuda:{os.environ['LOCAL_RANK']}" if shares else settings.device
 
 
 @contextmanager
-def together(settings: Settings, device: torch.device) -> Iterator[Workers]:
-    """Join the processes that were started with this one, for the time of a ``with`` block.
+def together(settings: Settings, device: torch.device) -> Iterator[Processes]:
+    """Join the processes that were started with this one, for the duration of a ``with`` block.
 
     Raises:
-        ValueError: if there are others, and the train mode has no use for them.
+        ValueError: if there are others, and the train mode cannot share a batch.
     """
     if num_started() == 1:
         yield ALONE
         return
     from fwdlib.trainer import distributed  # takes a second to import
 
-    with distributed.processes(device) as workers:
+    with distributed.joined(device) as processes:
         if settings.train_mode not in SHARED_MODES:
-            raise workers.told(ValueError(why_not_shared(settings.train_mode)))
-        yield workers
+            raise processes.reported_once(ValueError(why_not_shared(settings.train_mode)))
+        yield processes
 
 
 def fit(settings: Settings, data: Dataset, /, **options: Any) -> History:
     """Train as the settings say: their network, estimator, optimizer, schedule, batches and seed.
 
     Args:
-        settings: how.
-        data: on what, as :func:`load` gives it, or a part of it.
-        options: the rest of what :func:`fwdlib.training.train` takes, ``max_iterations`` for one.
+        settings: how to train.
+        data: what :func:`load` returns, or a part of it.
+        options: other arguments of :func:`fwdlib.training.train`, such as ``max_iterations``.
     """
     build = network(settings, data)
     return train(
@@ -198,15 +204,15 @@ def fit(settings: Settings, data: Dataset, /, **options: Any) -> History:
 
 
 def load(settings: Settings, device: torch.device) -> Dataset:
-    """Load the data set on a device, its pixels scaled from 0..1 to -1..1; of the test set one batch for a dry run.
+    """Load the data set on a device and scale its pixels from 0..1 to -1..1. A dry run gets one batch of test images.
 
     Raises:
-        FileNotFoundError: if it cannot be had; the message names it, the folders looked in and the command that gets
-            it. Asked for by name, it has no substitute.
+        FileNotFoundError: if the data set is not available; the message names it, the folders that were searched and
+            the command that downloads it. Nothing takes its place.
         DamagedFileError: if an archive is not the published one.
     """
     if settings.dataset != "digits":
-        fetch(settings.dataset)  # says so where there is none; load_images would take digits in its place
+        fetch(settings.dataset)  # raises if there is none; load_images would return digits in its place
     data = load_images(settings.dataset, device=device)
     count = settings.test_batch_size if settings.dry_run else len(data.test_targets)
     return data._replace(
@@ -217,7 +223,7 @@ def load(settings: Settings, device: torch.device) -> Dataset:
 
 
 def network(settings: Settings, data: Dataset) -> Callable[[], nn.Sequential]:
-    """Return what makes the network for these images."""
+    """Return the function that makes the network for these images."""
     _, channels, size, _ = data.train_inputs.shape
     classes = len(data.class_names)
     if settings.network == "alexnet":
@@ -228,12 +234,12 @@ def network(settings: Settings, data: Dataset) -> Callable[[], nn.Sequential]:
 
 
 def enlarging_alexnet(num_classes: int) -> nn.Sequential:
-    """Return AlexNet behind what enlarges images to its 224 x 224; crops that are as large pass as they are."""
+    """Return AlexNet behind a layer that enlarges images to 224 x 224. Crops of that size pass unchanged."""
     return nn.Sequential(nn.Upsample(size=(ALEXNET_SIZE, ALEXNET_SIZE), mode="bilinear"), *alexnet(num_classes))
 
 
 def crops() -> Augment:
-    """Return what turns a batch of images into random crops of 224 x 224, flipped or not, each image by itself."""
+    """Return a function that crops each image of a batch at random to 224 x 224, and flips it at random."""
     from torchvision.transforms import v2
 
     one = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomResizedCrop(ALEXNET_SIZE, antialias=True)])
@@ -248,10 +254,10 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
     """Return the estimator of a train mode.
 
     Args:
-        settings: which, and its options.
+        settings: name the mode and its options.
         build: makes the network.
-        data: whose images tell a feedback rule the shapes of the layers.
-        steps_per_epoch: alpha decays by the epoch in the settings, by the step in the estimator.
+        data: its images give a feedback rule the shapes of the layers.
+        steps_per_epoch: alpha decays per epoch in the settings, but per step in the estimator.
     """
     tangents = {"num_tangents": settings.num_tangents}
     match settings.train_mode:
@@ -285,24 +291,24 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
 
 
 def optimizer(name: str, learning_rate: float, weight_decay: float) -> MakeOptimizer:
-    """Return what makes an optimizer, in its fused form where it has one."""
+    """Return the function that makes an optimizer, fused if torch has a fused form."""
     fused = {"fused": True} if name in FUSED else {}
     return make_optimizer(name, learning_rate, weight_decay=weight_decay, **fused)
 
 
-# --- what it leaves --------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def rows(run: Run, record: dict[str, Any]) -> list[dict[str, float]]:
-    """Return a row for each whole epoch of a run; what diverged in the middle of one has none.
+    """Return a row for each complete epoch of a run.
 
     Args:
-        run: so far.
+        run: the run so far.
         record: of the run, without its epochs.
 
     Returns:
-        Dicts with the keys ``COLUMNS``. Losses are means, that of training over the batches since the epoch before; the
-        accuracy is the part of the test images that are classified right; seconds are those of the steps alone.
+        Dicts with the keys ``COLUMNS``. Losses are means; the training loss is the mean over the epoch's batches. The
+        accuracy is the fraction of the test images that are classified correctly. Seconds count the steps alone.
     """
     settings, every = record["settings"], run.every
     found = []
@@ -322,15 +328,15 @@ def rows(run: Run, record: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def finished(record: dict[str, Any], run: Run) -> dict[str, Any]:
-    """Return the record with what a run has come to: ``status``, ``iterations``, ``epochs`` (the rows)."""
+    """Return the record with the state of the run: ``status``, ``iterations`` and ``epochs``, the rows."""
     return record | {"status": run.status or "running", "iterations": run.iterations, "epochs": rows(run, record)}
 
 
 def write_logs(folder: Path, record: dict[str, Any], run: Run) -> None:
-    """Write ``log.csv`` and ``record.json`` anew.
+    """Replace ``log.csv`` and ``record.json``.
 
     Raises:
-        OSError: if that fails; what was there before is still there.
+        OSError: if that fails; the old files are intact.
     """
     content = finished(record, run)
     text = io.StringIO()
@@ -345,16 +351,16 @@ def draw(folder: Path, record: dict[str, Any]) -> None:
     """Draw the curves of a record, as PNG and as SVG.
 
     Raises:
-        OSError: if that fails.
+        OSError: if a file cannot be written.
     """
     import matplotlib.style
 
-    from fwdlib.methods import figures
     from fwdlib.plotting import STYLE
+    from fwdlib.trainer import figures
 
     figure = figures.plot_epochs(record)
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
-        with matplotlib.style.context(STYLE):  # its hash salt and its fonts count when the file is written
+        with matplotlib.style.context(STYLE):  # savefig reads the hash salt and the fonts
             figure.savefig(buffer, format=kind, metadata=metadata)
         write_bytes(folder / f"curves.{kind}", buffer.getvalue())

@@ -1,88 +1,106 @@
-"""The processes that train one model together, as ``train()`` sees them; in the usual case there is one, alone.
+"""The processes that train one model together. In the usual case there is one, alone.
 
-Those of torch.distributed are in :mod:`fwdlib.trainer.distributed`.
+:mod:`fwdlib.trainer.distributed` has those that torch.distributed connects.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
 
-class ToldElsewhereError(RuntimeError):
-    """What is wrong stands in the message of another process, the first: there is nothing to add."""
+class AlreadyReportedError(RuntimeError):
+    """Process 0 has already reported this error."""
 
 
-class Workers:
-    """One process, alone. A subclass is for several, each of which works on its share of every batch."""
+class Processes:
+    """One process, alone. A subclass stands for several, each of which works on its share of every batch."""
 
     rank: int = 0
-    """Which one this is; the first, 0, writes the files."""
+    """The number of this process. Process 0 writes the files."""
     size: int = 1
-    """How many there are."""
+    """The number of processes."""
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross entropy over the shares of all processes, a scalar."""
+        import torch.nn.functional as F  # only here: fwdlib.bench.scaling needs no torch
+
         return F.cross_entropy(logits, targets)
 
     def share(self, rows: Tensor) -> Tensor:
-        """Return this process's part of the examples of a batch."""
+        """Return this process's share of the examples of a batch."""
         return rows
 
     def each(self, part: T) -> T:
-        """Return a part of a checkpoint that holds what every process has of it."""
+        """Return a part of a checkpoint that saves the state of every process's ``part``, and restores each."""
         return part
 
     def check_alike(self, about: Mapping[str, str]) -> None:
-        """Refuse to train together what is not the same.
+        """Refuse to train together if the processes would not train the same thing.
 
         Args:
-            about: what it is, name -> value in words.
+            about: what this process would train, name -> value in words.
 
         Raises:
-            ValueError: in the first process, if a value differs between two; the message says which, and how.
-            ToldElsewhereError: in the others.
+            ValueError: in process 0, if two processes differ; the message says in what.
+            AlreadyReportedError: in the others.
         """
 
     def settle(self, model: nn.Module) -> None:
-        """Give all processes the same buffers, the mean of theirs, and see that they have the same parameters.
+        """Set the buffers of all processes to their mean, and check that the parameters are equal.
 
         Raises:
-            RuntimeError: if they have not.
+            RuntimeError: if the parameters differ.
         """
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return what ``make()`` returns in the first process.
+        """Return what ``make()`` returns in process 0.
 
         Raises:
-            Exception: in the first process, what ``make`` raises; in the others ToldElsewhereError.
+            Exception: in process 0, what ``make`` raises; in the others AlreadyReportedError.
         """
         return make()
 
-    def told(self, error: Exception) -> Exception:
-        """Return the error to raise where all processes find the same: it itself in the first process alone."""
-        return error if self.rank == 0 else ToldElsewhereError(str(error))
+    def reported_once(self, error: Exception) -> Exception:
+        """Return the error to raise when all processes find the same one: only process 0 reports it."""
+        return error if self.rank == 0 else AlreadyReportedError(str(error))
 
 
-ALONE = Workers()
+ALONE = Processes()
 
 
 def num_started() -> int:
-    """Return how many processes torchrun, or what sets the same variable, has started for the same work; alone 1."""
+    """Return how many processes torchrun, or another program that sets ``WORLD_SIZE``, has started together; else 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Tell whether this process is the first of those, or alone."""
+    """Tell whether this process is process 0, or alone."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def num_restarts() -> int:
-    """Return how often torchrun has started them anew, because one of them was lost."""
+    """Return how often torchrun has restarted the processes because it lost one."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def prime_factors(number: int) -> list[int]:
+    """Return the prime factors of a whole number, in rising order.
+
+    Example:
+        >>> prime_factors(12)
+        [2, 2, 3]
+    """
+    factors, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return factors

@@ -10,7 +10,7 @@ from torch import Tensor
 from fwdlib.history import Run
 from fwdlib.session import Progress, Running, Session
 from fwdlib.trainer.checkpoint import Checkpoint, Part, Randomness, describe
-from fwdlib.trainer.processes import ALONE, Workers
+from fwdlib.trainer.processes import ALONE, Processes
 
 
 class TrainerSession(Session):
@@ -25,7 +25,7 @@ class TrainerSession(Session):
         path: the checkpoint; None to keep none.
         resume: continue from the checkpoint, if the file exists.
         settings: whatever else the run depends on, name -> value. A checkpoint with other settings is refused.
-        workers: the processes that train the model together. Each calls ``train`` with the same arguments.
+        processes: the processes that train the model together. Each calls ``train`` with the same arguments.
 
     Raises:
         ValueError: if ``resume`` is set and ``path`` is not.
@@ -37,12 +37,12 @@ class TrainerSession(Session):
         *,
         resume: bool = False,
         settings: Mapping[str, object] | None = None,
-        workers: Workers = ALONE,
+        processes: Processes = ALONE,
     ) -> None:
         if resume and not path:
             raise ValueError("resume=True needs the checkpoint to resume from: name its file")
-        self.path, self.resume, self.settings, self.workers = path, resume, dict(settings or {}), workers
-        self.rank, self.size = workers.rank, workers.size
+        self.path, self.resume, self.settings, self.processes = path, resume, dict(settings or {}), processes
+        self.rank, self.size = processes.rank, processes.size
         self._checkpoint: Checkpoint | None = None
         self._packed: memoryview | None = None
 
@@ -59,15 +59,15 @@ class TrainerSession(Session):
         if (batch_size or num_examples) % self.size:
             batch = f"batch_size {batch_size}" if batch_size else f"the batch of all {num_examples} examples"
             error = ValueError(f"{batch} must be a multiple of the {self.size} processes that share it")
-            raise self.workers.told(error)
+            raise self.processes.reported_once(error)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross entropy over the examples of all processes, a scalar."""
-        return self.workers.loss(logits, targets)
+        return self.processes.loss(logits, targets)
 
     def share(self, rows: Tensor) -> Tensor:
         """Return the part of a batch that this process works on."""
-        return self.workers.share(rows)
+        return self.processes.share(rows)
 
     def begin(self, running: Running) -> Progress | None:
         """Compare the processes with one another and the run with its checkpoint, and load the latter on ``resume``.
@@ -79,15 +79,15 @@ class TrainerSession(Session):
         if not self.path and self.size == 1:
             return None
         about = self._about(running)
-        self.workers.check_alike(about)
+        self.processes.check_alike(about)
         if not self.path:
             return None
-        self._checkpoint = Checkpoint(self.path, about, self._parts(running), self.workers)
+        self._checkpoint = Checkpoint(self.path, about, self._parts(running), self.processes)
         if not (self.resume and self._checkpoint.exists()):
             return None
         content = self._checkpoint.load()
         if content["iteration"] > running.max_iterations:
-            raise self.workers.told(
+            raise self.processes.reported_once(
                 ValueError(
                     f"{self.path} was written after {content['iteration']} iterations, so max_iterations must be at "
                     f"least that, got {running.max_iterations}"
@@ -97,7 +97,7 @@ class TrainerSession(Session):
 
     def before_evaluation(self, running: Running, progress: Progress) -> None:
         """Give all processes the same buffers, and pack the state of the run in memory."""
-        self.workers.settle(running.model)
+        self.processes.settle(running.model)
         if self._checkpoint:
             self._packed = self._checkpoint.pack(progress._asdict() | {"run": vars(progress.run)})
 
@@ -124,7 +124,7 @@ class TrainerSession(Session):
     def _parts(self, running: Running) -> dict[str, Part]:
         randomness = Randomness({"tangents": running.generator}, running.data.train_inputs.device)
         parts: dict[str, Part] = {name: getattr(running, name) for name in ("model", "optimizer", "batches")}
-        parts["random numbers"] = self.workers.each(randomness)
+        parts["random numbers"] = self.processes.each(randomness)
         if running.scheduler:
             parts["scheduler"] = running.scheduler
         if callable(getattr(running.estimator, "reset", None)):

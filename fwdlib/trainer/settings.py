@@ -1,6 +1,6 @@
-"""What ``python -m fwdlib train`` can be told: plain dataclasses, for its help must not wait for torch.
+"""The settings of ``python -m fwdlib train``, as plain dataclasses: help must not wait for torch.
 
-Each class is a group of the help page, each docstring below a field its line; :class:`Settings` is all of them in one.
+Each class is a group of the help page, and the docstring below a field is its help. :class:`Settings` has all groups.
 """
 
 from __future__ import annotations
@@ -19,61 +19,61 @@ OptimizerName = Literal["Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SGD", "RMS
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 TRAIN_MODES: tuple[str, ...] = get_args(TrainMode)
 OPTIMIZER_NAMES: tuple[str, ...] = get_args(OptimizerName)
-SHARED_MODES = ("BP", "FG", "FG-RANK1")  # several processes can share a batch
+SHARED_MODES = ("BP", "FG", "FG-RANK1")  # of which several processes can share a batch
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, and by which network; its hidden layers have BatchNorm and ReLU."""
+    """What is learned, and by which network. Its hidden layers have BatchNorm and ReLU."""
 
     dataset: DatasetName = "MNIST"
-    """Images to tell apart; `python -m fwdlib data` says where each set would come from."""
+    """Images to classify; `python -m fwdlib data` shows where each set would come from."""
     n_layers: int = 2
     """Hidden layers of the fully connected network, of 800 units each, 1000 for CIFAR10."""
     conv: bool = False
-    """Take the CNN 15C5-40C5-P2-128 instead. CIFAR100 always gets AlexNet."""
+    """Train the CNN 15C5-40C5-P2-128 instead. CIFAR100 always gets AlexNet."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """Where the gradient comes from. All defaults but alpha's are those of Bacho & Chu 2024."""
+    """How the gradient is computed. All defaults except alpha's are those of Bacho & Chu 2024."""
 
     train_mode: TrainMode = "FDFA"
     """The method:
     - BP: backprop, the exact gradient.
     - FG: forward gradient along a normal tangent of all weights.
-    - FG-RANK1: along a tangent a b^T for each weight.
-    - FG-A: along tangents of the activities.
-    - FG-CV: the same, with FDFA's feedback as a control variate.
-    - DFA: the output's error sent to each layer by a fixed random matrix.
-    - DKP: by a matrix that learns as a weight would.
-    - FDFA: by a matrix that learns from forward derivatives."""
+    - FG-RANK1: forward gradient along a tangent a b^T of each weight.
+    - FG-A: forward gradient along tangents of the activities.
+    - FG-CV: FG-A with FDFA's feedback as a control variate.
+    - DFA: a fixed random matrix sends the output's error to each layer.
+    - DKP: a matrix that learns as a weight would sends it.
+    - FDFA: a matrix that learns from forward derivatives sends it."""
     num_tangents: int = 1
     """Tangents to average over in each step, for FG, FG-RANK1, FG-A, FG-CV and FDFA."""
     b_lr: float = 1e-4
-    """Learning rate of the feedback, by Adam, for DKP, FDFA and FG-CV."""
+    """Learning rate of the feedback, with Adam, for DKP, FDFA and FG-CV."""
     feedback_decay: float = 0.0
     """Weight decay of the feedback, for DKP, FDFA and FG-CV; for DKP the authors recommend 1e-6."""
     alpha: float = 1.0
-    """Weight of what the feedback fails to predict, for FG-CV: 1, ours, has no bias; 0 is FDFA."""
+    """Weight of what the feedback fails to predict, for FG-CV: 1, our default, has no bias; 0 is FDFA."""
     alpha_decay: float = 1.0
-    """What alpha is multiplied with over an epoch, for FG-CV: 1, ours, leaves it as it is."""
+    """Factor of alpha per epoch, for FG-CV: 1, our default, keeps alpha constant."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """How the weights follow the gradient. Defaults are those of Bacho & Chu 2024, the seed apart."""
+    """How the gradient changes the weights. All defaults except the seed are those of Bacho & Chu 2024."""
 
     epochs: int = 100
     """Passes through the training images."""
     batch_size: int = 64
-    """Images in a step; for AlexNet the authors take 128."""
+    """Images in a step; the authors use 128 for AlexNet."""
     optimizer: OptimizerName = "Adam"
     """Optimizer of the weights, from torch.optim; SGD has no momentum."""
     lr: float = 1e-4
     """Learning rate of the weights."""
     gamma: float = 0.95
-    """What the learning rate of the weights is multiplied with after each epoch; the feedback's stays."""
+    """Factor of the weights' learning rate after each epoch; the feedback's stays constant."""
     weight_decay: float = 0.0
     """Weight decay of the weights."""
     seed: int = 0
@@ -81,32 +81,31 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Running:
-    """Where it runs, and what it leaves.
+class Execution:
+    """Where training runs, and which files it writes.
 
-    After each epoch a row in log.csv, the same in record.json, and checkpoint.pt; at the end the curves as a figure.
+    Each epoch adds a row to log.csv and record.json, and replaces checkpoint.pt. The end adds a figure of the curves.
     """
 
     device: str = "cpu"
-    """cpu, cuda or cuda:1; the images live there, too."""
+    """cpu, cuda or cuda:1; the images are kept there, too."""
     processes: int = 1
-    """Processes on this machine that share each batch, for BP, FG and FG-RANK1. Those that torchrun has started need no
-    saying."""
+    """Processes on this machine that share each batch, for BP, FG and FG-RANK1. Not needed under torchrun."""
     log_dir: Annotated[Path | None, conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder for the files. (default: results/train/DATASET-MODE-NETWORK-seedN)"""
     resume: bool = False
-    """Go on from the folder's checkpoint, if there is one, and end as if there had been no interruption."""
+    """Resume from the folder's checkpoint, if it exists, and end as an uninterrupted run would."""
     dry_run: bool = False
     """Take one step, evaluate one batch of test images and write nothing, to see that it works."""
     test_batch_size: int = 1000
-    """Test images that go through the network at once: a matter of memory, not of the result."""
+    """Test images that go through the network at once. It changes the memory, not the result."""
     log_interval: int = 100
     """Steps between two updates of the progress bar."""
 
 
 @dataclass(frozen=True)
-class Settings(Task, Method, Steps, Running):
-    """All of it, checked: ``Settings(dataset="MNIST", train_mode="FDFA", epochs=10)``.
+class Settings(Task, Method, Steps, Execution):
+    """All settings, checked: ``Settings(dataset="MNIST", train_mode="FDFA", epochs=10)``.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -116,15 +115,8 @@ class Settings(Task, Method, Steps, Running):
         check_choice("dataset", self.dataset, DATASETS)
         check_choice("train_mode", self.train_mode, TRAIN_MODES)
         check_choice("optimizer", self.optimizer, OPTIMIZER_NAMES)
-        for name in (
-            "n_layers",
-            "num_tangents",
-            "epochs",
-            "batch_size",
-            "test_batch_size",
-            "log_interval",
-            "processes",
-        ):
+        counts = ("n_layers", "num_tangents", "epochs", "batch_size", "test_batch_size", "log_interval", "processes")
+        for name in counts:
             check_count(name, getattr(self, name))
         check_count("seed", self.seed, minimum=0)
         if self.processes > 1 and self.train_mode not in SHARED_MODES:
@@ -144,20 +136,20 @@ class Settings(Task, Method, Steps, Running):
 
     @property
     def network(self) -> str:
-        """What the network is called: ``"2x800"``, ``"cnn"`` or ``"alexnet"``."""
+        """Name of the network: ``"2x800"``, ``"cnn"`` or ``"alexnet"``."""
         if self.dataset == "CIFAR100":
             return "alexnet"
         return "cnn" if self.conv else f"{self.n_layers}x{self.width}"
 
     @property
     def name(self) -> str:
-        """What the run is called, for its folder."""
+        """Name of the run, and of its folder."""
         return f"{self.dataset}-{self.train_mode}-{self.network}-seed{self.seed}"
 
 
 def why_not_shared(train_mode: str) -> str:
-    """Return what to tell who wants several processes for a train mode that has no use for them."""
+    """Return the message for several processes with a train mode that cannot share a batch."""
     return (
-        f"several processes can train together by {', '.join(SHARED_MODES)} only, not by {train_mode}, whose updates "
-        f"are made from what each example does in each layer: to share them would take as many numbers as backprop's"
+        f"several processes can train together by {', '.join(SHARED_MODES)} only, not by {train_mode}. Its updates "
+        f"need the activities of each example in each layer; sharing those would send as many numbers as backprop does"
     )

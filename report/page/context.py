@@ -1,6 +1,6 @@
-"""What the results say: saved records and timings in, the numbers and verdicts that the report prints out.
+"""From saved results to the numbers and verdicts that the report prints.
 
-Every number of the report is made here, from files; the template only sets them in sentences.
+Every number of the report is computed here, from files; the template only puts them into sentences.
 """
 
 from __future__ import annotations
@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import nn
 
-from fwdlib.models import CNN, MLP, LogisticRegression
 from fwdlib.results import Record, iterations, load_run
 from fwdlib.statistics import Interval, median_interval, paired_difference, paired_ratio
-from report import published
-from report.sections import claims, cost, feedback, protocols
-from report.studies import common, frank_wolfe, functions, scaling, scratch, tangents
+from report import names, published
+from report.sections import claims, cost, feedback, frank_wolfe, functions, protocols, scaling, scratch, tangents
 
 METHODS = {"backprop": "backprop", "forward": "forward gradient"}  # key -> as records and timings call it
 TIMINGS = "timings.json"
-BARELY = 1.0  # percent: a training loss that falls by less has barely moved
+BARELY = 1.0  # percent: a training loss that falls by less has "barely moved"
 
 
 class Task(NamedTuple):
@@ -32,22 +29,44 @@ class Task(NamedTuple):
 
     title: str
     short: str  # for the axis of a figure
-    build: type[nn.Module]
+    description: str  # of the model of fwdlib.models, whose docstring says the same
+    num_tensors: int
     backprop: str
     forward: str
 
 
 TASKS = {
     "logistic": Task(
-        "Logistic regression", "logistic", LogisticRegression, "1a_logistic_backprop", "1b_logistic_forward"
+        "Logistic regression",
+        "logistic",
+        "One linear layer, 4 → 3, with weight and bias drawn from N(0, 1)",
+        2,
+        "1a_logistic_backprop",
+        "1b_logistic_forward",
     ),
-    "mlp": Task("Multilayer perceptron", "MLP", MLP, "2a_mlp_backprop", "2b_mlp_forward"),
-    "cnn": Task("Convolutional network", "CNN", CNN, "3a_cnn_backprop", "3b_cnn_forward"),
+    "mlp": Task(
+        "Multilayer perceptron",
+        "MLP",
+        "Three linear layers, 4 → 64 → 8 → 3, with ReLU between them and all parameters drawn from U(-1, 1)",
+        6,
+        "2a_mlp_backprop",
+        "2b_mlp_forward",
+    ),
+    "cnn": Task(
+        "Convolutional network",
+        "CNN",
+        "Two 3x3 convolutions with 2 and 4 channels, one 2x2 max-pool, two linear layers; torch's own initialisation",
+        8,
+        "3a_cnn_backprop",
+        "3b_cnn_forward",
+    ),
 }
 
 
-# The sections that depend on studies of their own. Each module has load(folder), and context(found) and figures(found),
-# which give None and nothing where a study was not made; its text is sections/<name>.md.j2.
+RECORDS = [*(f"{getattr(task, method)}.json" for task in TASKS.values() for method in METHODS), TIMINGS]
+
+# The sections with studies of their own. Each module has load(folder), context(found) and figures(found). Without its
+# study, context returns None and figures returns nothing. The text is sections/<name>.md.j2.
 PARTS: dict[str, Any] = {
     "protocols": protocols,
     "cost": cost,
@@ -61,22 +80,24 @@ PARTS: dict[str, Any] = {
 
 
 class Results(NamedTuple):
-    """All that the report is made from."""
+    """Everything that the report is made from."""
 
-    records: dict[str, dict[str, Record]]  # task -> method -> its notebook's record
+    records: dict[str, dict[str, Record]]  # task -> method -> the notebook's record
     timings: dict[str, Any]  # as report.studies.timings.measure returns them
     parts: dict[str, Any]  # what the modules of PARTS load
+    is_short: bool  # whether the studies were made with their short settings
 
 
-def load(folder: Path) -> Results:
-    """Read the records of the six notebooks and the timings.
+def load_results(folder: Path, studies: Path | None = None) -> Results:
+    """Read the records of the six notebooks, the timings, and the results of the studies.
 
     Args:
-        folder: where they lie.
+        folder: of the records and timings.
+        studies: folder of the studies' results. Default: the same one.
 
     Raises:
-        FileNotFoundError: if one is missing.
-        ValueError: if one is damaged, or the two of a pair were not made from the same data and seeds.
+        FileNotFoundError: if a record or the timings are missing.
+        ValueError: if a file is damaged, or the two notebooks of a pair ran on different data or seeds.
     """
     records = {}
     for key, task in TASKS.items():
@@ -96,21 +117,23 @@ def load(folder: Path) -> Results:
         timings = json.loads(path.read_text())
         complete = set(timings["tasks"]) == set(TASKS)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no timings ({error}); delete it and run `python -m report`") from error
+        raise ValueError(f"{path} has no timings ({error}); delete it and run `python -m report`") from error
     if not complete:
         raise ValueError(f"{path} has timings of {', '.join(timings['tasks'])}, not of {', '.join(TASKS)}")
-    return Results(records, timings, {name: part.load(folder) for name, part in PARTS.items()})
+    studies = studies or folder
+    parts = {name: part.load(studies) for name, part in PARTS.items()}
+    return Results(records, timings, parts, (studies / names.SHORT_FORM).is_file())
 
 
-def context(results: Results) -> dict[str, Any]:
+def build_context(results: Results) -> dict[str, Any]:
     """Return what the template prints: numbers, intervals and verdicts, by name.
 
     Args:
-        results: as :func:`load` reads them.
+        results: from :func:`load_results`.
     """
     quoted = published.load()
     for key in TASKS:
-        for run in (quoted["predecessors"][key][method] for method in METHODS):  # where only the times are printed
+        for run in (quoted["predecessors"][key][method] for method in METHODS):  # published: only the times
             run["iterations"] = round(run["total_seconds"] / run["step_seconds"])
     tasks = {
         key: _task(key, results.records[key], results.timings["tasks"][key], quoted["predecessors"][key])
@@ -124,10 +147,10 @@ def context(results: Results) -> dict[str, Any]:
         **{name: part.context(results.parts[name]) for name, part in PARTS.items()},
         "barely": BARELY,
         "quoted": quoted,
-        "short": common.IS_SHORT,
+        "short": results.is_short,
         "quick": any(record.quick for record in records),
         "substitutes": [source for source in sources if source["substitute_for"]],
-        # an iteration holds an evaluation: it cannot be the shorter of the two, unless others had the processor
+        # An iteration includes an evaluation. If the evaluation alone took longer, another program was running.
         "disturbed": [t["title"] for t in tasks.values() if min(m["over_plain"] for m in t["methods"].values()) < 1],
         "sources": [
             {**source, "tasks": [tasks[key]["title"] for key in TASKS if tasks[key]["source"] == source]}
@@ -142,25 +165,27 @@ def context(results: Results) -> dict[str, Any]:
     return found
 
 
-def arrivals(runs: dict[str, list]) -> dict[str, list[float]]:
-    """Return the iterations and seconds of one task and method of the timings, infinite where a seed did not arrive.
+def durations(runs: dict[str, list]) -> dict[str, list[float]]:
+    """Return each seed's seconds for one task and method: in total, and the median and mean of a step.
+
+    The total is infinite for a seed that did not reach the threshold.
 
     Args:
         runs: lists ``status, iterations, step_seconds, total_seconds``, one item per seed.
     """
-    arrived = [status in ("reached", "completed") for status in runs["status"]]
+    finished = [status in ("reached", "completed") for status in runs["status"]]
     return {
-        "total": [t if ok else math.inf for t, ok in zip(runs["total_seconds"], arrived, strict=True)],
+        "total": [t if ok else math.inf for t, ok in zip(runs["total_seconds"], finished, strict=True)],
         "median_step": [math.inf if t is None else t for t in runs["step_seconds"]],
         "mean_step": [t / n if n else math.inf for t, n in zip(runs["total_seconds"], runs["iterations"], strict=True)],
     }
 
 
 def relation(ratio: Interval) -> str:
-    """Return what a ratio of forward gradient to backprop says: ``more``, ``less``, ``same`` or ``unclear``.
+    """Return whether forward gradients need ``more`` or ``less`` than backprop, the ``same``, or ``unclear``.
 
     Args:
-        ratio: with its interval; ``same`` if that contains 1, ``unclear`` if there is none.
+        ratio: of forward gradient to backprop. ``same`` if its interval contains 1; ``unclear`` without an interval.
     """
     if math.isnan(ratio.low):
         return "unclear"
@@ -170,7 +195,7 @@ def relation(ratio: Interval) -> str:
 def overlap(first: Interval, second: Interval) -> str:
     """Return ``same`` if two intervals overlap, else whether the second is ``more`` or ``less``.
 
-    ``never`` if both medians are infinite, ``unclear`` if there is no interval.
+    Returns ``never`` if both medians are infinite, and ``unclear`` without an interval.
 
     Args:
         first: of backprop.
@@ -185,7 +210,7 @@ def overlap(first: Interval, second: Interval) -> str:
 
 def _task(key: str, pair: dict[str, Record], timed: dict[str, Any], quoted: dict[str, Any]) -> dict[str, Any]:
     task, forward = TASKS[key], pair["forward"]
-    clocks = {method: arrivals(timed["methods"][name]) for method, name in METHODS.items()}
+    clocks = {method: durations(timed["methods"][name]) for method, name in METHODS.items()}
     plain = float(np.median(timed["plain_seconds"]))
     published = float(np.median(timed["published_seconds"]))
     taken = {method: iterations(record) for method, record in pair.items()}
@@ -209,9 +234,9 @@ def _task(key: str, pair: dict[str, Record], timed: dict[str, Any], quoted: dict
     return {
         "key": key,
         "title": task.title,
-        "description": (task.build.__doc__ or "").partition("\n")[0].rstrip(".").replace("->", "→"),
+        "description": task.description,
         "num_params": forward.num_params,
-        "num_tensors": len(list(task.build().parameters())),
+        "num_tensors": task.num_tensors,
         "source": forward.source,
         "num_test": forward.num_test,
         "seeds": [run.seed for run in forward.runs],
@@ -259,18 +284,18 @@ def _method(record: Record) -> dict[str, Any]:
 
 
 def _settings(pair: dict[str, Record]) -> dict[str, Any]:
-    """Return the parameters of the two notebooks, apart from the seeds; both values where they differ."""
+    """Return the parameters of the two notebooks without the seeds; both values where they differ."""
     backprop, forward = (pair[method].parameters for method in METHODS)
     skipped = ("seed", "num_seeds", "device")
     used = {name: value for name, value in forward.items() if name not in skipped and value is not None}
     if forward.get("num_iterations") and forward.get("threshold") is None:
-        used.pop("max_iterations", None)  # it has no meaning there
+        used.pop("max_iterations", None)  # not used without a threshold
     differ = {name for name in used if name in backprop and backprop[name] != used[name]}
     return {name: f"{backprop[name]} and {value}" if name in differ else value for name, value in used.items()}
 
 
 def _comparisons(quoted: dict[str, Any], ratios: dict[str, Any], fixed: bool) -> list[dict[str, Any]]:
-    """Return the published ratio of each quantity beside ours, and whether they point the same way."""
+    """Return the published ratio of each quantity, ours, and whether both point the same way."""
     found = []
     for name, ratio in ratios.items():
         if name == "iterations" and fixed:

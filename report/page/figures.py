@@ -1,66 +1,76 @@
-"""The figures of the report: saved results in, SVG files out; the same results give the same bytes."""
+"""The figures of the report, from saved results to SVG files. The same results give the same bytes."""
 
 from __future__ import annotations
 
 import math
 import multiprocessing
-import sys
-import warnings
+import os
+import signal
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import matplotlib.style
 import numpy as np
-import torch
 from matplotlib import ticker
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from fwdlib import plotting
 from fwdlib.results import iterations
 from fwdlib.statistics import Interval, median_interval
-from report.page.context import METHODS, PARTS, TASKS, Results, arrivals
+from report.page.context import METHODS, PARTS, TASKS, Results, durations
+from report.page.svg import write_svg
 
 PANEL = (3.0, 2.5)  # inches: three side by side on a page or a desktop, one on a phone
-MARKERS = {"backprop": "o", "forward": "D"}  # beside the colours of plotting.METHODS, for prints in black and white
+MARKERS = {"backprop": "o", "forward": "D"}  # beside the colours of METHOD_STYLES, for prints in black and white
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Draw every figure of the report into a folder.
+    """Draw every figure of the report into a folder, two at a time.
 
     Args:
-        results: as :func:`report.page.context.load` reads them.
-        folder: must be there.
+        results: from :func:`report.page.context.load_results`.
+        folder: an existing one.
 
     Returns:
         The files: three for the summary, three for each model, and those of the sections whose studies were made.
     """
-    groups = sorted(["summary", *TASKS, *PARTS], key="functions".__ne__)  # the animation first, it takes longest
-    if sys.platform != "linux":  # elsewhere a process with threads is not to be forked
-        return [path for name in groups for path in _draw_group(results, folder, name)]
-    context = multiprocessing.get_context("fork")
-    # One thread for torch: OpenMP does not survive a fork.
-    options = {"mp_context": context, "initializer": torch.set_num_threads, "initargs": (1,)}
-    with warnings.catch_warnings(), ProcessPoolExecutor(2, **options) as pool:
-        # Python 3.12 and later warn of any fork with threads; those here are torch's, and idle.
-        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-        return [path for paths in pool.map(partial(_draw_group, results, folder), groups) for path in paths]
+    groups = sorted(["summary", *TASKS, *PARTS], key="functions".__ne__)  # the animation first: it takes longest
+    method = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, method, initializer=_end_with_parent) as pool:
+        drawn = pool.map(_draw_group, groups, (_needed(results, name) for name in groups), [folder] * len(groups))
+        return [path for paths in drawn for path in paths]
 
 
-def _draw_group(results: Results, folder: Path, name: str) -> list[Path]:
+def _end_with_parent() -> None:
+    """End this process silently at Ctrl-C, and when its parent is gone, however that ended."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _needed(results: Results, name: str) -> Results:
+    """Return the part of the results that one group of figures is drawn from."""
+    if name in PARTS:
+        return results._replace(records={}, timings={}, parts={name: results.parts[name]})
+    return results._replace(parts={})
+
+
+def _draw_group(name: str, results: Results, folder: Path) -> list[Path]:
     paths = []
     for stem, figure in _figures_of(results, name).items():
-        if isinstance(figure, bytes):  # an animation, with the name of its file
+        if isinstance(figure, bytes):  # an animation, under its file's name
             paths.append(folder / stem)
             paths[-1].write_bytes(figure)
             continue
         paths.append(folder / f"{stem}.svg")
-        with matplotlib.style.context(plotting.STYLE):  # its hash salt and its fonts count when the file is written
-            # what savefig() comes to, without its drawing of all that it then draws
-            FigureCanvasSVG(figure).print_svg(paths[-1], metadata={"Date": None, "Creator": None})
+        write_svg(figure, paths[-1])
     return paths
 
 
@@ -84,13 +94,13 @@ def plot_summary(results: Results) -> dict[str, Figure]:
     """Draw iterations, time of an iteration and total time of both methods on all models: each seed, and the median.
 
     Args:
-        results: as :func:`report.page.context.load` reads them.
+        results: from :func:`report.page.context.load_results`.
 
     Returns:
         Three figures of one panel: ``iterations``, ``step`` and ``total``.
     """
     clocks = {
-        task: {method: arrivals(timed["methods"][name]) for method, name in METHODS.items()}
+        task: {method: durations(timed["methods"][name]) for method, name in METHODS.items()}
         for task, timed in results.timings["tasks"].items()
     }
     panels = {
@@ -121,16 +131,16 @@ def plot_summary(results: Results) -> dict[str, Figure]:
             axes.xaxis.set_major_formatter(ticker.FuncFormatter(_plain if name == "iterations" else _seconds))
             axes.xaxis.set_minor_formatter(ticker.NullFormatter())
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-            plotting._stamp(figure, records)
+            plotting.stamp_records(figure, records)
     return figures
 
 
 def _draw_row(axes: Axes, place: float, row: Sequence[float], method: str, ceiling: float) -> None:
-    """Draw each seed as a dot, one that never arrived as an arrow at the right, the median and its interval on top."""
-    color = plotting.METHODS[METHODS[method]]["color"]
-    middle = Interval(*(min(end, ceiling) for end in median_interval(row)))  # min keeps a nan that comes first
+    """Draw a dot for each seed, or an arrow at the right if it never finished; on top, the median and its interval."""
+    color = plotting.METHOD_STYLES[METHODS[method]]["color"]
+    middle = Interval(*(min(end, ceiling) for end in median_interval(row)))  # min() keeps a nan that comes first
     finite = [value for value in row if math.isfinite(value)]
-    shift = np.linspace(-0.09, 0.09, len(row)) if len(row) > 1 else [0.0]  # apart, so that equal seeds can be seen
+    shift = np.linspace(-0.09, 0.09, len(row)) if len(row) > 1 else [0.0]  # so that equal values stay visible
     axes.scatter(finite, place + np.asarray(shift[: len(finite)]), s=9, color=color, alpha=0.35, linewidth=0)
     never = len(row) - len(finite)
     if never:

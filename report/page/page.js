@@ -1,5 +1,5 @@
-/* What a page can do beyond being read: tables sort and are saved as CSV, figures are saved, wide parts scroll by
-   keyboard. Nothing is fetched, and a page is complete without it. */
+/* Tables sort and can be saved as CSV, figures can be saved, and wide parts scroll by keyboard. The script fetches nothing,
+   and the page is complete without it. */
 "use strict";
 (() => {
   const UNITS = {
@@ -9,7 +9,7 @@
   // "382 [372, 392]", "1.05 [1.00, 1.10] ms", "more than 12 s", "3.2e-05", "98.2 %", "1,234"
   const NUMBER = /^(?:more than |less than |at least |[<>\u2264\u2265\u2248~]\s*)?([-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?)(?:\s*\[[^\]]*\])?\s*(\p{L}+)?/iu;
   const NOTHING = /^(|never\b.*|nan|none|not finite|diverged|[-\u2013\u2014])$/i;
-  const [NUMBERS, TEXTS, NOTHINGS] = [0, 1, 2]; // in this order, up or down
+  const [NUMBERS, TEXTS, NOTHINGS] = [0, 1, 2]; // in this order, ascending or descending
   const collator = new Intl.Collator("en", { numeric: true });
 
   function make(tag, properties, ...children) {
@@ -41,7 +41,7 @@
     return sign * (a.rank === TEXTS ? collator.compare(a.value, b.value) : a.value - b.value);
   }
 
-  /* Up, down, and as it was. */
+  /* A click sorts up, the next one down, the third restores the original order. */
   function makeSortable(table, status) {
     const [head, body] = [table.tHead, table.tBodies[0]];
     const isPlain = head?.rows.length === 1 && table.tBodies.length === 1 && !body.querySelector("[rowspan], [colspan]");
@@ -53,7 +53,7 @@
       if (!name) return;
       const button = make("button", { type: "button" }, ...header.childNodes);
       header.append(button);
-      for (const math of button.querySelectorAll("math")) { // a formula names no button; its LaTeX does
+      for (const math of button.querySelectorAll("math")) { // a formula is no accessible name; its LaTeX is
         math.after(make("span", { className: "unseen" }, latexOf(math)));
         math.setAttribute("aria-hidden", "true");
       }
@@ -81,10 +81,10 @@
   function csvOf(table) {
     const quoted = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
     const lines = [...table.rows].map((row) => [...row.cells].map((cell) => quoted(textOf(cell))).join(","));
-    return new Blob(["\ufeff", lines.join("\r\n"), "\r\n"], { type: "text/csv" }); // the mark is for spreadsheets
+    return new Blob(["\ufeff", lines.join("\r\n"), "\r\n"], { type: "text/csv" }); // spreadsheets need the byte order mark
   }
 
-  /* report-cost.csv, report-cost-2.csv: the page, the section, and which of its tables. */
+  /* report-cost.csv, report-cost-2.csv: the page, the section, and the number of the table in it. */
   function nameOf(table, taken) {
     const before = [...document.querySelectorAll("main :is(h2, h3)[id]")].filter(
       (heading) => heading.compareDocumentPosition(table) & Node.DOCUMENT_POSITION_FOLLOWING,
@@ -145,7 +145,7 @@
     }
   }
 
-  /* What is wider than the page scrolls inside itself, and so must be in reach of the keyboard. */
+  /* Parts wider than the page scroll inside themselves, so the keyboard must reach them. */
   function watchWidths() {
     const observer = new ResizeObserver((entries) => {
       for (const { target } of entries) {
@@ -163,7 +163,7 @@
     for (const box of document.querySelectorAll(boxes)) observer.observe(box);
   }
 
-  /* Beside the text the contents are always open; above it, only when asked for. */
+  /* Beside the text, the contents are always open; above it, only after a click. */
   function unfoldContents() {
     const contents = document.querySelector(".contents details");
     if (!contents) return;
@@ -173,22 +173,9 @@
     follow();
   }
 
-  /* What lies folded away is printed, too. */
-  function unfoldForPrint() {
-    let opened = [];
-    addEventListener("beforeprint", () => {
-      opened = [...document.querySelectorAll("main details:not([open])")];
-      for (const details of opened) details.open = true;
-    });
-    addEventListener("afterprint", () => {
-      for (const details of opened) details.open = false;
-    });
-  }
-
   unfoldContents();
   linkHeadings();
   prepareTables();
   prepareFigures();
   watchWidths();
-  unfoldForPrint();
 })();

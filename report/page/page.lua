@@ -1,7 +1,6 @@
--- For HTML: what pandoc's readers leave out. Metadata `notebooks` is the folder of the notebooks' pages, as seen from this page.
+-- For HTML: what pandoc's reader leaves out.
 
 local stringify = pandoc.utils.stringify
-local notebooks = ""
 
 -- figures/cost.svg can be linked to as #fig-cost
 local function name_figure(figure)
@@ -14,9 +13,9 @@ local function name_figure(figure)
   return figure
 end
 
--- Columns are as wide as they need to be; the first one heads its rows. An empty cell there stands for the one above,
--- from which sorting would tear it off.
-local function mend_table(table)
+-- Columns are as wide as they need to be, and the first one heads its rows. An empty cell there means the same as the cell
+-- above; it gets that text, because sorting may move its row.
+local function complete_table(table)
   for _, column in ipairs(table.colspecs) do column[2] = nil end
   for _, body in ipairs(table.bodies) do
     body.row_head_columns = 1
@@ -42,21 +41,4 @@ local function keep_interval(inlines)
   return inlines
 end
 
--- A browser shows a notebook's page, not its file.
-local function link_to_page(link)
-  local stem = link.target:match("([%w_%-]+)%.ipynb$")
-  if stem and not link.target:find(":") and not link.classes:includes("file") then
-    link.target = notebooks .. stem .. ".html"
-  end
-  return link
-end
-
--- A cell of text is no box: headings anywhere in it belong to the contents.
-local function unbox_text(div)
-  if div.classes:includes("cell") and div.classes:includes("markdown") then return div.content end
-end
-
-return {
-  { Meta = function(meta) notebooks = meta.notebooks and stringify(meta.notebooks) or "" end },
-  { Figure = name_figure, Table = mend_table, Inlines = keep_interval, Link = link_to_page, Div = unbox_text },
-}
+return { { Figure = name_figure, Table = complete_table, Inlines = keep_interval } }

@@ -1,4 +1,4 @@
-"""The section on cost: what ``python -m fwdlib bench`` and :mod:`report.studies.descent` measured, as the page prints it."""
+"""The section on cost: what ``python -m fwdlib bench`` and :mod:`report.studies.descent` measured, as printed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fwdlib import plotting
+from fwdlib.bench import figures as bench_figures
 from fwdlib.statistics import Interval, median_interval, paired_ratio
 from report import published
+from report.names import BENCH, DESCENT
 
-BENCH = "bench-cpu.json"
-DESCENT = "descent.json"
 TEXTBOOK = "forward gradient, eager"
 ONE_GRAPH = "backprop one graph, compiled"
 STRUCTURED = ("rank-one", "per-example", "activity")
@@ -22,7 +21,7 @@ MODEL_OF_DESCENT = "mnist-mlp"
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Return the measurements that are there, ``bench`` and ``descent``; None for one that is not.
+    """Return what was measured, ``bench`` and ``descent``, each None if it was not.
 
     Args:
         folder: of the results.
@@ -31,15 +30,15 @@ def load(folder: Path) -> dict[str, Any]:
     return {key: json.loads(path.read_text("utf-8")) if path.is_file() else None for key, path in files.items()}
 
 
-def context(measured: dict[str, Any]) -> dict[str, Any]:
-    """Return what the template prints of it.
+def context(measured: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what the template prints of it, None without a bench.
 
     Args:
         measured: as :func:`load` returns it.
     """
     bench = measured["bench"]
     if bench is None:
-        return {"bench": None}
+        return None
     found: dict[str, Any] = {"bench": [_model(entry) for entry in bench["models"].values()]}
     found["environment"] = bench["environment"]
     found["rank_one"] = [m["structured"]["rank-one"]["ratio"] for m in found["bench"]]
@@ -60,9 +59,9 @@ def figures(measured: dict[str, Any]) -> dict[str, Figure]:
     """
     if not (bench := measured["bench"]):
         return {}
-    found = {"cost": plotting.plot_cost(bench)}
+    found = {"cost": bench_figures.plot_cost(bench)}
     if bench["depth"]:
-        found["depth"] = plotting.plot_depth(bench, published.load()["paper"]["depth"])
+        found["depth"] = bench_figures.plot_depth(bench, published.load()["paper"]["depth"])
     return found
 
 

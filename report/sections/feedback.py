@@ -1,4 +1,4 @@
-"""The section on feedback: what :mod:`report.studies.alignment` measured, as the page prints it."""
+"""The section on feedback: what :mod:`report.studies.feedback` measured, as the page prints it."""
 
 from __future__ import annotations
 
@@ -8,43 +8,42 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fwdlib.methods.figures import plot_accuracies
+from fwdlib.methods.feedback_figures import plot_test_errors
 from fwdlib.statistics import Interval, paired_ratio, t_interval
-from report.studies.alignment import LEARNED, MODES, PLAIN, STEPS, STUDIES, path_of
+from report.names import FEEDBACK, LEARNS, MODES, PLAIN, RECORDED, STEPS, TASKS, feedback_file
 
 TITLES = {
     "MNIST-2x800": "MNIST, 2 x 800",
     "FashionMNIST-2x800": "Fashion-MNIST, 2 x 800",
     "MNIST-cnn": "MNIST, CNN",
 }
-RECORDED = "BP, recorded"
 METHODS = {"BP": "backprop", "FG": "forward gradient", "FG-RANK1": "rank-one", "FG-A": "activity"}  # in the figures
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Return the measurements that are there: ``studies``, task -> mode -> the content of its file, and ``steps``.
+    """Return what was measured: ``studies``, task -> mode -> the content of its file, and ``steps``, which may be None.
 
     Args:
         folder: of the results.
     """
     studies: dict[str, Any] = {}
-    for task, study in STUDIES.items():
-        files = {mode: path_of(task, mode, folder / "feedback") for mode in study.modes}
+    for task, modes in TASKS.items():
+        files = {mode: folder / FEEDBACK / feedback_file(task, mode) for mode in modes}
         found = {mode: json.loads(path.read_text("utf-8")) for mode, path in files.items() if path.is_file()}
         found = {mode: content for mode, content in found.items() if measured(content)}
         if found:
             studies[task] = found
-    steps = folder / "feedback" / STEPS
+    steps = folder / FEEDBACK / STEPS
     return {"studies": studies, "steps": json.loads(steps.read_text("utf-8")) if steps.is_file() else None}
 
 
 def measured(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the trainings that count, those that were not for tuning."""
+    """Return the trainings that count: those that were not for tuning."""
     return [run for run in content["runs"] if run["purpose"] == "measured"]
 
 
 def curves(studies: dict[str, Any]) -> dict[str, dict[str, list[list[float]]]]:
-    """Return the errors over the epochs for :func:`fwdlib.methods.figures.plot_accuracies`, without runs that diverged.
+    """Return the errors over the epochs as ``plot_test_errors`` takes them, without runs that diverged.
 
     Args:
         studies: as :func:`load` returns them.
@@ -72,8 +71,9 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
     contents = [content for modes in found["studies"].values() for content in modes.values()]
     return {
         "studies": studies,
+        "missing": [title for task, title in TITLES.items() if task not in found["studies"]],
         "sources": list({content["source"]["fingerprint"]: content["source"] for content in contents}.values()),
-        "modes": tuple(MODES),
+        "modes": MODES,
         "steps": _steps(found["steps"]) if found["steps"] else None,
         "environment": contents[0]["environment"],
     }
@@ -85,7 +85,7 @@ def figures(found: dict[str, Any]) -> dict[str, Figure]:
     Args:
         found: as :func:`load` returns it.
     """
-    return {"feedback": plot_accuracies(curves(found["studies"]))} if found["studies"] else {}
+    return {"feedback": plot_test_errors(curves(found["studies"]))} if found["studies"] else {}
 
 
 def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:
@@ -95,11 +95,10 @@ def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:
             continue
         runs = measured(modes[mode])
         accuracies = {run["seed"]: _accuracy(run) for run in runs}
-        learns = modes[mode]["settings"]["train_mode"] in LEARNED and "feedback_power" not in MODES[mode]
         rows[mode] = {
             "mode": mode,
             "lr": runs[0]["lr"],
-            "b_lr": runs[0]["b_lr"] if learns else None,
+            "b_lr": runs[0]["b_lr"] if LEARNS[mode] else None,
             "accuracies": accuracies,
             "accuracy": t_interval(list(accuracies.values())),
             "diverged": sum(run["status"] == "diverged" for run in runs),
@@ -112,12 +111,12 @@ def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:
         "epochs": settings["epochs"],
         "settings": settings,
         "behind": _difference(rows, "BP", "FDFA"),
-        "missing": [mode for mode in STUDIES[task].modes if mode not in rows],
+        "missing": [mode for mode in TASKS[task] if mode not in rows],
     }
 
 
 def _accuracy(run: dict[str, Any]) -> float:
-    # In percent; what diverged has learned nothing.
+    # In percent. A run that diverged has learned nothing.
     return 0.0 if run["status"] == "diverged" else 100 * (1 - run["test_errors"][-1] / run["num_test"])
 
 

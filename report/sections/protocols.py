@@ -1,4 +1,4 @@
-"""The section on both protocols: what :mod:`report.studies.protocols` measured, as the page prints it."""
+"""The section on the two protocols: what :mod:`report.studies.protocols` measured, as the page prints it."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from fwdlib import plotting
-from fwdlib.statistics import Interval, mean_interval, median_interval, paired_ratio
-from report.studies.protocols import METHODS, MODELS, STEPS
+from fwdlib.statistics import Interval, median_interval, paired_ratio, t_interval
+from report.names import AS_PUBLISHED, METHODS, MODELS, PROTOCOLS, STEPS
 
-TEXT = "as the text says"
 THEIR_TIMER = "their timer"
 JOINT = "one tangent for all tensors"
 TITLES = {"logistic": "Logistic regression", "mlp": "Multilayer perceptron", "cnn": "Convolutional network"}
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Return the measurements that are there: ``models``, name -> the content of its file, and ``steps``.
+    """Return what was measured: ``models``, name -> the content of its file, and ``steps``, which may be None.
+
+    A model whose fair protocol is not complete is left out.
 
     Args:
         folder: of the results.
     """
-    files = {name: folder / "protocols" / f"{name}.json" for name in MODELS}
+    files = {name: folder / PROTOCOLS / f"{name}.json" for name in MODELS}
     models = {name: json.loads(path.read_text("utf-8")) for name, path in files.items() if path.is_file()}
-    steps = folder / "protocols" / STEPS
+    steps = folder / PROTOCOLS / STEPS
     complete = {name: found for name, found in models.items() if set(found.get("fair", {})) == set(METHODS)}
     return {"models": complete, "steps": json.loads(steps.read_text("utf-8")) if steps.is_file() else None}
 
@@ -46,6 +47,7 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
     models = {name: _model(name, content, found["steps"]["seconds"][name]) for name, content in found["models"].items()}
     return {
         "models": models,
+        "missing": {name: title for name, title in TITLES.items() if name not in models},
         "num_seeds": sorted({model["settings"]["num_seeds"] for model in models.values() if model["threshold"]}),
         "environment": next(iter(found["models"].values()))["environment"],
         "timing_environment": found["steps"]["environment"],
@@ -59,7 +61,7 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def figures(found: dict[str, Any]) -> dict[str, Figure]:
-    """Return the figure of the report's first screen, by name; none where nothing was measured.
+    """Return the figure of the report's first screen, by name; no figure where nothing was measured.
 
     Args:
         found: as :func:`load` returns it.
@@ -69,10 +71,10 @@ def figures(found: dict[str, Any]) -> dict[str, Figure]:
 
 
 def plot_tuned(models: dict[str, Any]) -> Figure:
-    """Draw what step and training take, with tuned learning rates, over backprop's: a panel for each model.
+    """Draw the times of a step and of a training at tuned learning rates over backprop's, a panel for each model.
 
     Args:
-        models: of :func:`context`; those that train to a threshold are drawn.
+        models: of :func:`context`. Only those that train to a threshold are drawn.
     """
     models = {name: model for name, model in models.items() if model["threshold"] is not None}
     methods = [method for method in METHODS if method != "backprop"]
@@ -80,9 +82,9 @@ def plot_tuned(models: dict[str, Any]) -> Figure:
         figure = Figure(figsize=(7.2, 2.1))
         panels = figure.subplots(1, len(models), sharex=True, sharey=True, squeeze=False)[0]
         for axes, model in zip(panels, models.values(), strict=True):
-            axes.axvline(1, **plotting.METHODS["backprop"], linewidth=1.2)
+            axes.axvline(1, **plotting.METHOD_STYLES["backprop"], linewidth=1.2)
             for place, method in enumerate(methods):
-                color = plotting.METHODS[method.partition(",")[0]]["color"]
+                color = plotting.METHOD_STYLES[method.partition(",")[0]]["color"]
                 row = model["fair"][method]
                 for ratio, face in ((row["step"], "white"), (row["against"]["total"], color)):
                     axes.plot([ratio.low, ratio.high], [place, place], color=color, linewidth=2.2, zorder=2)
@@ -102,7 +104,7 @@ def plot_tuned(models: dict[str, Any]) -> Figure:
                 ha="right",
                 va="top",
                 fontsize=8,
-                color=plotting.METHODS["backprop"]["color"],
+                color=plotting.METHOD_STYLES["backprop"]["color"],
             )
         panels[0].set_yticks(range(len(methods)), methods)
         panels[0].set_ylim(len(methods) - 0.5, -0.7)
@@ -117,11 +119,11 @@ def _model(name: str, content: dict[str, Any], seconds: dict[str, list[float]]) 
     step = paired_ratio(seconds["forward, published form"], seconds["backprop"])
     theirs = paired_ratio(seconds["forward, their code"], seconds["backprop, their code"])
     forms = content["published"]
-    pairs = [(None, TEXT, TEXT, step)]
-    pairs += [(form, form, TEXT, step) for form in forms["backprop"] if form != TEXT]
-    joint = paired_ratio(seconds["forward gradient"], seconds["backprop"])
-    pairs += [(form, TEXT, form, joint if form == JOINT else step) for form in forms["forward"] if form != TEXT]
-    pairs += [(THEIR_TIMER, TEXT, TEXT, theirs)]
+    text, joint = AS_PUBLISHED, paired_ratio(seconds["forward gradient"], seconds["backprop"])
+    pairs = [(None, text, text, step)]
+    pairs += [(form, form, text, step) for form in forms["backprop"] if form != text]
+    pairs += [(form, text, form, joint if form == JOINT else step) for form in forms["forward"] if form != text]
+    pairs += [(THEIR_TIMER, text, text, theirs)]
     published = [
         {"departure": departure} | _pair(forms["backprop"][b], forms["forward"][f], time, threshold)
         for departure, b, f, time in pairs
@@ -153,7 +155,7 @@ def _model(name: str, content: dict[str, Any], seconds: dict[str, list[float]]) 
 
 
 def _pair(backprop: dict[str, Any], forward: dict[str, Any], step: Interval, threshold: float | None) -> dict[str, Any]:
-    # Both methods of one row, and what follows for the time of a training.
+    # Both methods of one row, and the time of a training that follows.
     both = sorted(set(backprop["seed"]) & set(forward["seed"]))
     b, f = ({seed: i for i, seed in enumerate(runs["seed"])} for runs in (backprop, forward))
     ratio = paired_ratio(
@@ -170,14 +172,14 @@ def _pair(backprop: dict[str, Any], forward: dict[str, Any], step: Interval, thr
         "iterations": ratio,
         "step": step,
         "total": total,
-        "accuracy_gap": mean_interval(gap),
+        "accuracy_gap": t_interval(gap),
         "loss_gap": median_interval([_lead(forward["train_loss"][f[s]], backprop["train_loss"][b[s]]) for s in both]),
-        "verdict": None if threshold is None else _verdict(total),  # equally many iterations say nothing of arriving
+        "verdict": None if threshold is None else _verdict(total),  # both took the number of iterations that was set
     }
 
 
 def _lead(forward: float | str, backprop: float | str) -> float:
-    # By how much backprop's loss is lower: infinitely, where forward alone diverged; not at all, where both did.
+    # By how much backprop's loss is lower: infinitely where only the forward gradient diverged, by 0 where both did.
     losses = _finite(forward), _finite(backprop)
     return 0.0 if losses == (math.inf, math.inf) else losses[0] - losses[1]
 

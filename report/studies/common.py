@@ -1,39 +1,72 @@
-"""What the report's studies have in common: where results are, how a study goes on, how learning rates are tuned."""
+"""What the studies of the report share: the command line, files that an interrupted study continues, and tuning.
 
-from __future__ import annotations
+A study is a module with a NamedTuple ``Settings``, two instances of it, ``FULL`` for the report and ``SHORT`` for
+``make evidence``, and a function ``measure(settings, folder, parts)``; a study that is all of one piece has no parts.
+The function measures what ``folder`` does not hold yet, and saves each result as soon as it has it.
+"""
+# No `from __future__ import annotations` here: tyro must see the annotations of the local function in main().
 
 import json
-import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
 
 from fwdlib import runtime
 from fwdlib.data import Dataset
 
-T = TypeVar("T")
-VARIABLE = "FWDLIB_EVIDENCE"
-"""Set by :mod:`report.evidence`: the folder of results of a rebuild of all studies, each in a short form."""
-IS_SHORT = bool(os.environ.get(VARIABLE))
-RESULTS = Path(os.environ.get(VARIABLE) or Path(__file__).parents[1] / "results")
+RESULTS = Path(__file__).parents[1] / "results"
 
 
-def either(whole: T, short: T) -> T:
-    """Return the first, or in a rebuild in short form the second."""
-    return short if IS_SHORT else whole
+def main(measure: Callable[..., object], full: NamedTuple, short: NamedTuple, parts: Iterable[str] = ()) -> None:
+    """Run a study: ``python -m report.studies.NAME [parts ...] [--short] [--folder DIR]``.
+
+    Args:
+        measure: the study's function, called with settings, folder and, if it has parts, a tuple of these.
+        full: settings for the report.
+        short: settings for ``--short``.
+        parts: names of all parts; none if the study is all of one piece.
+
+    Raises:
+        SystemExit: after printing help (code 0), or if the words make no command (code 2).
+    """
+    names = tuple(parts)
+    words = tuple[Literal[*names], ...] if names else tuple[()]
+
+    def command(
+        parts: tyro.conf.Positional[words] = names,
+        *,
+        is_short: Annotated[bool, tyro.conf.arg(name="short"), tyro.conf.FlagCreatePairsOff] = False,
+        folder: Path = RESULTS,
+    ) -> None:
+        """Measure.
+
+        Args:
+            parts: What to measure.
+            is_short: Use fewer seeds, steps and cases.
+            folder: Folder of the results. What it already holds is not measured again.
+        """
+        runtime.keep_freed_memory()
+        measure(short if is_short else full, folder.expanduser(), *([parts] if names else []))
+
+    study = sys.modules[measure.__module__]
+    tyro.cli(command, prog=f"python -m {study.__spec__.name}", description=study.__doc__)
 
 
 def reopen(file: Path, settings: dict[str, Any], **begin: Any) -> dict[str, Any]:
     """Return what a study has kept in its file so far, with ``settings`` and the present ``environment``.
 
     Args:
-        file: there or not.
-        settings: of the study, as JSON gives them back.
-        begin: what an empty file would hold beside them.
+        file: need not exist yet.
+        settings: what the measurements in this file depend on.
+        begin: what an empty file would hold besides.
 
     Raises:
         ValueError: if the file was made with other settings.
     """
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     found = json.loads(file.read_text("utf-8")) if file.is_file() else begin
     kept = found.setdefault("settings", settings)
     if kept != settings:
@@ -48,10 +81,10 @@ def reopen(file: Path, settings: dict[str, Any], **begin: Any) -> dict[str, Any]
 
 
 def climb(cost: Callable[[int], tuple[float, ...]], power: int) -> int:
-    """Return the power of two at the bottom of ``cost``, walking from ``power`` as long as it falls.
+    """Return the power of two at the bottom of ``cost``: walk from ``power`` in either direction while the cost falls.
 
     Args:
-        cost: of a power; called once more for one that was seen, so it had better remember.
+        cost: of a power. It is called again for powers that it has already seen, so it should remember its results.
         power: the first guess.
 
     Example:
@@ -65,11 +98,11 @@ def climb(cost: Callable[[int], tuple[float, ...]], power: int) -> int:
 
 
 def held_out(data: Dataset, number: int) -> Dataset:
-    """Return the data with the last images of the training set in place of the test set.
+    """Return the data with the last examples of the training set as its test set.
 
     Args:
         data: a data set.
-        number: how many images to hold out.
+        number: how many examples to hold out.
     """
     train_inputs, test_inputs = data.train_inputs.tensor_split([-number])
     train_targets, test_targets = data.train_targets.tensor_split([-number])

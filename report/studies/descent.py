@@ -1,51 +1,57 @@
-"""Time to a given loss: how far each method is from 0.5 on MNIST, with its own learning rate.
+"""Time to a given loss: how many steps each method takes to a loss of 0.5 on MNIST, at its own learning rate.
 
-Steps are counted here, and last as long as ``python -m fwdlib bench`` says: so the comparison does not depend on what
-else this machine did in the hour that this takes. Every finished training is kept, so it can be interrupted.
-
-    python -m report.studies.descent            # all methods
-    python -m report.studies.descent backprop   # some
+This study counts steps; ``python -m fwdlib bench`` says how long a step takes. So the comparison does not depend on
+what else the machine did during the hour of the trainings. The file keeps every finished training, so the study can be
+interrupted.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from tqdm import tqdm
 
-from fwdlib import runtime
-from fwdlib.checks import check_choice
-from fwdlib.data import load_images
+from fwdlib.data import Dataset, load_images
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.results import write_json
 from fwdlib.training import train
-from report.studies.common import RESULTS, climb, either, reopen
+from report.names import DESCENT
+from report.studies.common import climb, main, reopen
 
-FILE = RESULTS / "descent.json"
-THRESHOLD = 0.5
-BATCH_SIZE = 64
-MAX_ITERATIONS = either(20_000, 2_000)
-EVALUATE_EVERY = 20
-SEEDS = either([1, 2, 3, 4, 5], [1])
-
-# Learning rates are tuned on one grid, 1e-4 times a power of two: half of the one with the lowest loss after
-# TUNING_ITERATIONS with a seed of its own, uphill from a first guess until it gets worse. Half, for every method,
-# because the best on such a short way diverges on a longer one.
-TUNING_SEED = 100
-TUNING_ITERATIONS = either(3_000, 200)
-
-METHODS: dict[str, tuple[Estimator, int]] = {  # with the power of the first guess
+METHODS: dict[str, tuple[Estimator, int]] = {  # with the power of the first guess of the learning rate
     "backprop": (backprop_gradient, 11),
     "rank-one": (forward_gradient, 2),
     "rank-one, K = 16": (partial(forward_gradient, num_tangents=16), 5),
     "per-example": (partial(forward_gradient, tangents="per-example"), 3),
     "activity": (partial(forward_gradient, tangents="activity"), 6),
 }
+PARTS = tuple(METHODS)
+MODEL = "784-1024-1024-10"
+BASE_RATE = 1e-4  # times a power of two
+
+
+class Settings(NamedTuple):
+    """Length and settings of the trainings.
+
+    The learning rate of a method is half of the one with the lowest loss after ``tuning_iterations`` steps from a seed
+    of its own. Half, for every method, because the best rate of such a short training diverges in a longer one.
+    """
+
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    max_iterations: int = 20_000
+    tuning_iterations: int = 3_000
+    tuning_seed: int = 100
+    threshold: float = 0.5
+    batch_size: int = 64
+    evaluate_every: int = 20
+
+
+FULL = Settings()
+SHORT = Settings(seeds=(1,), max_iterations=2_000, tuning_iterations=200)
 
 
 def build() -> nn.Module:
@@ -55,70 +61,73 @@ def build() -> nn.Module:
     )
 
 
-def measure(methods: list[str], file: Path = FILE) -> dict[str, Any]:
-    """Tune and train with each of ``methods``, and return everything that ``file`` then holds.
+def measure(settings: Settings, folder: Path, methods: Sequence[str] = PARTS) -> dict[str, Any]:
+    """Tune and train with each of ``methods``, and return everything that the file then holds.
+
+    Args:
+        settings: ``FULL`` or ``SHORT``.
+        folder: of the results.
+        methods: some of ``METHODS``.
 
     Returns:
         ``settings``, ``environment``, and ``runs``: for each training its method, learning rate, seed, purpose
-        (``"tuning"`` or ``"measured"``), status, number of iterations and training losses, the mean over each
-        ``EVALUATE_EVERY`` batches.
+        (``"tuning"`` or ``"measured"``), status, number of iterations, and training losses: the mean over each
+        ``evaluate_every`` batches.
 
     Raises:
-        ValueError: if ``file`` holds trainings with other settings.
+        ValueError: if the file holds trainings with other settings.
     """
-    data = load_images("MNIST", num_test=200)
-    settings = {
-        "model": "784-1024-1024-10",
-        "threshold": THRESHOLD,
-        "batch_size": BATCH_SIZE,
-        "max_iterations": MAX_ITERATIONS,
-        "tuning_iterations": TUNING_ITERATIONS,
-        "evaluate_every": EVALUATE_EVERY,
-        "data": data.source._asdict(),
-    }
-    found = reopen(file, settings, runs=[])
+    data, file = load_images("MNIST", num_test=200), folder / DESCENT
+    kept = {name: value for name, value in settings._asdict().items() if name not in ("seeds", "tuning_seed")}
+    found = reopen(file, kept | {"model": MODEL, "data": data.source._asdict()}, runs=[])
 
     def run(method: str, power: int, seed: int, purpose: str, max_iterations: int) -> dict[str, Any]:
         key = {"method": method, "power": power, "seed": seed, "purpose": purpose}
-        learning_rate = 1e-4 * 2**power
         for done in found["runs"]:
             if key.items() <= done.items():
                 return done
-        history = train(
-            build,
-            data,
-            METHODS[method][0],
-            learning_rate=learning_rate,
-            threshold=THRESHOLD,
-            max_iterations=max_iterations,
-            batch_size=BATCH_SIZE,
-            evaluate_every=EVALUATE_EVERY,
-            seeds=[seed],
-            progress=f"{method}, learning rate {learning_rate:g}, seed {seed}",
-        )
-        (result,) = history.runs
-        done = key | {
-            "learning_rate": learning_rate,
-            "status": result.status,
-            "iterations": result.iterations,
-            "train_loss": result.train_loss,
-        }
+        done = key | _train(settings, data, method, power, seed, max_iterations)
         found["runs"].append(done)
         write_json(file, found)
         return done
 
     for method in tqdm(methods, desc="descent", unit="method"):
-        power = tune(partial(run, method), METHODS[method][1]) - 1
-        for seed in SEEDS:
-            run(method, power, seed, "measured", MAX_ITERATIONS)
+        power = tune(partial(run, method), METHODS[method][1], settings) - 1
+        for seed in settings.seeds:
+            run(method, power, seed, "measured", settings.max_iterations)
     return found
 
 
-def tune(run: Callable[..., dict[str, Any]], power: int) -> int:
-    """Return the power of the learning rate that does best, uphill from ``power``."""
+def _train(
+    settings: Settings, data: Dataset, method: str, power: int, seed: int, max_iterations: int
+) -> dict[str, Any]:
+    learning_rate = BASE_RATE * 2**power
+    history = train(
+        build,
+        data,
+        METHODS[method][0],
+        learning_rate=learning_rate,
+        threshold=settings.threshold,
+        max_iterations=max_iterations,
+        batch_size=settings.batch_size,
+        evaluate_every=settings.evaluate_every,
+        seeds=[seed],
+        progress=f"{method}, learning rate {learning_rate:g}, seed {seed}",
+    )
+    (run,) = history.runs
+    return {
+        "learning_rate": learning_rate,
+        "status": run.status,
+        "iterations": run.iterations,
+        "train_loss": run.train_loss,
+    }
+
+
+def tune(run: Callable[..., dict[str, Any]], power: int, settings: Settings) -> int:
+    """Return the power of the best learning rate, found by walking from ``power`` while the result improves."""
 
     def cost(power: int) -> tuple[float, float]:
-        done = run(power, TUNING_SEED, "tuning", TUNING_ITERATIONS)
+        done = run(power, settings.tuning_seed, "tuning", settings.tuning_iterations)
         if done["status"] == "reached":
             return (0, done["iterations"])
         return (1, float("inf") if done["status"] == "diverged" else done["train_loss"][-1])
@@ -127,5 +136,4 @@ def tune(run: Callable[..., dict[str, Any]], power: int) -> int:
 
 
 if __name__ == "__main__":
-    runtime.keep_freed_memory()
-    measure([check_choice("method", name, METHODS) for name in sys.argv[1:]] or list(METHODS))
+    main(measure, FULL, SHORT, PARTS)

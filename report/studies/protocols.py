@@ -1,20 +1,18 @@
-"""The three models by two protocols: as it was published, each departure of the published code by itself, and fairly.
+"""The three models by two protocols: as published, one departure of the published code at a time, and fairly.
 
-*As published*: the settings of the published notebooks, and what their code does otherwise than their text says, each
-of it a switch that is turned on alone. *Fair*: the same starts, split, batch, optimizer, stop and device for every
-method, and for each a learning rate of its own from one grid at equal budget, tuned with seeds of their own.
+*As published*: the settings of the published notebooks. Where their code does something else than their text says, the
+departure is a switch, and each is turned on alone. *Fair*: the same starts, split, batch, optimizer, stop and device
+for every method, and a learning rate of its own for each, tuned on one grid, at equal budget, on separate seeds.
 
-Iterations are counted here; what an iteration takes is measured apart, all forms taking turns.
+The trainings count iterations. What an iteration takes is timed separately, all forms taking turns.
 
-    python -m report.studies.protocols                  # everything that is not there yet
-    python -m report.studies.protocols logistic mlp     # some of the models
-    python -m report.studies.protocols steps            # the time of an iteration, with nothing beside it
+    python -m report.studies.protocols logistic mlp     # two of the models
+    python -m report.studies.protocols steps            # the time of an iteration; run nothing else meanwhile
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +25,6 @@ from tqdm import tqdm
 
 from fwdlib import runtime
 from fwdlib.bench.measuring import interleave
-from fwdlib.checks import check_choice
 from fwdlib.data import Dataset, load_kmnist, load_penguins
 from fwdlib.estimators import Estimator, GradientEstimate, backprop_gradient, forward_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
@@ -35,14 +32,15 @@ from fwdlib.objectives import BatchLoss, Objective, assign_gradients, params_of
 from fwdlib.results import write_json
 from fwdlib.tangents import AnyGenerator, Params, normal
 from fwdlib.training import train
-from report.studies.common import RESULTS, either, reopen
+from report import published
+from report.names import AS_PUBLISHED, PROTOCOLS, STEPS
+from report.studies.common import main, reopen
 from report.studies.published_code import published_backprop_step, published_step
 
-FOLDER = RESULTS / "protocols"
-STEPS = "steps.json"
-WARM_UP = either(
-    60, 20
-)  # iterations that the published CNN had been trained for with backprop before the run that was reported
+PUBLISHED = published.load()["predecessors"]
+GRID = range(-2, 9)  # learning rates of the fair protocol: powers of two times the published one
+FIRST_SEED, FIRST_TUNING_SEED = 1, 1001
+NUM_DRAWS = 2000
 
 
 class Model(NamedTuple):
@@ -50,22 +48,68 @@ class Model(NamedTuple):
 
     build: Callable[[], nn.Module]
     load: Callable[[], Dataset]
-    learning_rate: float
-    threshold: float | None
-    max_iterations: int
     blocks: str
+    learning_rate: float
+    threshold: float | None = None
+
+
+MODELS = {
+    name: Model(*ours, PUBLISHED[name]["learning_rate"], PUBLISHED[name].get("threshold"))
+    for name, ours in {
+        "logistic": (LogisticRegression, load_penguins, "parameter"),
+        "mlp": (MLP, load_penguins, "parameter"),
+        "cnn": (CNN, load_kmnist, "joint"),
+    }.items()
+}
+METHODS: dict[str, Estimator] = {  # of the fair protocol
+    "backprop": backprop_gradient,
+    "forward gradient": partial(forward_gradient, tangents="normal"),
+    "rank-one": forward_gradient,
+    "rank-one, K = 16": partial(forward_gradient, num_tangents=16),
+}
+PARTS = (*MODELS, Path(STEPS).stem)
+
+
+class Length(NamedTuple):
+    """How long a model trains, and how often."""
+
+    max_iterations: int
     num_seeds: int
     num_tuning_seeds: int
 
 
-MODELS = {
-    "logistic": Model(LogisticRegression, load_penguins, 0.2, 0.3, 2_000, "parameter", *either((100, 20), (10, 3))),
-    "mlp": Model(MLP, load_penguins, 0.05, 0.2, 1_000, "parameter", *either((100, 20), (10, 3))),
-    "cnn": Model(CNN, load_kmnist, 0.001, None, either(100, 30), "joint", *either((20, 6), (6, 1))),
-}
-GRID = range(-2, 9)  # learning rates of the fair protocol: powers of two times the published one
-FIRST_SEED, FIRST_TUNING_SEED = 1, 1001
-NUM_DRAWS = 2000
+class Settings(NamedTuple):
+    """Length of the study."""
+
+    models: dict[str, Length]
+    warm_up: int
+    """Iterations with backprop before the run of the CNN that counts."""
+    num_adam_seeds: int
+    """Seeds of the departures that take a step for each image."""
+    seconds: tuple[float, float]
+    """Of timing, for each model: of our forms, and of the published code."""
+    num_rounds: tuple[int, int]
+    """At least, of timing."""
+
+
+FULL = Settings(
+    {
+        "logistic": Length(2_000, 100, 20),
+        "mlp": Length(1_000, 100, 20),
+        "cnn": Length(PUBLISHED["cnn"]["num_iterations"], 20, 6),
+    },
+    warm_up=PUBLISHED["cnn"]["warm_up"],
+    num_adam_seeds=20,
+    seconds=(20, 5),
+    num_rounds=(15, 9),
+)
+SHORT = Settings(
+    {"logistic": Length(2_000, 10, 3), "mlp": Length(1_000, 10, 3), "cnn": Length(30, 6, 1)},
+    warm_up=20,
+    num_adam_seeds=1,
+    seconds=(4, 1),
+    num_rounds=(6, 2),
+)
 
 
 class Training(NamedTuple):
@@ -75,13 +119,13 @@ class Training(NamedTuple):
     learning_rate: float
     options: dict[str, Any] = {}  # noqa: RUF012 - of train()
     num_seeds: int | None = None  # None for the model's
-    skipped: int = 0  # values of the series that the published run does not show
+    skipped: int = 0  # values at the start of the series that the published run does not show
 
 
 def standardised(params: Params, num_tangents: int = 1, generator: AnyGenerator = None) -> Params:
-    """Sample normal tangents, and give those of each tensor mean zero and variance one, as the published code does.
+    """Sample normal tangents, and shift and scale those of each tensor to mean zero and variance one.
 
-    That deletes from the estimate of a tensor's gradient its mean component.
+    The published code does so. The estimate of a tensor's gradient then lacks the gradient's mean component.
     """
     sampled = normal(params, num_tangents, generator)
     rows = {name: v.flatten(1) for name, v in sampled.items()}
@@ -90,7 +134,10 @@ def standardised(params: Params, num_tangents: int = 1, generator: AnyGenerator 
 
 
 def on_the_test_set(data: Dataset) -> Estimator:
-    """Return backprop that from its second call on differentiates, and stops by, the loss of the test set."""
+    """Return an estimator that gives backprop's gradient of the training loss once, and of the test loss thereafter.
+
+    The loss that it returns, by which a training stops, is that of the test set, too.
+    """
     calls = 0
 
     def estimate(objective: BatchLoss, params: Params) -> GradientEstimate:
@@ -104,28 +151,29 @@ def on_the_test_set(data: Dataset) -> Estimator:
 
 
 def with_double_softmax(objective: BatchLoss, params: Params) -> GradientEstimate:
-    """Differentiate the loss of a model that ends in a softmax to which the loss applies another."""
+    """Differentiate the loss of a model that ends in a softmax, where the loss applies another softmax."""
     twice = BatchLoss(
         objective.model, objective.inputs, objective.targets, lambda y, t: F.cross_entropy(y.softmax(1), t)
     )
     return backprop_gradient(twice, params)
 
 
-def published(name: str) -> dict[str, dict[str, Training]]:
-    """Return the trainings at the published settings: form of a method -> its name -> training.
+def as_published(settings: Settings, name: str) -> dict[str, dict[str, Training]]:
+    """Return the trainings at the published settings: method -> form -> training.
 
-    The first form of each method is the text's, the others have one departure of the code each.
+    The first form of each method is the text's; each other form has one departure of the code.
 
     Args:
+        settings: of the study.
         name: of the model.
     """
-    model = MODELS[name]
+    model, theirs = MODELS[name], PUBLISHED[name]
     rate, blocks = model.learning_rate, model.blocks
     backprop = lambda data: backprop_gradient  # noqa: E731
     forward = partial(forward_gradient, blocks=blocks, tangents="normal")
     found = {
-        "backprop": {"as the text says": Training(backprop, rate)},
-        "forward": {"as the text says": Training(lambda data: forward, rate)},
+        "backprop": {AS_PUBLISHED: Training(backprop, rate)},
+        "forward": {AS_PUBLISHED: Training(lambda data: forward, rate)},
     }
     if blocks == "parameter":
         sampler = partial(forward, tangents=standardised)
@@ -134,35 +182,49 @@ def published(name: str) -> dict[str, dict[str, Training]]:
             lambda data: partial(forward_gradient, tangents="normal"), rate
         )
     if name == "logistic":
-        found["backprop"]["step of 0.01"] = Training(backprop, 0.01, {"max_iterations": 20_000})
+        found["backprop"]["step of 0.01"] = Training(backprop, theirs["learning_rate_used"], {"max_iterations": 20_000})
     if name == "mlp":
         found["backprop"]["trained on the test set"] = Training(on_the_test_set, rate)
     if name == "cnn":
         found["backprop"]["double softmax"] = Training(lambda data: with_double_softmax, rate)
-        for_each = {"optimizer": "Adam", "batch_size": 1, "evaluate_every": 499}
+        num_steps = theirs["steps_per_iteration"]
+        for_each = {"optimizer": "Adam", "batch_size": 1, "evaluate_every": num_steps}
         for form, estimator, skipped in (
             ("Adam, one image a step", backprop_gradient, 0),
-            ("Adam, double softmax, warm start", with_double_softmax, WARM_UP),
+            ("Adam, double softmax, warm start", with_double_softmax, settings.warm_up),
         ):
-            options = for_each | {"max_iterations": 499 * (model.max_iterations + skipped)}
-            found["backprop"][form] = Training(lambda data, e=estimator: e, rate, options, either(None, 1), skipped)
+            options = for_each | {"max_iterations": num_steps * (settings.models[name].max_iterations + skipped)}
+            found["backprop"][form] = Training(
+                lambda data, e=estimator: e, rate, options, settings.num_adam_seeds, skipped
+            )
     return found
 
 
-METHODS: dict[str, Estimator] = {  # of the fair protocol
-    "backprop": backprop_gradient,
-    "forward gradient": partial(forward_gradient, tangents="normal"),
-    "rank-one": forward_gradient,
-    "rank-one, K = 16": partial(forward_gradient, num_tangents=16),
-}
+def measure(settings: Settings, folder: Path, parts: Sequence[str] = PARTS) -> None:
+    """Train the models that ``parts`` name, and time the iterations if they name these.
+
+    Args:
+        settings: ``FULL`` or ``SHORT``.
+        folder: of the results.
+        parts: models, and ``"steps"``.
+
+    Raises:
+        ValueError: if a file holds trainings with other settings.
+    """
+    for part in parts:
+        if part in MODELS:
+            measure_model(settings, folder, part)
+        else:
+            measure_steps(settings, folder)
 
 
-def measure(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+def measure_model(settings: Settings, folder: Path, name: str) -> dict[str, Any]:
     """Train a model by both protocols and return everything that its file then holds.
 
     Args:
+        settings: of the study.
+        folder: of the results.
         name: of the model.
-        folder: where the files are.
 
     Returns:
         ``settings``, ``source``, ``environment``, and ``published``: method -> form -> runs; ``equal``: method ->
@@ -173,24 +235,24 @@ def measure(name: str, folder: Path = FOLDER) -> dict[str, Any]:
     Raises:
         ValueError: if the file holds trainings with other settings.
     """
-    model, file = MODELS[name], folder / f"{name}.json"
+    model, length, file = MODELS[name], settings.models[name], folder / PROTOCOLS / f"{name}.json"
     data = model.load()
-    settings = {key: value for key, value in model._asdict().items() if key not in ("build", "load")}
-    settings |= {"grid": list(GRID), "first_seed": FIRST_SEED, "first_tuning_seed": FIRST_TUNING_SEED}
-    found = reopen(file, settings) | {"source": data.source._asdict()}
+    kept = {key: value for key, value in model._asdict().items() if key not in ("build", "load")}
+    kept |= length._asdict() | {"grid": list(GRID), "first_seed": FIRST_SEED, "first_tuning_seed": FIRST_TUNING_SEED}
+    found = reopen(file, kept) | {"source": data.source._asdict()}
     found["num_test"], found["num_train"] = len(data.test_targets), len(data.train_targets)
 
     def run(part: str, method: str, form: str, training: Training, num_seeds: int, first: int) -> dict[str, Any]:
         rows = found.setdefault(part, {}).setdefault(method, {})
         if form not in rows:
-            rows[form] = _train(model, data, training, num_seeds, first, f"{name}, {method}, {form}")
+            seeds = range(first, first + num_seeds)
+            rows[form] = _train(model, data, training, length.max_iterations, seeds, f"{name}, {method}, {form}")
             write_json(file, found)
         return rows[form]
 
-    for method, forms in published(name).items():
+    for method, forms in as_published(settings, name).items():
         for form, training in forms.items():
-            num_seeds = training.num_seeds or model.num_seeds
-            run("published", method, form, training, num_seeds, FIRST_SEED)
+            run("published", method, form, training, training.num_seeds or length.num_seeds, FIRST_SEED)
     found["statements"] = _statements(model, data)
     write_json(file, found)
     for method, estimator in tqdm(METHODS.items(), desc=name, unit="method"):
@@ -198,19 +260,21 @@ def measure(name: str, folder: Path = FOLDER) -> dict[str, Any]:
         def at(power: int, estimator: Estimator = estimator) -> Training:
             return Training(lambda data: estimator, model.learning_rate * 2.0**power)
 
-        powers = list(GRID)
         costs = {
-            power: _cost(run("tuning", method, str(power), at(power), model.num_tuning_seeds, FIRST_TUNING_SEED), model)
-            for power in powers
+            power: _cost(
+                run("tuning", method, str(power), at(power), length.num_tuning_seeds, FIRST_TUNING_SEED),
+                has_threshold=model.threshold is not None,
+            )
+            for power in GRID
         }
-        best = min(powers, key=costs.__getitem__)
-        run("equal", method, "0", at(0), model.num_seeds, FIRST_SEED)
-        run("fair", method, str(best), at(best), model.num_seeds, FIRST_SEED)
+        best = min(GRID, key=costs.__getitem__)
+        run("equal", method, "0", at(0), length.num_seeds, FIRST_SEED)
+        run("fair", method, str(best), at(best), length.num_seeds, FIRST_SEED)
     return found
 
 
 def _statements(model: Model, data: Dataset) -> dict[str, Any]:
-    # What is said of the tangents and of their estimates, in numbers; each a mean over draws, with its standard error.
+    # What others state about tangents and estimates, in numbers: each a mean over draws, with its standard error.
     network = initialise(model.build, FIRST_SEED)
     objective, params = BatchLoss(network, data.train_inputs, data.train_targets), params_of(network)
     exact = sum(g.square().sum() for g in backprop_gradient(objective, params).grads.values())
@@ -233,21 +297,23 @@ def _mean_and_error(values: torch.Tensor) -> list[float]:
     return [float(values.mean()), float(values.std() / len(values) ** 0.5)]
 
 
-def _cost(runs: dict[str, Any], model: Model) -> float:
-    # The median of the iterations to the threshold, or where there is none of the training loss at the end.
-    values, arrived = (runs["train_loss"], "completed") if model.threshold is None else (runs["iterations"], "reached")
-    return float(np.median([v if s == arrived else np.inf for v, s in zip(values, runs["status"], strict=True)]))
+def _cost(runs: dict[str, Any], *, has_threshold: bool) -> float:
+    # The median of the iterations to the threshold; without a threshold, of the training loss at the end.
+    values, success = (runs["iterations"], "reached") if has_threshold else (runs["train_loss"], "completed")
+    return float(np.median([v if s == success else np.inf for v, s in zip(values, runs["status"], strict=True)]))
 
 
-def _train(model: Model, data: Dataset, training: Training, num_seeds: int, first: int, words: str) -> dict[str, Any]:
-    options = {"optimizer": "SGD", "max_iterations": model.max_iterations} | training.options
+def _train(
+    model: Model, data: Dataset, training: Training, max_iterations: int, seeds: Sequence[int], words: str
+) -> dict[str, Any]:
+    options = {"optimizer": "SGD", "max_iterations": max_iterations} | training.options
     history = train(
         model.build,
         data,
         training.estimator(data),
         learning_rate=training.learning_rate,
         threshold=model.threshold,
-        seeds=range(first, first + num_seeds),
+        seeds=seeds,
         progress=words,
         **options,
     )
@@ -266,16 +332,21 @@ def _train(model: Model, data: Dataset, training: Training, num_seeds: int, firs
     }
 
 
-def measure_steps(folder: Path = FOLDER) -> dict[str, Any]:
-    """Time an iteration of each model in every form, taking turns, with nothing beside them, and save it.
+def measure_steps(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Time an iteration of each model in every form, and save the times. The forms take turns.
+
+    Args:
+        settings: of the study.
+        folder: of the results.
 
     Returns:
-        ``seconds``: model -> form -> seconds per iteration, one number a round; ``environment``. The forms are
-        ``METHODS``, ``"forward, published form"`` (a jvp for each tensor, where that is the published form), and what
-        the published code takes for an iteration of either method, evaluations inside, ``"forward, their code"`` and
-        ``"backprop, their code"``.
+        ``seconds``: model -> form -> seconds per iteration, one number a round; ``environment``. The forms are those of
+        ``METHODS``; ``"forward, published form"``, with a jvp for each tensor where that is the published form; and
+        ``"forward, their code"`` and ``"backprop, their code"``: what the published code counts as an iteration,
+        evaluations inside.
     """
     found: dict[str, Any] = {"environment": runtime.environment(), "seconds": {}}
+    (seconds, their_seconds), (num_rounds, num_their_rounds) = settings.seconds, settings.num_rounds
     for name, model in MODELS.items():
         data = model.load()
         ours = {form: _step(model, data, estimator) for form, estimator in METHODS.items()}
@@ -288,9 +359,9 @@ def measure_steps(folder: Path = FOLDER) -> dict[str, Any]:
         params = params_of(network)
         theirs = {"forward, their code": lambda f=forward, p=params: f(p)}
         theirs["backprop, their code"] = lambda f=backprop, p=params: f(p)
-        found["seconds"][name] = interleave(ours, seconds=either(20, 4), min_rounds=either(15, 6), block_seconds=0.05)
-        found["seconds"][name] |= interleave(theirs, seconds=either(5, 1), min_rounds=either(9, 2))
-    write_json(folder / STEPS, found)
+        found["seconds"][name] = interleave(ours, seconds=seconds, min_rounds=num_rounds, block_seconds=0.05)
+        found["seconds"][name] |= interleave(theirs, seconds=their_seconds, min_rounds=num_their_rounds)
+    write_json(folder / PROTOCOLS / STEPS, found)
     return found
 
 
@@ -306,20 +377,5 @@ def _step(model: Model, data: Dataset, estimator: Estimator) -> Callable[[], obj
     return step
 
 
-def main(words: list[str]) -> None:
-    """Measure what ``words`` name: some of the models, ``steps``, or everything.
-
-    Raises:
-        ValueError: if a word is not the name of one.
-    """
-    for word in words or [*MODELS, "steps"]:
-        check_choice("model", word, [*MODELS, "steps"])
-        if word == "steps":
-            measure_steps()
-        else:
-            measure(word)
-
-
 if __name__ == "__main__":
-    runtime.keep_freed_memory()
-    main(sys.argv[1:])
+    main(measure, FULL, SHORT, PARTS)

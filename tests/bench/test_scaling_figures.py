@@ -8,7 +8,7 @@ import matplotlib as mpl
 import pytest
 
 from fwdlib.bench import scaling
-from fwdlib.bench.scaling_figures import UNLIMITED, plot_links, plot_workers
+from fwdlib.bench.scaling_figures import UNLIMITED, plot_links, plot_processes
 from fwdlib.plotting import STYLE
 
 
@@ -16,7 +16,7 @@ def row(count, megabits, factor=1.0):
     seconds = [0.010, 0.011, 0.012, 0.011, 0.010, 0.013]
     methods = {
         name: {"seconds": [factor * s for s in seconds], "alone": seconds, "bytes": 100, "segments": 3}
-        for name in scaling.METHODS
+        for name in scaling.NUM_TANGENTS
     }
     return {"count": count, "megabits": megabits, "methods": methods, "exchange": [1e-3], "num_params": 10**6}
 
@@ -28,8 +28,8 @@ def links():
     return plot_links(ROWS, scaling.predictions(ROWS))
 
 
-def workers():
-    return plot_workers(scaling.on_paper(ROWS, (10, 100), (1, 100), 1e-4))
+def on_paper():
+    return plot_processes(scaling.on_paper(ROWS, (10, 100), (1, 100), 1e-4))
 
 
 def svg(figure):
@@ -39,7 +39,7 @@ def svg(figure):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("draw", [links, workers])
+@pytest.mark.parametrize("draw", [links, on_paper])
 def test_every_figure_is_drawn_twice_byte_for_byte_alike(draw):
     assert svg(draw()) == svg(draw())
 
@@ -51,7 +51,7 @@ def test_a_panel_for_each_number_of_processes_with_a_dot_for_each_link_and_lines
     medians = sorted({round(bar.lines[0].get_ydata()[0], 6) for bar in two.containers})
     assert medians == [11.0, 110.0, 1100.0]  # ms: an even number of rounds has the mean of the middle two
     lines = [line for line in two.get_lines() if len(line.get_xdata()) == 2]
-    assert len(lines) >= len(scaling.METHODS)
+    assert len(lines) >= len(scaling.NUM_TANGENTS)
 
 
 def test_what_has_few_rounds_gets_a_bar_from_the_least_to_the_most():
@@ -62,6 +62,6 @@ def test_what_has_few_rounds_gets_a_bar_from_the_least_to_the_most():
 
 
 def test_on_paper_a_panel_for_each_rate():
-    panels = workers().axes
+    panels = on_paper().axes
     assert [axes.get_title("left") for axes in panels] == ["1 Gbit/s", "100 Gbit/s"]
-    assert all(len(axes.get_lines()) == len(scaling.METHODS) for axes in panels)
+    assert all(len(axes.get_lines()) == len(scaling.NUM_TANGENTS) for axes in panels)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fwdlib.methods.blocks import ErrorsOfBlocks, Network, blocks_of, shapes_of
-from fwdlib.models import alexnet, fully_connected, shallow_cnn
+from fwdlib.trainer.networks import alexnet, fully_connected, shallow_cnn
 
 
 def test_blocks_of_the_models_of_the_study():

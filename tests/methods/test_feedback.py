@@ -18,9 +18,10 @@ from fwdlib.methods.feedback import (
     DirectKolenPollack,
     ForwardDirectFeedbackAlignment,
 )
-from fwdlib.models import CNN, fully_connected
+from fwdlib.models import CNN
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.stacked.dual import Dual
+from fwdlib.trainer.networks import fully_connected
 from fwdlib.training import make_optimizer, train
 
 SGD_ONE = make_optimizer("SGD", 1.0)  # with it the feedback becomes the last mean of d u^T
@@ -492,7 +493,7 @@ def test_alpha_decays_and_comes_back():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_model_whose_blocks_cannot_be_told_is_refused(rule):
-    with pytest.raises(ValueError, match=r"blocks of CNN cannot be told.*nn\.Sequential.*blocks\(\)"):
+    with pytest.raises(ValueError, match=r"CNN does not show its blocks.*nn\.Sequential.*blocks\(\)"):
         RULES[rule](CNN(), torch.zeros(2, 1, 28, 28))
     with pytest.raises(ValueError, match="has 1 block, and feedback needs a hidden one"):
         RULES[rule](nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)), torch.zeros(2, 4))
@@ -513,7 +514,7 @@ def test_refuses_what_is_not_its_model(rule):
         estimator(lambda p: p["x"].sum(), {"x": torch.ones(2)})
     with pytest.raises(ValueError, match="made for a model of 3 blocks, got one of 2"):
         grads_of(estimator, Chain(nn.Linear(4, 5), nn.Linear(5, 3)).double(), inputs)
-    with pytest.raises(ValueError, match="of another model"):
+    with pytest.raises(ValueError, match="belongs to a different model"):
         estimator.load_state_dict(RULES[rule](*cnn()).state_dict())
 
 

@@ -469,8 +469,8 @@ def test_trains_with_every_kind_of_estimator(blobs, estimator):
     assert history.stack_size == 1  # a ball is around all entries: seeds cannot share one
     assert all(run.test_errors[-1] <= 3 < run.test_errors[0] for run in history.runs)
     assert all(flat(params.values()).abs().sum() <= 20.0001 for params in history.params)
-    with pytest.raises(ValueError, match="stacked=True is not possible here: the optimizer is not one of the elem"):
-        train(build, blobs, ESTIMATORS[estimator], stacked=True, **options)
+    with pytest.raises(ValueError, match="together=True is not possible here: the optimizer is not one of the elem"):
+        train(build, blobs, ESTIMATORS[estimator], together=True, **options)
 
 
 def test_a_checkpoint_resumes_bit_for_bit(blobs, tmp_path):
@@ -505,16 +505,16 @@ def test_refuses_what_is_no_ball():
     for function in (linear_minimiser, lambda d, ball, radius: frank_wolfe_gap(d, d, ball, radius)):
         with pytest.raises(ValueError, match="radius must be a finite number above 0, got 0"):
             function(torch.ones(2), "l1", 0)
-        with pytest.raises(ValueError, match=r"the nuclear ball is one of matrices, got \(2,\)"):
+        with pytest.raises(ValueError, match=r"the nuclear ball takes matrices, got \(2,\)"):
             function(torch.ones(2), "nuclear", 1.0)
-        with pytest.raises(ValueError, match=r"the l2 ball is one of vectors, got \(\)"):
+        with pytest.raises(ValueError, match=r"the l2 ball takes vectors, got \(\)"):
             function(torch.tensor(1.0), "l2", 1.0)
     with pytest.raises(ValueError, match="num_params must be a whole number of at least 1, got 0"):
         l2_reach(0)
 
 
 def test_refuses_a_start_outside():
-    message = r"must lie in the l1 ball of radius 1, its norm is 3: begin at zero, or scale it by shrink_into"
+    message = r"must lie in the l1 ball of radius 1, its norm is 3: start at zero, or scale it with shrink_into"
     with pytest.raises(ValueError, match=message):
         FrankWolfe([nn.Parameter(torch.tensor([1.0, -2.0]))], ball="l1", radius=1.0)
     with pytest.raises(ValueError, match=message):
@@ -528,12 +528,15 @@ def test_refuses_bad_options_and_keeps_no_bad_group():
     for options, message in (
         ({"ball": "l3", "radius": 1.0}, "ball must be one of"),
         ({"radius": -1.0}, "radius must be a finite number above 0, got -1.0"),
-        ({"radius": 1.0, "offset": 1.0}, "offset must be at least 2, for the first step is 2/offset of the way, got 1"),
+        (
+            {"radius": 1.0, "offset": 1.0},
+            "offset must be at least 2, .* 2/offset of the way, got 1",
+        ),
         ({"radius": 1.0, "power": 1.5}, "power must be at most 1, got 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             FrankWolfe([weight], **options)
-    with pytest.raises(ValueError, match=r"around one matrix, got \(2, 2\), \(2,\): give each matrix a group of its"):
+    with pytest.raises(ValueError, match=r"takes one matrix, got \(2, 2\), \(2,\): give each matrix a group of its"):
         FrankWolfe([weight, nn.Parameter(torch.zeros(2))], ball="nuclear", radius=1.0)
     optimizer = FrankWolfe([weight], radius=1.0)
     with pytest.raises(ValueError, match="radius"):

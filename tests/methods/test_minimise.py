@@ -11,8 +11,8 @@ from hypothesis import given, settings
 
 from fwdlib import runtime
 from fwdlib.estimators import backprop_gradient, forward_gradient
+from fwdlib.methods.functions import as_objective, beale, rosenbrock, sphere, styblinski_tang
 from fwdlib.methods.minimise import minimise, step_of
-from fwdlib.objectives import as_objective, beale, rosenbrock, sphere, styblinski_tang
 
 minimise = partial(minimise, progress=None)
 START = torch.tensor([0.0, 0.5], dtype=torch.float64)

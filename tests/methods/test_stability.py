@@ -11,18 +11,18 @@ from scipy.integrate import quad
 
 from fwdlib import runtime
 from fwdlib.estimators import backprop_gradient, forward_gradient
+from fwdlib.methods.functions import beale, rosenbrock, sphere, styblinski_tang
 from fwdlib.methods.stability import (
     divergence,
+    fractions_diverged,
     growth,
     limits_at,
     mean_square_limit,
     measure_growth,
-    parts_diverged,
 )
-from fwdlib.objectives import beale, rosenbrock, sphere, styblinski_tang
 from fwdlib.tangents import Replicates
 
-parts_diverged = partial(parts_diverged, progress=None)
+fractions_diverged = partial(fractions_diverged, progress=None)
 
 
 @pytest.mark.parametrize("num_tangents", [1, 3, 16])
@@ -157,7 +157,7 @@ def test_backprop_on_a_quadratic_diverges_from_two_over_the_largest_curvature_on
     limits = limits_at(quadratic, torch.zeros(3))
     assert limits["backprop"] == pytest.approx(0.5)
     rates = [limits["backprop"] * factor for factor in (0.2, 0.98, 1.02, 2.0)]
-    assert parts_diverged(quadratic, torch.ones(3), backprop_gradient, rates) == [0, 0, 1, 1]
+    assert fractions_diverged(quadratic, torch.ones(3), backprop_gradient, rates) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -177,14 +177,14 @@ def test_half_the_limit_is_safe_and_ten_times_the_limit_of_backprop_is_not(funct
         (partial(forward_gradient, tangents="normal"), limits["forward gradient"]),
     ):
         rates = [limit / 2, 10 * limits["backprop"]]
-        assert parts_diverged(function, start, estimator, rates, seeds=range(6), num_iterations=200) == [0, 1]
+        assert fractions_diverged(function, start, estimator, rates, seeds=range(6), num_iterations=200) == [0, 1]
 
 
 def test_forward_gradients_diverge_where_backprop_does_not():
     start = torch.tensor([0.0, 0.5], dtype=torch.float64)
-    assert parts_diverged(beale, start, backprop_gradient, [0.035]) == [0]
+    assert fractions_diverged(beale, start, backprop_gradient, [0.035]) == [0]
     assert (
-        parts_diverged(
+        fractions_diverged(
             beale, start, partial(forward_gradient, tangents="normal"), [0.035], seeds=range(10), num_iterations=400
         )[0]
         > 0.5
@@ -194,9 +194,9 @@ def test_forward_gradients_diverge_where_backprop_does_not():
 def test_parts_are_those_of_the_seeds_one_by_one():
     start, rates, seeds = torch.tensor([0.0, 0.5], dtype=torch.float64), [0.02, 0.03, 0.05], [0, 1, 2]
     how = {"num_iterations": 100}
-    together = parts_diverged(beale, start, partial(forward_gradient, tangents="normal"), rates, seeds=seeds, **how)
+    together = fractions_diverged(beale, start, partial(forward_gradient, tangents="normal"), rates, seeds=seeds, **how)
     alone = [
-        parts_diverged(beale, start, partial(forward_gradient, tangents="normal"), rates, seeds=[seed], **how)
+        fractions_diverged(beale, start, partial(forward_gradient, tangents="normal"), rates, seeds=[seed], **how)
         for seed in seeds
     ]
     assert together == torch.tensor(alone).mean(0).tolist()
@@ -204,7 +204,7 @@ def test_parts_are_those_of_the_seeds_one_by_one():
 
 def test_parts_need_rates():
     with pytest.raises(ValueError, match="the number of rates must be a whole number of at least 1, got 0"):
-        parts_diverged(sphere, torch.ones(2), backprop_gradient, [])
+        fractions_diverged(sphere, torch.ones(2), backprop_gradient, [])
 
 
 def test_a_saddle_has_no_limit():

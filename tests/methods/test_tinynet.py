@@ -321,7 +321,7 @@ def test_targets_of_another_shape_are_refused_and_not_broadcast():
 
 def test_a_layer_that_comes_twice_is_refused_at_any_depth():
     relu = tinynet.ReLU()
-    with pytest.raises(ValueError, match="a layer comes twice"):
+    with pytest.raises(ValueError, match="a layer is used twice"):
         tinynet.Sequential(tinynet.Linear(2, 2), relu, tinynet.Sequential(tinynet.Linear(2, 2), relu))
 
 

@@ -1,5 +1,6 @@
-"""The claims table: every verdict follows from the data by its rule, and another result gives another verdict."""
+"""The claims table: each verdict follows from the data by its rule, and no claim can silently vanish."""
 
+import copy
 import json
 import math
 import shutil
@@ -8,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from fwdlib.statistics import Interval
-from report.page import context as page_context
-from report.sections import claims
-from report.sections.claims import CLAIMS, Claim, above, below, compatible, judge, within
+from report.page import render
+from report.page.context import PARTS, build_context, load_results
+from report.sections import verdicts
+from report.sections.claims import CLAIMS
+from report.sections.verdicts import Claim, ClaimError, NotMeasuredError, above, below, compatible, judge, made, within
+from tests.report.records import make_results, section
 
 RESULTS = Path(__file__).resolve().parents[2] / "report" / "results"
 every_claim = pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.text[:40].lower().replace(" ", "-"))
@@ -18,7 +22,7 @@ every_claim = pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.t
 
 @pytest.fixture(scope="module")
 def context():
-    return page_context.context(page_context.load(RESULTS))
+    return build_context(load_results(RESULTS))
 
 
 def interval_at(middle, half=1e-3):
@@ -35,11 +39,11 @@ def interval_at(middle, half=1e-3):
     ],
 )
 def test_a_rule_decides_by_the_whole_interval(rule, holds, fails, open_):
-    assert claims._outcome(rule, Interval(*holds)) == "holds"
-    assert claims._outcome(rule, Interval(*fails)) == "fails"
+    assert verdicts._outcome(rule, Interval(*holds)) == "holds"
+    assert verdicts._outcome(rule, Interval(*fails)) == "fails"
     if open_:
-        assert claims._outcome(rule, Interval(*open_)) == "unclear"
-    assert claims._outcome(rule, Interval(math.nan, 1.0, math.nan)) == "unclear"
+        assert verdicts._outcome(rule, Interval(*open_)) == "inconclusive"
+    assert verdicts._outcome(rule, Interval(math.nan, 1.0, math.nan)) == "inconclusive"
 
 
 @every_claim
@@ -51,9 +55,93 @@ def test_other_data_flips_the_verdict(claim):
     assert {"holds", "does not hold"} <= found
 
 
+# --- what is missing -------------------------------------------------------------------------------------------------
+
+
+class Watched(dict):
+    """A dict that notes the keys that are looked up, in it and in what is in it."""
+
+    def __init__(self, content, seen, path=()):
+        self.seen, self.path = seen, path
+        super().__init__({key: watched(value, seen, (*path, key)) for key, value in content.items()})
+
+    def __getitem__(self, key):
+        self.seen.append((*self.path, key))
+        return super().__getitem__(key)
+
+
+def watched(value, seen, path=()):
+    if isinstance(value, dict):
+        return Watched(value, seen, path)
+    if type(value) in (list, tuple):
+        return type(value)(watched(item, seen, (*path, i)) for i, item in enumerate(value))
+    return value
+
+
+def without(context, path):
+    changed = dict(context) if len(path) == 1 else context | {path[0]: copy.deepcopy(context[path[0]])}
+    *way, last = path
+    inner = changed
+    for key in way:
+        inner = inner[key]
+    del inner[last]
+    return changed
+
+
 @every_claim
-def test_what_was_not_measured_is_not_judged(claim):
-    assert judge(claim, {"protocols": None, "functions": None, "tasks": {}}) is None
+def test_a_claim_whose_key_is_missing_is_an_error_that_names_both(claim, context):
+    seen = []
+    known = {key: value for key, value in context.items() if key != "claims"}
+    assert judge(claim, watched(known, seen)).cases
+    assert len(seen) >= 3
+    for path in dict.fromkeys(seen):
+        with pytest.raises(ClaimError) as caught:
+            judge(claim, without(known, path))
+        assert claim.text in str(caught.value).replace("\\'", "'")
+        assert repr(path[-1]) in str(caught.value)
+
+
+@every_claim
+def test_a_study_that_was_not_made_is_a_verdict_of_its_own(claim, context):
+    found = judge(claim, context | dict.fromkeys(PARTS))
+    if found.verdict != "not measured here":
+        assert found == judge(claim, context)  # it needs no study
+    else:
+        assert (found.outcome, found.cases, found.reason) == ("not measured", {}, "")
+
+
+def test_the_page_says_which_claims_were_not_measured(tmp_path):
+    context = build_context(load_results(make_results(tmp_path)))
+    assert len(context["claims"]) == len(CLAIMS)
+    text = section(render.markdown(context), "claims")
+    number = sum(found.outcome == "not measured" for found in context["claims"])
+    assert 20 < number < len(CLAIMS)
+    assert text.count("**not measured here**") == number
+    assert f"{number} need studies that were not made here" in text
+
+
+def test_a_mode_that_was_not_trained_is_not_measured_and_no_error(context):
+    claim = next(claim for claim in CLAIMS if "Kolen" in claim.text)
+    feedback = copy.deepcopy(context["feedback"])
+    study = next(study for study in feedback["studies"] if study["title"] == "MNIST, 2 x 800")
+    del study["rows"]["DKP"]
+    study["missing"] = ["DKP"]
+    assert judge(claim, context | {"feedback": feedback}).outcome == "not measured"
+    study["missing"] = []
+    with pytest.raises(ClaimError, match=r"Kolen and Pollack.*'DKP'"):
+        judge(claim, context | {"feedback": feedback})
+
+
+def test_made_tells_what_was_not_measured_from_what_is_missing():
+    found = {"cost": {"depth": None, "bench": [1]}}
+    assert made(found, "cost", "bench") == [1]
+    with pytest.raises(NotMeasuredError, match="depth"):
+        made(found, "cost", "depth", "memory")
+    with pytest.raises(KeyError, match="steps"):
+        made(found, "cost", "steps")
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
 
 
 def test_several_cases_are_judged_each():
@@ -63,15 +151,17 @@ def test_several_cases_are_judged_each():
     )
     found = judge(claim, {"cases": "abcd"})
     assert (found.outcome, found.verdict, found.reason) == ("partly", "holds for a and c", "why")
-    assert [outcome for _, outcome in found.cases.values()] == ["holds", "fails", "holds", "unclear"]
+    assert [outcome for _, outcome in found.cases.values()] == ["holds", "fails", "holds", "inconclusive"]
     assert judge(claim, {"cases": "bd"}).verdict == "does not hold for b"
     assert judge(claim, {"cases": "ac"}).verdict == "holds"
     assert judge(claim, {"cases": "b"}).verdict == "does not hold"
+    assert judge(claim, {"cases": "d"}).verdict == "inconclusive"
+    assert judge(claim, {"cases": ""}).verdict == "not measured here"
 
 
-def test_the_committed_results_judge_at_least_25_claims(context):
-    assert len(context["claims"]) >= 25
-    assert all(found.verdict for found in context["claims"])
+def test_the_committed_results_judge_every_claim(context):
+    assert len(context["claims"]) == len(CLAIMS) >= 25
+    assert {found.outcome for found in context["claims"]} <= {"holds", "partly", "fails", "inconclusive"}
 
 
 def test_a_changed_result_changes_its_verdict(context, tmp_path):
@@ -86,4 +176,4 @@ def test_a_changed_result_changes_its_verdict(context, tmp_path):
         return next(f.verdict for f in context["claims"] if "multilayer" in f.claim.source and "Each" in f.claim.text)
 
     assert verdict(context) == "holds"
-    assert verdict(page_context.context(page_context.load(tmp_path / "results"))) == "does not hold"
+    assert verdict(build_context(load_results(tmp_path / "results"))) == "does not hold"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +12,13 @@ from torch import nn
 from fwdlib.bench.compared import MODELS
 from fwdlib.data import Dataset, Source
 from fwdlib.results import write_json
-from report.page import context as page_context
+from report.names import BENCH, DESCENT
 from report.page import render
+from report.page.context import build_context, load_results
 from report.sections import cost
-from report.studies.descent import tune
-from tests.report.test_build import make_results, section
+from report.studies import descent as study
+from report.studies.common import RESULTS
+from tests.report.records import draw, make_results, section
 
 ROUNDS = 9
 
@@ -103,9 +105,9 @@ def descent(bench):
 @pytest.fixture
 def text(tmp_path, bench, descent):
     folder = make_results(tmp_path)
-    write_json(folder / cost.BENCH, bench)
-    write_json(folder / cost.DESCENT, descent)
-    return render.markdown(page_context.context(page_context.load(folder)))
+    write_json(folder / BENCH, bench)
+    write_json(folder / DESCENT, descent)
+    return render.markdown(build_context(load_results(folder)))
 
 
 def test_ratios_are_to_the_fastest_backprop_that_torch_offers_and_by_the_faster_form(bench):
@@ -157,15 +159,15 @@ def test_the_section_prints_it(text):
 
 
 def test_without_measurements_there_is_no_section(tmp_path):
-    text = render.markdown(page_context.context(page_context.load(make_results(tmp_path))))
+    text = render.markdown(build_context(load_results(make_results(tmp_path))))
     assert "{#cost}" not in text
 
 
 def test_the_page_is_drawn_with_its_figures(tmp_path, bench):
     folder = make_results(tmp_path / "results")
-    write_json(folder / cost.BENCH, bench)
-    render.render(page_context.load(folder), tmp_path / "output")
-    assert {"cost.svg", "depth.svg"} <= {path.name for path in (tmp_path / "output" / "figures").iterdir()}
+    write_json(folder / BENCH, bench)
+    output = draw(folder, tmp_path / "output")
+    assert {"cost.svg", "depth.svg"} <= {path.name for path in (output / "figures").iterdir()}
 
 
 @pytest.mark.parametrize(("best", "start"), [(5, 2), (5, 7), (5, 5)])
@@ -179,7 +181,7 @@ def test_tuning_walks_to_the_best_learning_rate_of_the_grid(best, start):
             return {"status": "diverged", "iterations": 10, "train_loss": [math.nan]}
         return {"status": "not reached", "iterations": max_iterations, "train_loss": [2.0 + abs(power - best)]}
 
-    assert tune(run, start) == best
+    assert study.tune(run, start, study.FULL) == best
     assert min(tried) >= min(best, start) - 1
 
 
@@ -187,11 +189,11 @@ def test_of_those_that_arrive_the_one_with_fewer_steps_is_better():
     def run(power, *_):
         return {"status": "reached", "iterations": {3: 300, 4: 100, 5: 200}[power], "train_loss": [0.4]}
 
-    assert tune(run, 3) == 4
+    assert study.tune(run, 3, study.FULL) == 4
 
 
 def test_the_committed_measurements_are_whole():
-    measured = cost.load(Path(cost.__file__).parents[1] / "results")
+    measured = cost.load(RESULTS)
     assert list(measured["bench"]["models"]) == list(MODELS)
     assert not measured["bench"]["quick"]
     assert "100" in measured["bench"]["depth"]
@@ -199,25 +201,34 @@ def test_the_committed_measurements_are_whole():
 
 
 def test_descents_are_kept_one_by_one_and_not_run_twice(tmp_path, monkeypatch):
-    from report.studies import descent
-
     draw = torch.Generator().manual_seed(0)
     targets = torch.arange(80) % 2
     inputs = targets.unsqueeze(1) + 0.1 * torch.randn(80, 3, generator=draw)
     data = Dataset(inputs, targets, inputs, targets, ("a", "b"), Source("blobs", "a test", None, "", "", "", 0))
-    monkeypatch.setattr(descent, "load_images", lambda *_, **__: data)
-    monkeypatch.setattr(descent, "build", lambda: nn.Linear(3, 2))
-    monkeypatch.setattr(descent, "BATCH_SIZE", 20)
-    monkeypatch.setattr(descent, "MAX_ITERATIONS", 200)
-    monkeypatch.setattr(descent, "TUNING_ITERATIONS", 40)
-    first = descent.measure(["backprop"], tmp_path / "descent.json")
+    monkeypatch.setattr(study, "load_images", lambda *_, **__: data)
+    monkeypatch.setattr(study, "build", lambda: nn.Linear(3, 2))
+    settings = study.FULL._replace(batch_size=20, max_iterations=200, tuning_iterations=40)
+    first = study.measure(settings, tmp_path, ["backprop"])
     measured = [run for run in first["runs"] if run["purpose"] == "measured"]
-    assert [run["seed"] for run in measured] == descent.SEEDS
+    assert [run["seed"] for run in measured] == list(settings.seeds)
     assert len({run["learning_rate"] for run in measured}) == 1
 
-    monkeypatch.setattr(descent, "train", lambda *_, **__: pytest.fail("trained again"))
-    again = descent.measure(["backprop"], tmp_path / "descent.json")
+    monkeypatch.setattr(study, "train", lambda *_, **__: pytest.fail("trained again"))
+    again = study.measure(settings, tmp_path, ["backprop"])
     assert len(again["runs"]) == len(first["runs"])
-    monkeypatch.setattr(descent, "THRESHOLD", 0.1)
     with pytest.raises(ValueError, match=r"made with other settings: .* Delete the file to start anew"):
-        descent.measure(["backprop"], tmp_path / "descent.json")
+        study.measure(settings._replace(threshold=0.1), tmp_path, ["backprop"])
+
+
+def test_the_committed_descents_can_be_continued(monkeypatch):
+    source = Source(**json.loads((RESULTS / DESCENT).read_text())["settings"]["data"])
+    monkeypatch.setattr(study, "load_images", lambda *_, **__: Dataset(*[None] * 5, source))
+    monkeypatch.setattr(study, "train", lambda *_, **__: pytest.fail("trained again"))
+    methods = ["backprop", "rank-one", "per-example", "activity"]
+    found = study.measure(study.FULL, RESULTS, methods)
+    assert {run["method"] for run in found["runs"]} == set(methods)
+
+
+def test_without_a_bench_there_is_nothing_to_say():
+    assert cost.context({"bench": None, "descent": None}) is None
+    assert cost.figures({"bench": None, "descent": None}) == {}

@@ -10,12 +10,13 @@ import torch
 
 from fwdlib.data import Dataset, Source
 from fwdlib.results import write_json
-from report.page import context as page_context
+from report.names import LEARNS, MODES, TASKS, feedback_file
 from report.page import render
+from report.page.context import build_context, load_results
 from report.sections import feedback
-from report.studies import alignment
-from report.studies.common import climb
-from tests.report.test_build import make_results, section
+from report.studies import feedback as study
+from report.studies.common import RESULTS, climb
+from tests.report.records import make_results, section
 
 
 def training(mode, seed, errors, purpose="measured", status="completed"):
@@ -42,10 +43,14 @@ def content(mode, errors, substitute=None, **changes):
     }
 
 
+def file_of(folder, mode, task="MNIST-2x800"):
+    return folder / "feedback" / feedback_file(task, mode)
+
+
 @pytest.fixture
 def folder(tmp_path):
     for mode, errors in {"BP": (15, 17, 16), "FDFA": (18, 19, 20), "FG": (400, 420, 410)}.items():
-        write_json(alignment.path_of("MNIST-2x800", mode, tmp_path / "feedback"), content(mode, errors))
+        write_json(file_of(tmp_path, mode), content(mode, errors))
     return tmp_path
 
 
@@ -54,13 +59,15 @@ def test_only_what_was_measured_counts(folder):
     assert list(found["studies"]) == ["MNIST-2x800"]
     assert list(found["studies"]["MNIST-2x800"]) == ["BP", "FDFA", "FG"]
     only_tuned = content("DFA", ())
-    write_json(alignment.path_of("MNIST-2x800", "DFA", folder / "feedback"), only_tuned)
+    write_json(file_of(folder, "DFA"), only_tuned)
     assert feedback.load(folder)["studies"] == found["studies"]
     assert feedback.context(feedback.load(folder / "nowhere")) is None
 
 
 def test_accuracies_and_how_far_fdfa_is_behind(folder):
-    (study,) = feedback.context(feedback.load(folder))["studies"]
+    context = feedback.context(feedback.load(folder))
+    (study,) = context["studies"]
+    assert context["missing"] == ["Fashion-MNIST, 2 x 800", "MNIST, CNN"]
     assert list(study["rows"]) == ["BP", "FDFA", "FG"]
     assert study["rows"]["BP"]["accuracy"].estimate == pytest.approx(98.4)
     assert study["rows"]["BP"]["b_lr"] is None
@@ -72,7 +79,7 @@ def test_accuracies_and_how_far_fdfa_is_behind(folder):
 def test_what_diverged_has_learned_nothing_and_is_not_drawn(folder):
     broken = content("FG", (400, 420))
     broken["runs"].append(training("FG", 3, 900, status="diverged"))
-    write_json(alignment.path_of("MNIST-2x800", "FG", folder / "feedback"), broken)
+    write_json(file_of(folder, "FG"), broken)
     found = feedback.load(folder)
     row = feedback.context(found)["studies"][0]["rows"]["FG"]
     assert (row["diverged"], row["num_seeds"]) == (1, 3)
@@ -81,7 +88,7 @@ def test_what_diverged_has_learned_nothing_and_is_not_drawn(folder):
 
 
 def page(folder):
-    return render.markdown(page_context.context(page_context.load(make_results(folder))))
+    return render.markdown(build_context(load_results(make_results(folder))))
 
 
 def test_section_prints_the_table_and_the_verdict(folder):
@@ -114,15 +121,14 @@ def small(monkeypatch):
     images = 0.3 * torch.randn(120, 1, 4, 4, generator=draw) + torch.randn(3, 1, 4, 4, generator=draw)[labels]
     source = Source("blobs", "made up", None, "0", "free", "nobody", 0)
     data = Dataset(images[:96], labels[:96], images[96:], labels[96:], ("a", "b", "c"), source)
-    monkeypatch.setattr(alignment.experiment, "load", lambda *_: data)
-    monkeypatch.setattr(alignment, "NUM_HELD_OUT", 24)
-    study = alignment.Study({"dataset": "MNIST", "n_layers": 1, "batch_size": 24}, 2, 3, (1, 2), ("BP", "FDFA"))
-    monkeypatch.setitem(alignment.STUDIES, "small", study)
-    return data
+    monkeypatch.setattr(study.experiment, "load", lambda *_: data)
+    monkeypatch.setitem(study.OPTIONS, "small", {"dataset": "MNIST", "n_layers": 1, "batch_size": 24})
+    length = study.Length(2, 3, (1, 2), ("BP", "FDFA"))
+    return study.FULL._replace(tasks={"small": length}, num_held_out=24)
 
 
 def test_study_tunes_then_trains_and_keeps_what_is_done(small, tmp_path, monkeypatch):
-    found = alignment.measure("small", "FDFA", tmp_path)
+    found = study.measure_mode(small, tmp_path, "small", "FDFA")
     measured = [run for run in found["runs"] if run["purpose"] == "measured"]
     tuned = [run for run in found["runs"] if run["purpose"] == "tuning"]
     assert [run["seed"] for run in measured] == [1, 2]
@@ -133,25 +139,48 @@ def test_study_tunes_then_trains_and_keeps_what_is_done(small, tmp_path, monkeyp
     best = min(tuned, key=lambda run: (run["test_errors"][-1], run["test_loss"][-1]))
     assert len(chosen) == 1
     assert best["test_errors"][-1] == min(run["test_errors"][-1] for run in tuned)
-    on_disk = json.loads(alignment.path_of("small", "FDFA", tmp_path).read_text())
+    on_disk = json.loads(file_of(tmp_path, "FDFA", "small").read_text())
     assert [run["test_errors"] for run in on_disk["runs"]] == [run["test_errors"] for run in found["runs"]]
-    monkeypatch.setattr(alignment, "_train", None)  # nothing is trained again
-    assert alignment.measure("small", "FDFA", tmp_path)["runs"] == on_disk["runs"]
+    monkeypatch.setattr(study, "_train", None)  # nothing is trained again
+    assert study.measure_mode(small, tmp_path, "small", "FDFA")["runs"] == on_disk["runs"]
 
 
-def test_study_refuses_a_file_of_other_settings(small, tmp_path, monkeypatch):
-    alignment.measure("small", "BP", tmp_path)
-    monkeypatch.setitem(alignment.STUDIES, "small", alignment.STUDIES["small"]._replace(epochs=3))
+def test_study_refuses_a_file_of_other_settings(small, tmp_path):
+    study.measure_mode(small, tmp_path, "small", "BP")
+    other = small._replace(tasks={"small": small.tasks["small"]._replace(epochs=3)})
     with pytest.raises(ValueError, match=r"made with other settings: .* Delete the file to start anew"):
-        alignment.measure("small", "BP", tmp_path)
+        study.measure_mode(other, tmp_path, "small", "BP")
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["CIFAR"], "task must be one of 'MNIST-2x800'"), (["MNIST-cnn", "SGD"], "mode must be one")]
+    ("parts", "modes", "is_timed"),
+    [
+        (["MNIST-cnn"], ["BP", "FDFA"], False),
+        (["MNIST-2x800-FDFA", "steps"], ["FDFA"], True),
+        (study.PARTS, [*MODES[:8], "BP", "FDFA", "BP", "FDFA"], True),
+    ],
 )
-def test_study_refuses_other_words(words, message):
-    with pytest.raises(ValueError, match=message):
-        alignment.main(words)
+def test_parts_are_tasks_modes_and_steps(parts, modes, is_timed, tmp_path, monkeypatch):
+    measured, timed = [], []
+    monkeypatch.setattr(study, "measure_mode", lambda settings, folder, task, mode: measured.append(mode))
+    monkeypatch.setattr(study, "measure_steps", lambda *_: timed.append(True))
+    study.measure(study.SHORT, tmp_path, parts)
+    assert measured == modes
+    assert bool(timed) == is_timed
+
+
+def test_sections_and_study_have_the_same_modes():
+    assert MODES == tuple(study.MODES) == tuple(LEARNS)
+    assert study.FULL.tasks.keys() == TASKS.keys() == study.OPTIONS.keys() == feedback.TITLES.keys()
+    assert {task: length.modes for task, length in study.FULL.tasks.items()} == TASKS
+
+
+@pytest.mark.parametrize(("task", "mode"), [(task, mode) for task, modes in TASKS.items() for mode in modes])
+def test_the_committed_files_can_be_continued(task, mode, monkeypatch):
+    monkeypatch.setattr(study.experiment, "load", lambda *_: Dataset(*[None] * 5, Source(*"abcdef", 0)))
+    monkeypatch.setattr(study, "_train", None)  # nothing is trained again
+    found = study.measure_mode(study.FULL, RESULTS, task, mode)
+    assert len([run for run in found["runs"] if run["purpose"] == "measured"]) == 3
 
 
 @pytest.mark.parametrize(("bottom", "start"), [(3, 0), (-4, 0), (0, 0), (2, 5)])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import subprocess
+from functools import partial
 
-import jinja2
 import numpy as np
 import pytest
 import torch
@@ -14,9 +14,10 @@ from fwdlib.data import Dataset, Source
 from fwdlib.methods.frank_wolfe import ball_norm, frank_wolfe_gap, l2_reach
 from fwdlib.results import write_json
 from fwdlib.statistics import t_interval
-from report import wording
-from report.page import render
-from report.studies import frank_wolfe
+from report.sections import frank_wolfe as section
+from report.studies import frank_wolfe as study
+from report.studies.common import RESULTS
+from tests.report import printing
 
 STEPS = [10, 100, 1000, 10_000, 100_000, 1_000_000]
 SLOPES = {"exact gradient": -1.0, "plain": 0.0, "averaged": -0.4}  # of a measurement as the paper would have it
@@ -29,9 +30,9 @@ def decay(slope, start=1.0):
 
 def convergence(slopes=SLOPES, near=-0.9):
     runs = {}
-    for ball in frank_wolfe.BALLS:
+    for ball in study.BALLS:
         for form, slope in slopes.items():
-            places = {place: {"gap": decay(slope), "error": decay(slope)} for place in frank_wolfe.PLACES}
+            places = {place: {"gap": decay(slope), "error": decay(slope)} for place in study.PLACES}
             if form == "plain":
                 places["near the centre"] = {"gap": decay(near), "error": decay(near)}
             runs[f"{ball}, {form}"] = {"steps": STEPS} | places
@@ -70,7 +71,7 @@ def trainings(**changed):
         *key, errors = kind
         for seed in (1, 2, 3):
             run = training(*key, seed, changed.get(name, errors) + 10 * seed)
-            runs[frank_wolfe._name(run)] = run
+            runs[study.name_of(run)] = run
     return runs
 
 
@@ -86,7 +87,7 @@ def memory(**changed):
 def content(**changes):
     versions = {"python": "3.11.7", "torch": "2.15.0"}
     found = {
-        "settings": frank_wolfe.settings_now(),
+        "settings": study.FULL.kept(),
         "environment": {"versions": versions, "system": "Linux", "processor": "a CPU", "cores": 2, "threads": 1},
         "source": Source("MNIST", "a file", None, "0", "free", "someone", 0)._asdict(),
         "convergence": convergence(),
@@ -97,42 +98,33 @@ def content(**changes):
     return json.loads(json.dumps(found | changes))
 
 
+text_of = partial(printing.text_of, section)
+
+
 @pytest.fixture
 def load(tmp_path):
     def saved(found):
         write_json(tmp_path / "frank_wolfe.json", found)
-        return frank_wolfe.load(tmp_path)
+        return section.load(tmp_path)
 
     return saved
-
-
-def section(found):
-    comments = {"comment_start_string": "<#", "comment_end_string": "#>"}
-    loader = jinja2.FileSystemLoader(render.HERE)
-    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **comments)
-    words = ("number", "count", "interval", "megabytes", "enumerated")
-    environment.filters |= {word: getattr(wording, word) for word in words}
-    environment.filters |= {"loss": render.loss, "machine": render.machine}
-    environment.globals |= {"count": wording.count, "loss": render.loss}
-    text = environment.get_template("sections/frank_wolfe.md.j2").render(frank_wolfe=frank_wolfe.context(found))
-    return text.replace("\N{MINUS SIGN}", "-")
 
 
 # what the page prints
 
 
 def test_nothing_measured_is_nothing_printed(tmp_path, load):
-    assert frank_wolfe.context(frank_wolfe.load(tmp_path)) is None
-    assert frank_wolfe.figures(None) == {}
-    assert frank_wolfe.context(load(content(convergence={}))) is None
+    assert section.context(section.load(tmp_path)) is None
+    assert section.figures(None) == {}
+    assert section.context(load(content(convergence={}))) is None
 
 
 def test_slopes_and_falls_are_those_of_the_data(load):
     found = load(content())
-    row = frank_wolfe.context(found)["rows"]["l1"]["outside"]["averaged"]
+    row = section.context(found)["rows"]["l1"]["outside"]["averaged"]
     assert row["slope"].estimate == pytest.approx(-0.4, abs=1e-4)
     assert [fall.estimate for fall in row["falls"]] == pytest.approx([10**0.4] * 4, rel=1e-4)
-    text = section(found)
+    text = text_of(found)
     assert "| l1 | outside | -1.00 [-1.00, -1.00] | " in text
     assert "| -0.40 [-0.40, -0.40] | 1.00" in text
     assert "| l1 | near the centre | -1.00 [-1.00, -1.00] | -0.90 [-0.90, -0.90] |" in text
@@ -140,27 +132,27 @@ def test_slopes_and_falls_are_those_of_the_data(load):
 
 
 def test_the_published_finding_where_the_data_show_it(load):
-    text = section(load(content()))
+    text = text_of(load(content()))
     assert text.count("**averaged Frank-Wolfe falls in each of the decades**") == 3
     assert text.count("**plain Frank-Wolfe levels off**") == 3
-    assert "on l1, l2 and linf plain Frank-Wolfe levels off for goals inside the ball, too" in text
+    assert "on l1, l2 and linf plain Frank-Wolfe levels off for goals inside the ball" in text
     assert "converges on l1, l2 and linf, and there faster than the averaged form" in text
 
 
 def test_another_outcome_is_another_sentence(load):
     found = load(content(convergence=convergence({"exact gradient": -1, "plain": -0.3, "averaged": 0.0}, near=0.0)))
-    text = section(found)
+    text = text_of(found)
     assert text.count("**averaged Frank-Wolfe levels off**") == 3
     assert text.count("**plain Frank-Wolfe falls, too**") == 3
     assert "qualification" not in text
-    assert "need not bind" not in text
+    assert "without an active constraint" not in text
 
 
 def test_a_gap_that_falls_in_some_decades_only_is_no_proof(load):
     measured = convergence()
     for row in measured["l1, averaged"]["outside"]["gap"]:
         row[2] = row[1]  # stands still from 100 to 1000
-    verdicts = frank_wolfe.context(load(content(convergence=measured)))["verdicts"]
+    verdicts = section.context(load(content(convergence=measured)))["verdicts"]
     assert (verdicts["l1"]["outside"]["averaged"], verdicts["l2"]["outside"]["averaged"]) == ("unclear", "falls")
 
 
@@ -168,74 +160,72 @@ def test_what_is_solved_in_a_step_has_no_slope(load):
     measured = convergence()
     measured["l2, exact gradient"]["outside"] = {"gap": [[1e-17] * 6] * 10, "error": [[0.0] * 6] * 10}
     found = load(content(convergence=measured))
-    assert "| l2 | outside | at the optimum | " in section(found)
-    assert list(frank_wolfe.figures(found))[:2] == ["frank-wolfe-gap", "frank-wolfe-error"]
+    assert "| l2 | outside | at the optimum | " in text_of(found)
+    assert list(section.figures(found))[:2] == ["frank-wolfe-gap", "frank-wolfe-error"]
 
 
 def test_reach_is_compared_with_the_closed_form(load):
-    reach = frank_wolfe.context(load(content()))["reach"]
+    reach = section.context(load(content()))["reach"]
     radius = l2_reach(20)
     goal, end, best = torch.tensor([2.0]), torch.tensor([radius]), torch.tensor([1.0])
-    f = lambda x: frank_wolfe.distance(x, goal).item()  # noqa: E731
+    f = lambda x: study.distance(x, goal).item()  # noqa: E731
     assert reach["predicted"] == pytest.approx((f(end) - f(best)) / (f(torch.zeros(1)) - f(best)))
     assert reach["measured"].estimate == pytest.approx(1.045)  # the median level of ten seeds
 
 
 def test_trainings_are_averaged_over_seeds_and_compared_with_backprop(load):
     found = load(content())
-    context = frank_wolfe.context(found)["training"]
+    context = section.context(found)["training"]
     assert context["at"]["backprop"]["accuracy"] == pytest.approx(t_interval([84.9, 84.8, 84.7]))
     assert context["rows"][0]["holding"] == pytest.approx(3.2)
-    text = section(found)
+    text = text_of(found)
     assert "| backprop | averaged | l1 | 100 | 2,000 | 84.80 [84.55, 85.05] | 5.00 | 3.20 | 90.0 | 3 |" in text
-    assert "activity perturbation by 2.00 points and the forward gradient by 65.0" in text
-    assert "by 35.0 if it takes 10,000 steps" in text
-    assert "It is the l1 ball that makes the noise so costly: the same averaged forward gradient gets 77.80 [" in text
-    assert "one tangent over the weights did not do it here" in text
+    assert "Activity perturbation is behind by 2.00 points, and the forward gradient by 65.0" in text
+    assert "or by 35.0 after 10,000 steps" in text
+    assert "The noise costs so much because of the l1 ball: the same averaged forward gradient gets 77.80 [" in text
+    assert "one tangent over the weights was not enough here" in text
     assert "backprop 0.400" in text
 
 
 def test_other_trainings_are_other_sentences(load):
-    text = section(load(content(training=trainings(backprop=8000, l2=8000))))
+    text = text_of(load(content(training=trainings(backprop=8000, l2=8000))))
     assert "gets 19.80 [19.55, 20.05] % right" in text
-    assert "makes the noise so costly" not in text
-    assert "did not do it here" not in text
+    assert "The noise costs so much" not in text
+    assert "was not enough here" not in text
 
 
 def test_what_diverged_has_learned_nothing(load):
     runs = trainings()
     name = next(name for name, run in runs.items() if run["averaged"] is None)
     runs[name]["status"] = "diverged"
-    rows = frank_wolfe.context(load(content(training=runs)))["training"]["rows"]
+    rows = section.context(load(content(training=runs)))["training"]["rows"]
     assert rows[0]["accuracy"].estimate == pytest.approx((0 + 91.8 + 91.7) / 3)
 
 
 def test_memory_has_its_share_of_backprop(load):
-    text = section(load(content()))
+    text = text_of(load(content()))
     assert "| 20 layers of width 256 | 4,096 | rank-one | 100 MB | 100 MB | 100 MB | 0.25 |" in text
     assert "needs 0.25 of backprop's memory for *20 layers of width 256*. Depth decides" in text
-    more = section(load(content(memory=memory(**{"rank-one": 5e8}))))
+    more = text_of(load(content(memory=memory(**{"rank-one": 5e8}))))
     assert "| 1.2 |" in more
     assert "It saves next to nothing or nothing at all for *20 layers of width 256*. Depth" in more
 
 
 def test_parts_that_were_not_measured_are_left_out(load):
-    text = section(load(content(training={}, memory={}, tuning={})))
+    text = text_of(load(content(training={}, memory={}, tuning={})))
     assert "MNIST.**" not in text
     assert "Memory.**" not in text
     some = {name: run for name, run in convergence().items() if not name.startswith("linf")}
-    text = section(load(content(convergence=some)))
+    text = text_of(load(content(convergence=some)))
     assert "linf ball with" not in text
     assert "| l2 |" in text
 
 
 def test_figures_show_the_measurements(load):
-    drawn = frank_wolfe.figures(load(content()))
+    drawn = section.figures(load(content()))
     assert list(drawn) == ["frank-wolfe-gap", "frank-wolfe-error", "frank-wolfe-sparsity"]
     gap, error, sparsity = drawn.values()
-    assert [axes.get_title(loc="left") for axes in gap.axes] == [
-        f"l1 ball, goal {place}" for place in frank_wolfe.PLACES
-    ]
+    assert [axes.get_title(loc="left") for axes in gap.axes] == [f"l1 ball, goal {place}" for place in study.PLACES]
     assert [axes.get_title(loc="left") for axes in error.axes] == ["l1 ball", "l2 ball", "linf ball"]
     assert list(gap.axes[2].lines[2].get_ydata()) == pytest.approx(np.median(decay(-0.4), axis=0), rel=1e-4)
     over_radius, _ = sparsity.axes
@@ -248,10 +238,10 @@ def test_figures_show_the_measurements(load):
 # the study
 
 
-@pytest.mark.parametrize("ball", frank_wolfe.BALLS)
+@pytest.mark.parametrize("ball", study.BALLS)
 def test_projection_is_where_the_gap_is_zero(ball):
-    goals = torch.cat([frank_wolfe.place_goals(ball, seed) for seed in range(5)])
-    best = frank_wolfe.project(goals, ball)
+    goals = torch.cat([study.place_goals(ball, seed) for seed in range(5)])
+    best = study.project(goals, ball)
     assert (ball_norm(best, ball) <= 1 + 1e-12).all()
     gaps = frank_wolfe_gap(best - goals, best, ball, 1.0)
     torch.testing.assert_close(gaps, torch.zeros_like(gaps), rtol=0, atol=1e-12)
@@ -261,20 +251,32 @@ def test_projection_is_where_the_gap_is_zero(ball):
 
 
 def test_goals_have_the_norms_of_their_places():
-    for ball in frank_wolfe.BALLS:
-        norms = ball_norm(frank_wolfe.place_goals(ball, 3), ball)
-        assert norms.tolist() == pytest.approx(list(frank_wolfe.PLACES.values()))
+    for ball in study.BALLS:
+        norms = ball_norm(study.place_goals(ball, 3), ball)
+        assert norms.tolist() == pytest.approx(list(study.PLACES.values()))
 
 
 def test_tangents_of_a_seed_do_not_depend_on_the_others(monkeypatch):
-    monkeypatch.setattr(frank_wolfe, "CHUNK", 3)
-    both, alone = frank_wolfe.draw_tangents([4, 5], 6), frank_wolfe.draw_tangents([5], 6)
+    monkeypatch.setattr(study, "CHUNK", 3)
+    both, alone = study.draw_tangents([4, 5], 6), study.draw_tangents([5], 6)
     for _ in range(7):
         assert torch.equal(next(both)[1], next(alone)[0])
 
 
 def test_record_steps_are_four_a_decade():
-    assert frank_wolfe.record_steps(1000) == [10, 18, 32, 56, 100, 178, 316, 562, 1000]
+    assert study.record_steps(1000) == [10, 18, 32, 56, 100, 178, 316, 562, 1000]
+
+
+SMALL = study.Settings(
+    num_steps=1000,
+    seeds=(0, 1),
+    radii=(100,),
+    training_seeds=(1,),
+    batch_size=20,
+    iterations=40,
+    long=50,
+    num_held_out=40,
+)
 
 
 @pytest.fixture
@@ -284,18 +286,12 @@ def small(monkeypatch):
     images = 0.2 * torch.rand(160, 1, 28, 28, generator=draw) + torch.rand(10, 1, 28, 28, generator=draw)[labels]
     source = Source("blobs", "made up", None, "0", "free", "nobody", 0)
     data = Dataset(images[:120], labels[:120], images[120:], labels[120:], tuple("0123456789"), source)
-    monkeypatch.setattr(frank_wolfe, "load_images", lambda _: data)
-    for name, value in {
-        **{"NUM_STEPS": 1000, "SEEDS": [0, 1], "TRAINING_SEEDS": [1], "BATCH_SIZE": 20, "ITERATIONS": 40, "LONG": 50},
-        **{"NUM_HELD_OUT": 40, "RADII": (100,)},
-    }.items():
-        monkeypatch.setattr(frank_wolfe, name, value)
+    monkeypatch.setattr(study, "load_images", lambda _: data)
     return data
 
 
 def test_study_measures_and_does_nothing_twice(small, tmp_path, monkeypatch):
-    file = tmp_path / "frank_wolfe.json"
-    found = frank_wolfe.measure(["convergence", "tuning", "training"], file)
+    found = study.measure(SMALL, tmp_path, ["convergence", "tuning", "training"])
     assert len(found["convergence"]) == 9
     run = found["convergence"]["l1, averaged"]
     assert np.array(run["outside"]["gap"]).shape == (2, len(run["steps"]))
@@ -305,41 +301,53 @@ def test_study_measures_and_does_nothing_twice(small, tmp_path, monkeypatch):
     assert trained["test_errors"][-1] < trained["test_errors"][0]
     assert 0 < trained["holding"] <= trained["nonzero"] <= 40 / 7850 + 1e-9  # a step, an entry
     for name in ("fit", "converge", "tune"):  # nothing is done again
-        monkeypatch.setattr(frank_wolfe, name, lambda *_: pytest.fail("done twice"))
-    again = frank_wolfe.measure(["convergence", "tuning", "training"], file)
+        monkeypatch.setattr(study, name, lambda *_: pytest.fail("done twice"))
+    again = study.measure(SMALL, tmp_path, ["convergence", "tuning", "training"])
     assert again["convergence"].keys() == found["convergence"].keys()
-    assert "| linf | outside |" in section(frank_wolfe.load(tmp_path))
+    assert "| linf | outside |" in text_of(section.load(tmp_path))
 
 
-def test_study_refuses_a_file_of_other_settings(small, tmp_path, monkeypatch):
-    file = tmp_path / "frank_wolfe.json"
-    frank_wolfe.measure(["tuning"], file)
-    monkeypatch.setattr(frank_wolfe, "BATCH_SIZE", 30)
-    with pytest.raises(ValueError, match=r"made with other settings: .* Delete the file to start anew"):
-        frank_wolfe.measure(["tuning"], file)
+def test_study_refuses_a_file_of_other_settings(small, tmp_path):
+    study.measure(SMALL, tmp_path, ["tuning"])
+    with pytest.raises(ValueError, match=r"made with other settings: batch_size was 20 .* Delete the file to start"):
+        study.measure(SMALL._replace(batch_size=30), tmp_path, ["tuning"])
 
 
 def test_sums_of_held_out_images(small):
-    held = frank_wolfe.held_out(small, frank_wolfe.NUM_HELD_OUT)
+    held = study.held_out(small, SMALL.num_held_out)
     assert (len(held.train_targets), len(held.test_targets)) == (80, 40)
     assert torch.equal(held.test_inputs, small.train_inputs[80:])
 
 
+@pytest.mark.parametrize("settings", [study.FULL, study.SHORT])
+def test_the_plan_has_what_the_section_compares(settings):
+    runs = {study.name_of(key | {"seed": 1}): training(*key.values(), 1, 1000) for key in study.plan(settings)}
+    found = content(training=runs) | {"settings": json.loads(json.dumps(settings.kept()))}
+    assert all(section.context(found)["training"]["at"].values())
+
+
+def test_committed_results_have_the_settings_of_the_study():
+    found = section.load(RESULTS)
+    assert found["settings"] == json.loads(json.dumps(study.FULL.kept()))
+    assert found["memory"].keys() == {name for name, _ in study.memory_jobs(study.FULL, {})}
+    planned = itertools.product(study.FULL.training_seeds, study.plan(study.FULL))
+    assert found["training"].keys() == {study.name_of(key | {"seed": seed}) for seed, key in planned}
+
+
+def test_the_section_knows_the_model_and_its_reach():
+    assert sum(p.numel() for p in study.build().parameters()) == section.NUM_PARAMS
+    for num_params in (1, 2, 20, 7850):
+        assert section.reach_of(num_params) == pytest.approx(l2_reach(num_params), rel=1e-12)
+
+
 def test_memory_is_measured_in_a_process_of_its_own(monkeypatch):
-    assert 0 <= frank_wolfe.memory_of("penguins-logistic", "8", "rank-one", "averaged") < 5e8
-    commands = []
+    item = study.memory_of("penguins-logistic", 8, "rank-one", "averaged")
+    assert 0 <= item["bytes"] < 5e8
+    assert (item["model"], item["batch"], item["form"]) == ("penguins-logistic", 8, "averaged")
 
-    def ran(returncode, stdout, stderr):
-        def fake(command, **_):
-            commands.append(command)
-            return subprocess.CompletedProcess(command, returncode, stdout, stderr)
+    def killed(function, arguments):
+        raise RuntimeError("ended with code -9")
 
-        monkeypatch.setattr(subprocess, "run", fake)
-
-    ran(0, "words\n1234\n", "")
-    item = frank_wolfe.memory_in_new_process("mnist-mlp", 64, "backprop", "plain")
-    assert commands[0][1:] == ["-m", "report.studies.frank_wolfe", "memory-of", "mnist-mlp", "64", "backprop", "plain"]
-    assert (item["bytes"], item["batch"], item["form"]) == (1234, 64, "plain")
-    ran(-9, "", "")
+    monkeypatch.setattr(study.memory, "peak_bytes", killed)
     with pytest.raises(RuntimeError, match=r"mnist-mlp.*ended with code -9"):
-        frank_wolfe.memory_in_new_process("mnist-mlp", 64, "backprop", "plain")
+        study.memory_of("mnist-mlp", 64, "backprop", "plain")

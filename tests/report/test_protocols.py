@@ -12,8 +12,10 @@ from fwdlib.data import Dataset
 from fwdlib.estimators import backprop_gradient
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.statistics import Interval
+from report import names
 from report.sections import protocols as comparison
 from report.studies import protocols
+from report.studies.common import RESULTS
 from report.studies.published_code import published_backprop_step, published_step
 
 
@@ -78,12 +80,12 @@ def test_a_second_softmax_bounds_the_loss_from_below(data, model):
 
 @pytest.mark.parametrize("name", protocols.MODELS)
 def test_the_first_form_of_each_method_has_no_departure(name):
-    for forms in protocols.published(name).values():
+    for forms in protocols.as_published(protocols.FULL, name).values():
         first, *others = forms
-        assert first == comparison.TEXT
+        assert first == names.AS_PUBLISHED
         assert forms[first].learning_rate == protocols.MODELS[name].learning_rate
         assert forms[first].options == {}
-        assert comparison.TEXT not in others
+        assert names.AS_PUBLISHED not in others
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
@@ -122,7 +124,7 @@ def test_equally_many_iterations_say_nothing_of_which_arrives_first():
 
 
 def test_who_diverges_at_the_tuned_rate_is_told_with_what_half_of_it_gives():
-    found = comparison.load(protocols.RESULTS)
+    found = comparison.load(RESULTS)
     content, seconds = found["models"]["cnn"], found["steps"]["seconds"]["cnn"]
     method, best = "forward gradient", comparison._best(content, "forward gradient")
     tuned = content["fair"][method][str(best)]
@@ -148,9 +150,30 @@ def test_who_never_arrives_takes_for_ever():
 
 
 def test_the_cost_of_a_learning_rate_is_what_arrives():
-    model = protocols.MODELS["logistic"]
-    assert protocols._cost(runs([3, 1, 2]), model) == 2
-    assert protocols._cost(runs([1, 1, 1], "not reached"), model) == math.inf
-    cnn = protocols.MODELS["cnn"]
-    assert protocols._cost(runs([1, 1, 1], "completed", loss=0.5), cnn) == 0.5
-    assert protocols._cost(runs([1, 1, 1], "diverged", loss=0.5), cnn) == math.inf
+    assert protocols._cost(runs([3, 1, 2]), has_threshold=True) == 2
+    assert protocols._cost(runs([1, 1, 1], "not reached"), has_threshold=True) == math.inf
+    assert protocols._cost(runs([1, 1, 1], "completed", loss=0.5), has_threshold=False) == 0.5
+    assert protocols._cost(runs([1, 1, 1], "diverged", loss=0.5), has_threshold=False) == math.inf
+
+
+def test_section_and_study_have_the_same_models_and_methods():
+    assert names.MODELS == tuple(protocols.MODELS) == tuple(comparison.TITLES)
+    assert tuple(protocols.METHODS) == names.METHODS
+    assert protocols.FULL.models.keys() == protocols.SHORT.models.keys() == protocols.MODELS.keys()
+
+
+@pytest.mark.parametrize("name", protocols.MODELS)
+def test_the_committed_trainings_can_be_continued(name, monkeypatch):
+    written = []
+    monkeypatch.setattr(protocols, "_train", None)  # nothing is trained again
+    monkeypatch.setattr(protocols, "_statements", lambda *_: {})
+    monkeypatch.setattr(protocols, "write_json", lambda file, found: written.append(file))
+    found = protocols.measure_model(protocols.FULL, RESULTS, name)
+    assert found["fair"].keys() == protocols.METHODS.keys()
+    assert written == [RESULTS / "protocols" / f"{name}.json"]
+
+
+def test_a_model_that_was_not_measured_is_named(tmp_path):
+    found = comparison.load(RESULTS)
+    del found["models"]["cnn"]
+    assert comparison.context(found)["missing"] == {"cnn": "Convolutional network"}

@@ -7,12 +7,15 @@ import json
 import pytest
 
 from fwdlib.bench import links
-from fwdlib.bench.scaling import METHODS
+from fwdlib.bench.scaling import NUM_TANGENTS
 from fwdlib.results import write_json
-from report.page import context as page_context
+from report.names import SCALING
 from report.page import render
-from report.studies import scaling
-from tests.report.test_build import make_results, section
+from report.page.context import build_context, load_results
+from report.sections import scaling
+from report.studies import scaling as study
+from report.studies.common import RESULTS
+from tests.report.records import make_results, section
 
 FEW, MANY = scaling.FEW, scaling.MANY
 SECONDS = {"BP": 0.010, FEW: 0.005, MANY: 0.020}
@@ -26,7 +29,7 @@ def row(count, megabits=None, slower=1.0):
             "bytes": 7_000_000 if name == "BP" else 592,
             "segments": 10,
         }
-        for name in METHODS
+        for name in NUM_TANGENTS
     }
     exchange = [0.001] * 9 if count > 1 else []
     return {"count": count, "megabits": megabits, "methods": methods, "exchange": exchange, "num_params": 10**6}
@@ -94,16 +97,16 @@ def test_without_measurements_there_is_no_section_and_no_figure(tmp_path, measur
 
 def test_the_section_says_what_was_measured(tmp_path, measured):
     make_results(tmp_path)
-    write_json(tmp_path / scaling.FILE, measured)
-    text = section(render.markdown(page_context.context(page_context.load(tmp_path))), "scaling")
+    write_json(tmp_path / SCALING, measured)
+    text = section(render.markdown(build_context(load_results(tmp_path))), "scaling")
     assert "| 4 | 100 | 624" in text.replace("\N{NARROW NO-BREAK SPACE}", " ")
     assert "Then forward gradients are ahead over no link" in text
 
 
 def test_without_root_the_page_says_why_links_are_not_slow(tmp_path, measured):
     make_results(tmp_path)
-    write_json(tmp_path / scaling.FILE, measured | {"obstacle": "only root may", "rows": [row(1), row(2)]})
-    text = section(render.markdown(page_context.context(page_context.load(tmp_path))), "scaling")
+    write_json(tmp_path / SCALING, measured | {"obstacle": "only root may", "rows": [row(1), row(2)]})
+    text = section(render.markdown(build_context(load_results(tmp_path))), "scaling")
     assert "Links could not be slowed on this machine (only root may)" in text
     assert "A model with three numbers" not in text
 
@@ -115,16 +118,20 @@ def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch):
         asked.append((count, rate, options["slow"]))
         return row(count, rate)
 
-    monkeypatch.setattr(scaling.scaling, "measure", measure)
+    monkeypatch.setattr(study.sharing, "measure_step", measure)
     monkeypatch.setattr(links, "obstacle", lambda: "")
-    monkeypatch.setattr(scaling, "COUNTS", (1, 2))
-    monkeypatch.setattr(scaling, "RATES", (None, 100))
-    file = tmp_path / "scaling.json"
-    scaling.measure(file)
+    settings = study.SHORT._replace(counts=(1, 2), rates=(None, 100))
+    study.measure(settings, tmp_path)
     assert asked == [(1, None, False), (2, None, False), (2, 100, True)]
-    scaling.measure(file)
+    study.measure(settings, tmp_path)
     assert len(asked) == 3
+    file = tmp_path / SCALING
     assert len(json.loads(file.read_text())["rows"]) == 3
     file.unlink()
     monkeypatch.setattr(links, "obstacle", lambda: "only root may")
-    assert len(scaling.measure(file)["rows"]) == 2
+    assert len(study.measure(settings, tmp_path)["rows"]) == 2
+
+
+def test_the_committed_measurements_can_be_continued(monkeypatch):
+    monkeypatch.setattr(study.sharing, "measure_step", lambda *_, **__: pytest.fail("measured again"))
+    assert len(study.measure(study.FULL, RESULTS)["rows"]) == 9

@@ -1,8 +1,18 @@
-"""The course's pages: all that the notebooks hold, links that resolve, nothing fetched, the same bytes again."""
+"""The course site, built once by `make site`: all that the notebooks hold, a whole reference, links that resolve.
+
+The build takes about 20 s on two quiet cores, most of it the reference.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+import pkgutil
 import re
+import subprocess
+import sys
+from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -10,34 +20,28 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 
-from report import site
-from report.page import pandoc
+import fwdlib
+from report.site import descriptions, pages
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
-FIRST = """\
-# 1a · The first & best
-
-**Claim.** It goes *down*,
-and $E = mc^2$.
-
-See [1b](1b_second.ipynb) and [four](beyond/4_fourth.ipynb).
-
-## Data
-"""
-TABLE = '<div><style scoped>th {color: red}</style><table border="1"><thead><tr><th></th><th>loss</th></tr></thead>'
-TABLE += "<tbody><tr><th>a</th><td>0.5</td></tr></tbody></table></div>"
+SOURCES = ROOT / "report" / "site"
+NOTEBOOKS = [
+    *sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")),
+    *sorted((ROOT / "notebooks/beyond").glob("[0-9]*.ipynb"), key=lambda path: int(path.stem.split("_")[0])),
+]
 
 
 class Page(HTMLParser):
     """The tags of a page, and its text."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict]] = []
         self.words: list[str] = []
-        self.source = source
-        self.feed(source)
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -48,108 +52,202 @@ class Page(HTMLParser):
     def all(self, *names: str) -> list[dict]:
         return [attributes for tag, attributes in self.tags if tag in names]
 
-    @property
+    @cached_property
     def text(self) -> str:
-        return " ".join("".join(self.words).split())
+        return squeezed("".join(self.words))
 
-    @property
-    def ids(self) -> list[str]:
-        return [attributes["id"] for _, attributes in self.tags if "id" in attributes]
-
-    @property
-    def links(self) -> list[str]:
-        return [attributes["href"] for attributes in self.all("a") if "href" in attributes]
+    @cached_property
+    def ids(self) -> set[str]:
+        return {attributes["id"] for _, attributes in self.tags if "id" in attributes}
 
 
-def write(path: Path, *cells) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=list(cells)), path)
-
-
-def output(**data):
-    return nbformat.v4.new_output("display_data", data={name.replace("_", "/"): value for name, value in data.items()})
+def squeezed(text: str) -> str:
+    return " ".join(text.split())
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """A course of four: two pairs' halves, and two past them, of which one is the tenth."""
-    root = tmp_path_factory.mktemp("course")
-    text, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
-    printed = nbformat.v4.new_output("stream", text="loss 0.25 < 1\n")
-    drawing = code("%matplotlib inline\nshow(table, plotting.plot_seeds(run))\nmine(1)  # drawn, too")
-    drawing.outputs = [output(text_html=TABLE), output(image_png=PNG), output(image_png=PNG)]
-    calculating = code("x = 1\nprint(x)", outputs=[printed])
-    solution = text(
-        "<details><summary>Solution</summary>\n\nIt is $n^2$, **always**:\n\n```python\nn**2\n```\n\n</details>"
-    )
-    write(
-        root / "notebooks/1a_first.ipynb",
-        text(FIRST),
-        calculating,
-        text("Then.\n\n## A failure: late"),
-        drawing,
-        solution,
-    )
-    write(root / "notebooks/1b_second.ipynb", text("# 1b · The second\n\nNo claim. Back to [1a](1a_first.ipynb)."))
-    write(
-        root / "notebooks/beyond/4_fourth.ipynb",
-        text("# 4 · The fourth\n\n**Claim.** A lot, see [1a](../1a_first.ipynb)."),
-    )
-    write(root / "notebooks/beyond/10_tenth.ipynb", text("# 10 · The tenth\n\n**Claim.** More."))
-    return root
+def folder(tmp_path_factory) -> Path:
+    """The site. A warning would have stopped the build."""
+    folder = tmp_path_factory.mktemp("built")
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / ".installed").touch()  # newer than requirements.txt: nothing to install
+    before = sorted(SOURCES.rglob("*.*"))
+    words = [f"RUN={sys.executable}", f"VENV={folder / '.venv'}", f"SITE={folder / 'site'}"]
+    run = subprocess.run(["make", "site", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-1] == str(folder / "site" / "index.html")
+    assert [path for path in sorted(SOURCES.rglob("*.*")) if "__pycache__" not in path.parts] == [
+        path for path in before if "__pycache__" not in path.parts
+    ]
+    return folder / "site"
 
 
 @pytest.fixture(scope="module")
-def pages(root) -> dict[str, Page]:
-    made = site.build(site.find(root), root / "report" / "site")
-    return {name: Page(text) for name, text in made.items()}
+def built(folder) -> dict[str, Page]:
+    """Its pages by their paths."""
+    return {
+        path.relative_to(folder).as_posix(): Page(path)
+        for path in folder.rglob("*.html")
+        if "_static" not in path.parts
+    }
 
 
-def test_the_order_is_that_of_the_course(root):
-    assert [path.stem for path in site.find(root)] == ["1a_first", "1b_second", "4_fourth", "10_tenth"]
+def page_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix(".html").as_posix()
 
 
-def test_every_notebook_has_a_page(pages):
-    names = {"index.html", "1a_first.html", "1b_second.html", "4_fourth.html", "10_tenth.html"}
-    assert set(pages) == names
-    for made in pages.values():
-        assert made.all("html") == [{"lang": "en"}]
-        assert len(made.all("h1")) == 1
-        assert len(made.ids) == len(set(made.ids))
+# --- the notebooks ---------------------------------------------------------------------------------------------------
 
 
-def test_a_page_holds_text_code_and_outputs(pages):
-    first = pages["1a_first.html"]
-    assert "<h1>1a · The first &amp; best</h1>" in first.source
-    assert first.text.count("1a · The first & best") == 2  # title and heading; not a second time in the text
-    assert "It goes down, and" in first.text
-    assert '<annotation encoding="application/x-tex">E = mc^2</annotation>' in first.source
-    assert "loss 0.25 < 1" in first.text
-    assert '<span class="bu">print</span>' in first.source
-    assert "<td>0.5</td>" in first.source
-    assert "color: red" not in first.source
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_page_holds_all_that_its_notebook_holds(built, path):
+    made, cells = built[page_of(path)], nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    said = [cell.source for cell in code]
+    said += [output.text for cell in code for output in cell.outputs if output.output_type == "stream"]
+    said += [heading for cell in cells for heading in re.findall(r"^##? ([\w ,·:]+)$", cell.source, re.MULTILINE)]
+    assert [text for text in said if squeezed(text) not in made.text] == []
+    shown = [output.get("data", {}) for cell in code for output in cell.outputs]
+    tables = sum(data.get("text/html", "").count("<table") for data in shown)
+    assert made.source.count("<table") >= tables
+    pictures = sum(1 if "image/png" in data else data.get("text/html", "").count("<img") for data in shown)
+    assert len([image for image in made.all("img") if "logo" not in image.get("class", "")]) == pictures
 
 
-def test_folded_solutions_are_text_too(pages):
-    source = pages["1a_first.html"].source
+def test_every_figure_is_described(built):
+    for path in NOTEBOOKS:
+        for image in built[page_of(path)].all("img"):
+            assert len(image["alt"].split()) > 3, f"{path.stem}: {image}"
+    alts = [image["alt"] for image in built["notebooks/1b_logistic_forward.html"].all("img")]
+    first_line = descriptions.docstrings(ROOT / "fwdlib")["plotting.plot_seeds"].removeprefix("Draw ")
+    assert any(alt.endswith(f": {first_line}") and alt.startswith("Figure of the section “") for alt in alts)
+
+
+def test_folded_solutions_are_text_too(built):
+    source = built["notebooks/1b_logistic_forward.html"].source
     folded = re.search(r"<details>\s*<summary>\s*Solution\s*</summary>(.*?)</details>", source, re.DOTALL)[1]
-    assert "<strong>always</strong>" in folded
-    assert "<math" in folded
-    assert "sourceCode python" in folded
+    assert "highlight-python" in folded
+    assert "<details>" not in folded
 
 
-def test_headings_anywhere_in_a_cell_are_in_the_contents(pages):
-    first = pages["1a_first.html"]
-    assert {"#data", "#a-failure-late"} <= set(first.links)
+def test_pages_follow_the_order_of_the_course(built):
+    order = ["index.html", *map(page_of, NOTEBOOKS)]
+    for before, here in itertools.pairwise(order):
+        previous = {link["href"] for link in built[here].all("link") if link.get("rel") == "prev"}
+        assert previous == {relative(before, here)}
+        following = {link["href"] for link in built[before].all("link") if link.get("rel") == "next"}
+        assert following == {relative(here, before)}
 
 
-def test_figures_are_described(pages):
-    first, second = [image["alt"] for image in pages["1a_first.html"].all("img")]
-    assert first == (
-        "Figure of the section “A failure: late”: every seed's training loss over its iterations, "
-        "marked by how it ended."
-    )
-    assert second == "Figure of the section “A failure: late”, described in the text around it."
+def relative(page: str, seen_from: str) -> str:
+    return Path(os.path.relpath(page, Path(seen_from).parent)).as_posix()
+
+
+def test_the_index_has_titles_and_claims(built):
+    index = built["index.html"]
+    for path in NOTEBOOKS:
+        first = nbformat.read(path, as_version=4).cells[0].source
+        assert squeezed(first.split("\n")[0].removeprefix("# ")) in index.text
+        claim = re.sub(r"[*`$\\]", "", pages.claim(first))
+        assert squeezed(claim)[:40] in index.text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+
+
+def test_a_notebook_can_be_downloaded(built, folder):
+    links = [a["href"] for a in built["notebooks/beyond/8_cost.html"].all("a") if a.get("href", "").endswith(".ipynb")]
+    copies = {(folder / "notebooks/beyond" / link).resolve().read_bytes() for link in links}
+    assert copies == {(ROOT / "notebooks/beyond/8_cost.ipynb").read_bytes()}
+
+
+# --- the reference ---------------------------------------------------------------------------------------------------
+
+
+def test_every_module_is_on_one_page_of_the_reference(built):
+    found = [module.name for module in pkgutil.walk_packages(fwdlib.__path__, "fwdlib.")]
+    modules = {name for name in found if not any(part.startswith("_") for part in name.split("."))}
+    for name in modules:
+        where = [page for page, made in built.items() if f"module-{name}" in made.ids]
+        assert len(where) == 1, f"{name}: {where}"
+
+
+def test_every_public_name_is_in_the_index_of_the_reference(built, folder):
+    links = {
+        a["href"].partition("#")[2]: a["href"] for a in built["api/index.html"].all("a") if "#" in a.get("href", "")
+    }
+    for name in fwdlib.__all__:
+        value = getattr(fwdlib, name)
+        target = f"{value.__module__}.{value.__qualname__}"
+        assert target in links, name
+        assert target in built[(Path("api") / links[target].partition("#")[0]).as_posix()].ids
+
+
+def test_formulas_of_docstrings_are_formulas(built):
+    core = built["api/core.html"].source
+    assert r"\frac{1}{K} \sum_{k=1}^{K} (\nabla f(\theta) \cdot v_k)\, v_k" in core
+    assert core.count('class="math notranslate nohighlight"') > 10
+
+
+def test_a_norm_stays_a_norm(built):
+    assert "|grad f|^2" in built["api/core.html"].text
+
+
+# --- all pages -------------------------------------------------------------------------------------------------------
+
+
+def test_links_resolve(built, folder):
+    broken = []
+    for name, made in built.items():
+        for link in [a["href"] for a in made.all("a") if "href" in a]:
+            parts = urlsplit(link)
+            if parts.scheme or link == "#":
+                assert parts.scheme in {"", "http", "https", "mailto", "tcp", "tls"}, f"{link} in {name}"
+                continue
+            target = (folder / name).parent / unquote(parts.path) if parts.path else folder / name
+            key = Path(target).resolve().relative_to(folder.resolve()).as_posix()
+            if not target.is_file() or (
+                key in built and parts.fragment and unquote(parts.fragment) not in built[key].ids
+            ):
+                broken.append(f"{link} in {name}")
+    assert broken == []
+
+
+def test_nothing_is_loaded_from_a_network(built, folder):
+    for name, made in built.items():
+        loaded = [a.get("src", "") for a in made.all("script", "img", "iframe", "source", "embed")]
+        loaded += [a.get("href", "") for a in made.all("link")]
+        assert [url[:80] for url in loaded if urlsplit(url).scheme not in {"", "data"} or url.startswith("//")] == [], (
+            name
+        )
+    for style in folder.rglob("*.css"):
+        urls = re.findall(r"""(?:url\(|@import)\s*["']?(https?:|//)""", style.read_text(encoding="utf-8"))
+        assert urls == [], style
+
+
+def test_the_report_is_beside_the_pages(built, folder):
+    links = [a["href"] for a in built["report.html"].all("a") if "href" in a]
+    assert {"index.html", "report.pdf", "notebooks/1a_logistic_backprop.html"} <= set(links)
+    assert not any(link.endswith(".ipynb") for link in links)
+    assert (folder / "report.pdf").read_bytes() == (ROOT / "report" / "report.pdf").read_bytes()
+    assert {"report.html", "report.pdf"} <= {a.get("href") for a in built["the-report.html"].all("a")}
+
+
+def test_search_knows_the_text(folder):
+    index = (folder / "searchindex.js").read_text(encoding="utf-8")
+    index = json.loads(re.fullmatch(r"Search\.setIndex\((.*)\)\s*", index, re.DOTALL)[1])
+    assert {page_of(path).removesuffix(".html") for path in NOTEBOOKS} <= set(index["docnames"])
+    assert "fwdlib.estimators" in index["objects"]
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_claim_is_its_paragraph_without_links():
+    assert pages.claim("# 1b\n\n**Claim.** As [1a](1a.ipynb),\nbut *new*.\n\nMore.") == "As 1a,\nbut *new*."
+    assert pages.claim("# 1b\n\nNo claim.") == ""
+
+
+def test_calls_that_draw_are_found_in_their_order():
+    source = "%matplotlib inline\nshow(table, plotting.plot_training(run))\nplotting.plot_seeds(run)\nmine(1)"
+    assert descriptions.drawing_calls(source) == ["plotting.plot_training", "plotting.plot_seeds"]
 
 
 def test_functions_that_draw_are_found_without_importing_them(tmp_path):
@@ -157,89 +255,14 @@ def test_functions_that_draw_are_found_without_importing_them(tmp_path):
     (tmp_path / "deep" / "shapes.py").write_text(
         'import nowhere\n\n\ndef plot_one(x):\n    """Draw one.\n\n    More."""\n'
     )
-    assert site.docstrings(tmp_path) == {"shapes.plot_one": "Draw one."}
+    assert descriptions.docstrings(tmp_path) == {"shapes.plot_one": "Draw one."}
 
 
-def test_links_lead_to_pages_and_files(pages, root):
-    folder = root / "report" / "site"
-    assert {"1b_second.html", "4_fourth.html", "../../notebooks/1a_first.ipynb"} <= set(pages["1a_first.html"].links)
-    assert "1a_first.html" in pages["4_fourth.html"].links
-    for name, made in pages.items():
-        for link in made.links:
-            parts = urlsplit(link)
-            if parts.path.endswith(".html") and "report.html" not in parts.path:
-                assert parts.path in pages, f"{link} in {name}"
-            elif parts.path.endswith(".ipynb"):
-                assert (folder / unquote(parts.path)).resolve().is_file(), f"{link} in {name}"
-            elif not parts.path:
-                assert parts.fragment in made.ids, f"{link} in {name}"
-
-
-def test_pages_turn(pages):
-    def turns(name):
-        return {a["rel"]: a["href"] for a in pages[name].all("a") if a.get("rel") in ("prev", "next")}
-
-    assert turns("1a_first.html") == {"next": "1b_second.html"}
-    assert turns("1b_second.html") == {"prev": "1a_first.html", "next": "4_fourth.html"}
-    assert turns("10_tenth.html") == {"prev": "4_fourth.html"}
-    assert turns("index.html") == {}
-
-
-def test_the_index_has_titles_claims_and_files(pages):
-    index = pages["index.html"]
-    for said in ("The six, in pairs", "Beyond the six", "1a · The first & best", "It goes down, and", "A lot, see 1a."):
-        assert said in index.text
-    assert index.text.index("The fourth") < index.text.index("The tenth")
-    links = [link for link in index.links if not link.startswith("#")]
-    assert links.count("../../notebooks/beyond/4_fourth.ipynb") == 1
-    assert "10_tenth.html" in links
-    assert "../report.html" not in links or (ROOT / "report" / "report.html").is_file()
-
-
-def test_nothing_is_fetched(pages):
-    for made in pages.values():
-        loaded = [a["src"] for a in made.all("img")] + [a["href"] for a in made.all("link")]
-        assert [url[:60] for url in loaded if not url.startswith("data:")] == []
-        assert made.all("script") == [{}]
-        assert made.all("iframe", "object", "embed", "base") == []
-
-
-def test_the_same_notebooks_make_the_same_bytes(pages, root):
-    again = site.build(site.find(root), root / "report" / "site")
-    assert {name: made.source for name, made in pages.items()} == again
-
-
-def test_a_page_of_a_notebook_that_is_gone_goes_too(tmp_path, monkeypatch, root, capsys):
-    monkeypatch.setattr(site, "ROOT", root)
-    (tmp_path / "9_gone.html").write_text("old")
-    site.main(site.Options(output=tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["index.html", "1a_first.html", "1b_second.html", "4_fourth.html", "10_tenth.html"]
+def test_a_figure_without_a_known_function_is_described_by_its_section():
+    said = {"plotting.plot_seeds": "Draw every seed's loss."}
+    assert descriptions.description("Late", "plotting.plot_seeds", said) == (
+        "Figure of the section “Late”: every seed's loss."
     )
-    assert capsys.readouterr().out.strip() == str(tmp_path / "index.html")
-
-
-def test_the_page_s_template_escapes_the_text_of_links():
-    made = pandoc.to_html("---\ntitle: T\n---\n", links=[{"href": "a&b.html", "text": "<b>"}])
-    assert '<a href="a&amp;b.html">&lt;b&gt;</a>' in made
-
-
-# --- the committed pages ---------------------------------------------------------------------------------------------
-
-
-def test_the_committed_pages_are_those_of_the_committed_notebooks():
-    folder, paths = ROOT / "report" / "site", site.find(ROOT)
-    assert {path.stem for path in folder.glob("*.html")} == {path.stem for path in paths} | {"index"}
-    stale = []
-    for path in paths:
-        made = Page((folder / f"{path.stem}.html").read_text(encoding="utf-8"))
-        cells = nbformat.read(path, as_version=4).cells
-        code = [cell for cell in cells if cell.cell_type == "code"]
-        said = [cell.source for cell in code]
-        said += [out.text for cell in code for out in cell.outputs if out.output_type == "stream"]
-        said += [heading for cell in cells for heading in re.findall(r"^## ([\w ,]+)$", cell.source, re.MULTILINE)]
-        shown = [out.get("data", {}) for cell in code for out in cell.outputs]
-        pictures = sum(1 if "image/png" in data else data.get("text/html", "").count("<img") for data in shown)
-        if len(made.all("img")) != pictures or not all(" ".join(text.split()) in made.text for text in said):
-            stale.append(path.name)
-    assert stale == [], "`make site` has not been run since these were changed"
+    assert descriptions.description("Late", None, said) == (
+        "Figure of the section “Late”, described in the text around it."
+    )

@@ -14,12 +14,14 @@ import time
 from pathlib import Path
 
 import nbformat
-import papermill
 import psutil
 import pytest
 
-from fwdlib.runs import batch
-from fwdlib.runs.batch import Job, run_batch
+from fwdlib.runs import places, stamps
+from fwdlib.runs.batch import run_batch
+from fwdlib.runs.jobs import Job, Outcome, failures
+
+pytestmark = pytest.mark.slow  # starts processes
 
 WRITER = """\
 import json, os, sys
@@ -40,8 +42,10 @@ seen = {
 (folder / "deep" / "extra.txt").write_text("extra")
 (folder / "seen.json").write_text(json.dumps(seen))
 Path("litter.txt").write_text("")
-print("saved", folder / "seen.json")"""
-WORKER = batch._Worker  # before a test puts another in its place
+print("saved", folder / "seen.json")
+def draw():
+    from fwdlib import plotting"""
+LOCAL_JOB = places.LocalJob  # before a test puts another in its place
 ONE_FILE = "import os\nfrom pathlib import Path\n(Path(os.environ['FWDLIB_RESULTS']) / {name!r}).write_text('one')"
 
 
@@ -95,12 +99,10 @@ def first(tmp_path_factory):
     thief = write_notebook(folder / "thief.ipynb", ONE_FILE.format(name="seen.json"))
     jobs = [Job(writer, parameters), Job(failing), Job(silent), Job(thief)]
     (folder / "data").mkdir()
-    shutil.copytree(Path(batch.__file__).parents[1], folder / "fwdlib")
+    shutil.copytree(stamps.PACKAGE, folder / "fwdlib")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(
-            batch, "__file__", str(folder / "fwdlib" / "runs" / "batch.py")
-        )  # so that nobody edits it meanwhile
+        patch.setattr(stamps, "PACKAGE", folder / "fwdlib")  # so that nobody edits it meanwhile
         patch.setenv("FWDLIB_DATA", "data")
         patch.setattr(sys, "stderr", Terminal())
         outcomes = run_batch(jobs, results=folder / "results", executed=folder / "executed")
@@ -137,13 +139,13 @@ def test_the_kernel_has_one_thread_this_python_an_empty_folder_and_whole_paths(f
 
 def test_failures_are_told_with_notebook_cell_parameters_and_copy(first):
     folder, outcomes, _ = first
-    assert batch.failures([outcomes["writer"], outcomes["silent"]]) == ""
-    lines = batch.failures(list(outcomes.values())).splitlines()
+    assert failures([outcomes["writer"], outcomes["silent"]]) == ""
+    lines = failures(list(outcomes.values())).splitlines()
     assert lines[:2] == ["2 of 4 notebooks failed.", "failing.ipynb, cell 3: ValueError: no luck (in: # the reason)"]
     assert lines[2] == f"  executed copy: {folder / 'executed' / 'failed' / 'failing.ipynb'}"
     assert lines[3].startswith("thief.ipynb, it wrote seen.json")
-    unborn = batch.Outcome(Job(folder / "n.ipynb", {"flag": True, "dataset": "x"}), "failed", 0, folder / "no", (), "E")
-    assert batch.failures([unborn]).splitlines()[1:] == [
+    unborn = Outcome(Job(folder / "n.ipynb", {"flag": True, "dataset": "x"}), "failed", 0, folder / "no", (), "E")
+    assert failures([unborn]).splitlines()[1:] == [
         "n.ipynb, E",
         "  parameters: flag=True, dataset='x'",
         "  executed copy: none, its kernel did not start",
@@ -156,11 +158,11 @@ def test_failures_end_with_a_count_of_causes(tmp_path):
         "lost": ["lost: each of 4 workers that had it died"],
     }
     outcomes = [
-        batch.Outcome(Job(tmp_path / "n.ipynb"), status, 0, tmp_path / "no", (), error)
+        Outcome(Job(tmp_path / "n.ipynb"), status, 0, tmp_path / "no", (), error)
         for status, texts in errors.items()
         for error in texts
     ]
-    lines = batch.failures(outcomes).splitlines()
+    lines = failures(outcomes).splitlines()
     assert lines[0] == "4 of 5 notebooks failed."
     assert lines[-1] == "By cause: 2 x ValueError, 1 x its process ended with status -9, 1 x lost."
 
@@ -234,8 +236,8 @@ def again(first, tmp_path, monkeypatch):
     def start(*_):
         raise Started
 
-    monkeypatch.setattr(batch, "_Worker", start)
-    monkeypatch.setattr(batch, "__file__", str(tmp_path / "fwdlib" / "runs" / "batch.py"))
+    monkeypatch.setattr(places, "LocalJob", start)
+    monkeypatch.setattr(stamps, "PACKAGE", tmp_path / "fwdlib")
 
     def status(parameters=first[1]["writer"].job.parameters, **options) -> str:
         folders = {"results": tmp_path / "results", "executed": tmp_path / "executed"}
@@ -295,8 +297,11 @@ def test_a_lost_copy_is_made_again(again):
     assert status() == "run"
 
 
-def test_another_fwdlib_runs_again(again):
+def test_a_file_of_fwdlib_counts_if_the_notebook_can_reach_it(again):
     folder, status = again
+    doctor = folder / "fwdlib" / "doctor.py"
+    doctor.write_text(doctor.read_text() + "\n# another")
+    assert status() == "reused"
     style = folder / "fwdlib" / "fwdlib.mplstyle"
     style.write_text(style.read_text() + "\n# another")
     assert status() == "run"
@@ -331,13 +336,14 @@ def test_an_interrupted_batch_leaves_nothing_and_can_be_run_again(tmp_path, sent
     results, executed = tmp_path / "results", tmp_path / "executed"
     arguments = {"notebook": notebook, "parameters": {"dataset": str(tmp_path / "gate")}}
     code = (
-        "from pathlib import PosixPath; from fwdlib.runs.batch import Job, run_batch; import signal\n"
+        "import signal; from pathlib import PosixPath; from fwdlib.runs.batch import run_batch\n"
+        "from fwdlib.runs.jobs import Job\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
         f"run_batch([Job(**{arguments!r})], results={results!r}, executed={executed!r}, num_jobs=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     try:
-        assert wait_until(lambda: list(results.glob(".running-*/results/a.txt")), 30)
+        assert wait_until(lambda: list(results.glob(".running-*/results/a.txt")), 120)
         assert len(processes_of(tmp_path)) >= 3  # batch, worker, kernel
     finally:
         process.send_signal(sent)
@@ -356,8 +362,8 @@ def test_an_interrupted_batch_leaves_nothing_and_can_be_run_again(tmp_path, sent
 
 def test_a_batch_that_dies_while_it_moves_results_leaves_no_stamp(again, monkeypatch):
     folder, status = again
-    worker = object.__new__(WORKER)
-    worker.job, worker.start, worker.folder = Job(folder / "writer.ipynb"), 0.0, folder / "worker"
+    worker = object.__new__(LOCAL_JOB)
+    worker.job, worker.begun, worker.folder = Job(folder / "writer.ipynb"), 0.0, folder / "worker"
     worker.staging, worker.process = worker.folder / "results", subprocess.CompletedProcess("", 0)
     worker.staging.mkdir(parents=True)
     for name in ("log.txt", "error.txt", "copy.ipynb", "results/seen.json"):
@@ -384,31 +390,12 @@ def test_folders_of_dead_batches_are_removed_and_those_of_living_ones_are_not(tm
     assert [path.name for path in tmp_path.iterdir()] == [f".running-{os.getpid()}-name-x"]
 
 
-@pytest.mark.parametrize(("failures", "calls"), [(0, 1), (2, 3), (9, 3)])
-def test_a_kernel_that_does_not_start_is_tried_three_times(tmp_path, monkeypatch, failures, calls):
-    made = []
-
-    def execute_notebook(*_, **__):
-        made.append(1)
-        if len(made) <= failures:
-            raise RuntimeError("Kernel died before replying to kernel_info")
-
-    monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
-    monkeypatch.setattr(batch.time, "sleep", lambda _: None)
-    monkeypatch.setattr(batch, "_end_with_parent", lambda _: None)
-    monkeypatch.setattr(batch.tempfile, "tempdir", None)
-    batch._work(tmp_path, json.dumps({"notebook": "n.ipynb", "parameters": {}, "timeout": 1}))
-    assert len(made) == calls
-    message = "the notebook did not start: RuntimeError: Kernel died before replying to kernel_info"
-    assert (tmp_path / "error.txt").read_text() == (message if failures > 2 else "")
-
-
 @pytest.fixture
 def refuse(tmp_path, monkeypatch):
     """Run a batch that must be refused before anything runs; return the message."""
 
     def run(*jobs: Job, error: type[Exception] = ValueError, **options) -> str:
-        monkeypatch.setattr(batch, "_Worker", None)
+        monkeypatch.setattr(places, "LocalJob", None)
         with pytest.raises(error) as caught:
             run_batch(list(jobs), results=tmp_path / "results", executed=tmp_path / "executed", **options)
         assert not (tmp_path / "results").exists()
@@ -457,7 +444,7 @@ def test_a_name_that_is_no_file_name_is_refused(tmp_path, refuse, name):
 
 def test_a_name_given_twice_is_refused(tmp_path, refuse):
     notebook = write_notebook(tmp_path / "n.ipynb")
-    assert "'n' is no such name, or given twice" in refuse(Job(notebook), Job(notebook, {"steps": 4}))
+    assert "each job needs a name of its own, but 2 are named 'n'" in refuse(Job(notebook), Job(notebook, {"steps": 4}))
 
 
 @pytest.mark.parametrize("options", [{"num_jobs": 0}, {"timeout": 0}, {"timeout": float("inf")}])

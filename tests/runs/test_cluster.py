@@ -20,8 +20,12 @@ import pytest
 from dask import config
 
 from fwdlib import data
-from fwdlib.runs import batch, cluster
-from fwdlib.runs.batch import Job, PlaceError, run_batch
+from fwdlib.runs import cluster, stamps
+from fwdlib.runs.batch import finished, run_batch
+from fwdlib.runs.jobs import Job, failures
+from fwdlib.runs.places import PlaceError
+
+pytestmark = pytest.mark.slow  # starts processes
 
 NUM_JOBS = 24
 TELL = """\
@@ -139,7 +143,7 @@ def run_command(notebook: Path, output: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen([*command, "--output", str(output), *words], env=env, **options)
 
 
-def stamps(output: Path) -> dict[str, int]:
+def stamp_times(output: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (output / "executed").glob("*.json")}
 
 
@@ -172,17 +176,17 @@ def story(shared, tmp_path_factory):
 
     def send(number: int, sent: signal.Signals) -> tuple[str, int, dict[str, int]]:
         client = run_command(notebook, far, "--scheduler", shared.address)
-        assert wait_until(lambda: len(stamps(far)) >= number and runs_in(shared.folder), 120)
+        assert wait_until(lambda: len(stamp_times(far)) >= number and runs_in(shared.folder), 120)
         told["listens"] = listens_at([psutil.Process(p.pid) for p in (client, shared.scheduler, *shared.workers)])
         client.send_signal(sent)
         _, said = client.communicate(timeout=60)
         assert wait_until(lambda: not runs_in(shared.folder)), "the workers run on for nobody"
-        return said, client.returncode, stamps(far)
+        return said, client.returncode, stamp_times(far)
 
     told["killed"] = send(3, signal.SIGKILL)
     told["stopped"] = send(6, signal.SIGINT)
     client = run_command(notebook, far, "--scheduler", shared.address, "--resume")
-    assert wait_until(lambda: len(stamps(far)) >= 10, 120)
+    assert wait_until(lambda: len(stamp_times(far)) >= 10, 120)
     first = shared.workers.pop(0)
     assert wait_until(lambda: psutil.Process(first.pid).children())  # it has a job
     first.kill()
@@ -221,7 +225,7 @@ def test_after_a_killed_client_only_what_is_missing_runs(story):
     assert len(reused) == len(before)
     reused = [line for line in story["end"][1].splitlines() if line.startswith("reused ")]
     assert len(reused) == len(after)
-    assert {name: stamps(story["far"])[name] for name in after} == after
+    assert {name: stamp_times(story["far"])[name] for name in after} == after
 
 
 def test_an_interrupt_says_how_to_go_on(story):
@@ -281,7 +285,7 @@ def test_without_its_scheduler_a_batch_ends_soon_and_keeps_what_is_finished(
         if sent == signal.SIGKILL:
             assert wait_until(lambda: not runs_in(there.folder))
     assert "Traceback" not in capfd.readouterr().err
-    (again,) = batch.finished(jobs, **folders)
+    (again,) = finished(jobs, **folders)
     assert again.job.name == "quick"
 
 
@@ -309,8 +313,8 @@ def refused(shared, tmp_path, folders) -> str:
 
 
 def test_a_worker_with_other_code_is_refused(shared, tmp_path, folders, monkeypatch):
-    real = batch.sources()
-    monkeypatch.setattr(batch, "sources", lambda: real | {"training.py": "another"})
+    real = stamps.sources()
+    monkeypatch.setattr(stamps, "sources", lambda *_: real | {"training.py": "another"})
     assert "is not like this machine: its fwdlib is another (training.py)" in refused(shared, tmp_path, folders)
 
 
@@ -327,11 +331,11 @@ def test_differences_are_named(monkeypatch):
     cluster._lacking_data.cache_clear()
     asked = []
 
-    def run(command, env, **_):
-        asked.append(env["FWDLIB_OFFLINE"])
-        return subprocess.CompletedProcess(command, 0, stdout=b'a warning\n["KMNIST", "MNIST"]\n')
+    def run(command, environment):
+        asked.append(environment["FWDLIB_OFFLINE"])
+        return subprocess.CompletedProcess(command, 0, stdout='a warning\n["KMNIST", "MNIST"]\n')
 
-    monkeypatch.setattr(cluster.subprocess, "run", run)
+    monkeypatch.setattr(cluster.children, "run", run)
     assert cluster._difference(wanted, {"FWDLIB_OFFLINE": "1"}) == cluster.NO_DATA.format("MNIST")
     assert cluster._difference(wanted | {"data": ["KMNIST", "MNIST"]}, {"FWDLIB_OFFLINE": "1"}) == ""
     assert cluster._difference(wanted | {"data": ["KMNIST", "MNIST"]}, {"FWDLIB_OFFLINE": "1"}) == ""
@@ -371,7 +375,7 @@ def test_over_tls_and_a_job_whose_workers_die_is_lost_and_not_failed(tmp_path, f
     assert lost.status == lost.cause == "lost"
     assert lost.error == "lost: each of 2 workers that had it died"
     assert "LOST     seed1 on one: lost: each of 2 workers" in capsys.readouterr().err
-    assert batch.failures([lost, done]).splitlines()[-1] == "  executed copy: none"
+    assert failures([lost, done]).splitlines()[-1] == "  executed copy: none"
 
 
 def test_without_a_scheduler_nothing_of_dask_is_imported(tmp_path):

@@ -127,7 +127,7 @@ def test_the_training_loop_gives_the_same_numbers_for_all_seeds_at_once_and_one_
     data = Dataset(inputs[:20], targets[:20], inputs[20:], targets[20:], ("a", "b", "c"), "random")
     estimator = partial(stacked_gradient, num_tangents=2, tangents=tangents)
     stacked, single = (
-        train(MLP, data, estimator, learning_rate=1e-3, max_iterations=4, seeds=(0, 1, 2), stacked=s, progress=None)
+        train(MLP, data, estimator, learning_rate=1e-3, max_iterations=4, seeds=(0, 1, 2), together=s, progress=None)
         for s in (True, False)
     )
     for many, one in zip(stacked.runs, single.runs, strict=True):

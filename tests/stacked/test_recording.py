@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from fwdlib.models import fully_connected
 from fwdlib.stacked.recording import MOST, Recording
+from fwdlib.trainer.networks import fully_connected
 
 
 def test_replays_a_backward_pass_at_other_values_and_shapes():

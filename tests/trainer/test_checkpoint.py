@@ -278,11 +278,11 @@ def deeper():
         ({"settings": {"alpha": 0.5}}, "alpha is 1.0 there, 0.5 here"),
     ],
 )
-def test_a_checkpoint_of_something_else_says_what_differs(train, tmp_path, options, message):
+def test_a_checkpoint_of_a_different_run_says_what_differs(train, tmp_path, options, message):
     path = tmp_path / "checkpoint.pt"
     train(max_iterations=3, settings={"alpha": 1.0})
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=rf"checkpoint\.pt is the checkpoint of something else: {message}.*to start"):
+    with pytest.raises(ValueError, match=rf"checkpoint\.pt belongs to a different run: {message}.*to start"):
         train(resume=True, **{"settings": {"alpha": 1.0}, **options})
     assert path.read_bytes() == before
 

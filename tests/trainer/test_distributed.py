@@ -21,10 +21,12 @@ from fwdlib.estimators import backprop_gradient, forward_gradient
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.trainer import distributed, experiment
-from fwdlib.trainer.processes import ALONE, ToldElsewhereError
+from fwdlib.trainer.processes import ALONE, AlreadyReportedError
 from fwdlib.trainer.session import TrainerSession
 from fwdlib.trainer.settings import Settings
 from fwdlib.training import train
+
+pytestmark = pytest.mark.slow  # starts processes
 
 CPU = torch.device("cpu")
 NUM_STEPS = 200
@@ -52,12 +54,12 @@ def dataset(num_train: int = 160) -> Dataset:
     return Dataset(inputs[:-40], targets[:-40], inputs[-40:], targets[-40:], ["a", "b", "c"], None)
 
 
-def trained(workers, name, make=build, **options):
+def trained(processes, name, make=build, **options):
     estimator = ESTIMATORS[name]
-    if name == "backprop" and workers.size > 1:
+    if name == "backprop" and processes.size > 1:
         estimator = distributed.DataParallelGradient()
     usual = {"optimizer": "Adam", "learning_rate": 1e-3, "batch_size": 32, "max_iterations": NUM_STEPS}
-    usual |= {"evaluate_every": 50, "progress": None, "workers": workers}
+    usual |= {"evaluate_every": 50, "progress": None, "session": TrainerSession(processes=processes)}
     return train(make, dataset(), estimator, **usual | options)
 
 
@@ -67,45 +69,45 @@ def trained(workers, name, make=build, **options):
 def work(folder: Path) -> None:
     """Try everything, and leave what came out in a file for each process."""
     torch.set_num_threads(1)
-    with distributed.processes(CPU) as workers:
-        found = {"exchange": exchanged(workers)}
+    with distributed.joined(CPU) as processes:
+        found = {"exchange": exchanged(processes)}
         for name in ESTIMATORS:
-            history = trained(workers, name)
+            history = trained(processes, name)
             found[name] = {"params": history.params[0], "run": vars(history.runs[0])}
-        (run,) = trained(workers, "rank-one", batch_size=None, max_iterations=20).runs
+        (run,) = trained(processes, "rank-one", batch_size=None, max_iterations=20).runs
         found["whole training part"] = run.train_loss
-        found["BatchNorm"] = settled(workers)
-        found["bytes"] = {(name, width): sent(workers, name, width) for name, width in BYTES}
-        found["refusals"] = {name: refused(workers, **options) for name, options in DIFFERENT.items()}
-        found["drift"] = drifted(workers)
-        found["activity"] = refused_tangents(workers)
+        found["BatchNorm"] = settled(processes)
+        found["bytes"] = {(name, width): sent(processes, name, width) for name, width in BYTES}
+        found["refusals"] = {name: refused(processes, **options) for name, options in DIFFERENT.items()}
+        found["drift"] = drifted(processes)
+        found["activity"] = refused_tangents(processes)
         found["listening"] = listening()
-        torch.save(found, folder / f"{workers.size}-{workers.rank}.pt")
+        torch.save(found, folder / f"{processes.size}-{processes.rank}.pt")
 
 
-def exchanged(workers) -> dict:
-    draw = torch.Generator().manual_seed(workers.rank)
+def exchanged(processes) -> dict:
+    draw = torch.Generator().manual_seed(processes.rank)
     mine = torch.randn(5, 7, generator=draw)
-    return {"mine": mine, "mean": workers.exchange.mean(mine), "scalar": workers.exchange.mean(mine[0, 0])}
+    return {"mine": mine, "mean": processes.exchange.mean(mine), "scalar": processes.exchange.mean(mine[0, 0])}
 
 
-def settled(workers) -> dict:
+def settled(processes) -> dict:
     model = initialise(with_batch_norm, 0)
-    model[1].running_mean += workers.rank
-    workers.settle(model)
-    history = trained(workers, "rank-one", with_batch_norm, max_iterations=20, evaluate_every=10)
+    model[1].running_mean += processes.rank
+    processes.settle(model)
+    history = trained(processes, "rank-one", with_batch_norm, max_iterations=20, evaluate_every=10)
     return {"mean": model[1].running_mean, "run": history.runs[0]}
 
 
 BYTES = [("rank-one", 32), ("rank-one", 4096), ("backprop", 4096)]
 
 
-def sent(workers, name: str, width: int) -> float:
+def sent(processes, name: str, width: int) -> float:
     """Count the bytes of a step: those of many steps less those of few, so that evaluations are not in it."""
 
     def of(num_steps: int) -> int:
         start = links.traffic()
-        trained(workers, name, partial(build, width), max_iterations=num_steps, evaluate_every=1000)
+        trained(processes, name, partial(build, width), max_iterations=num_steps, evaluate_every=1000)
         return links.traffic().since(start).num_bytes
 
     few, many = of(10), of(40)
@@ -121,31 +123,32 @@ DIFFERENT = {
 }
 
 
-def refused(workers, **options) -> tuple[str, str]:
-    chosen = {name: values[workers.rank == workers.size - 1] for name, values in options.items()}
+def refused(processes, **options) -> tuple[str, str]:
+    chosen = {name: values[processes.rank == processes.size - 1] for name, values in options.items()}
     data, make = dataset(chosen.pop("num_train", 160)), chosen.pop("make", build)
     given = {"optimizer": "SGD", "learning_rate": 1e-3, "batch_size": 32, "max_iterations": 1, "progress": None}
+    session = TrainerSession(settings=chosen.pop("settings", None), processes=processes)
     try:
-        train(make, data, forward_gradient, session=TrainerSession(workers=workers), **given | chosen)
-    except (ValueError, ToldElsewhereError) as error:
+        train(make, data, forward_gradient, session=session, **given | chosen)
+    except (ValueError, AlreadyReportedError) as error:
         return type(error).__name__, str(error)
     return "nothing", ""
 
 
-def drifted(workers) -> str:
+def drifted(processes) -> str:
     model = initialise(build, 0)
     with torch.no_grad():
-        model[0].weight += 1e-7 * workers.rank
+        model[0].weight += 1e-7 * processes.rank
     try:
-        workers.settle(model)
+        processes.settle(model)
     except RuntimeError as error:
         return str(error)
     return ""
 
 
-def refused_tangents(workers) -> str:
+def refused_tangents(processes) -> str:
     data, model = dataset(), build()
-    objective = BatchLoss(model, data.train_inputs, data.train_targets, workers.loss)
+    objective = BatchLoss(model, data.train_inputs, data.train_targets, processes.loss)
     try:
         forward_gradient(objective, params_of(model), tangents="activity")
     except NotImplementedError as error:
@@ -224,7 +227,7 @@ def test_a_step_sends_scalars_whatever_the_number_of_parameters_and_backprop_sen
 )
 def test_processes_that_differ_are_refused_with_what_differs(found, name, words):
     kinds = [each["refusals"][name][0] for each in found]
-    assert kinds == ["ValueError"] + ["ToldElsewhereError"] * (len(found) - 1)
+    assert kinds == ["ValueError"] + ["AlreadyReportedError"] * (len(found) - 1)
     assert all(word in found[0]["refusals"][name][1] for word in [*words, "Start all of them with the same command"])
 
 
@@ -240,13 +243,6 @@ def test_nothing_listens_but_on_the_loopback_device(found):
     addresses = [address for each in found for address in each["listening"]]
     assert addresses
     assert all(address.startswith("127.") or address == "::1" for address in addresses)
-
-
-@pytest.mark.parametrize(
-    ("number", "factors"), [(1, []), (2, [2]), (12, [2, 2, 3]), (97, [97]), (1000, [2] * 3 + [5] * 3)]
-)
-def test_prime_factors(number, factors):
-    assert distributed.prime_factors(number) == factors
 
 
 def test_a_batch_must_fall_into_equal_shares():
@@ -348,5 +344,5 @@ def test_rules_that_need_the_examples_of_all_are_refused_before_anything_starts(
 
 def test_alone_nothing_of_torch_distributed_is_joined(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with experiment.together(Settings(train_mode="FDFA"), CPU) as workers:
-        assert workers is ALONE
+    with experiment.together(Settings(train_mode="FDFA"), CPU) as processes:
+        assert processes is ALONE

@@ -20,6 +20,8 @@ from fwdlib.trainer.experiment import BELONGS, COLUMNS, PASSING, crops, estimato
 from fwdlib.trainer.settings import DATASETS, OPTIMIZER_NAMES, TRAIN_MODES, Settings
 from fwdlib.training import train
 
+pytestmark = pytest.mark.slow  # starts processes, or trains large networks
+
 CPU = torch.device("cpu")
 LEARNED = ("DKP", "FDFA", "FG-CV")
 

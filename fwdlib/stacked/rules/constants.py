@@ -17,7 +17,10 @@ def _constant(*functions: Callable) -> None:
     for function in functions:
 
         def rule(run: Pass, *args: Any, _function: Callable = function, **kwargs: Any) -> Any:
-            return _function(*primals_of(args), **primals_of(kwargs))
+            found = _function(*primals_of(args), **primals_of(kwargs))
+            if found is NotImplemented:  # as x == None, which Python decides by identity
+                return {Tensor.__eq__: False, Tensor.__ne__: True}.get(_function, found)
+            return found
 
         register_rule(function)(rule)
 
@@ -26,7 +29,8 @@ _constant(torch.argmax, Tensor.argmax, torch.argmin, Tensor.argmin, torch.argsor
 _constant(torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne, torch.isnan, torch.isinf, torch.isfinite)
 _constant(Tensor.gt, Tensor.ge, Tensor.lt, Tensor.le, Tensor.eq, Tensor.ne, Tensor.isnan, Tensor.isinf, Tensor.isfinite)
 _constant(Tensor.__gt__, Tensor.__ge__, Tensor.__lt__, Tensor.__le__, Tensor.__eq__, Tensor.__ne__)
-_constant(Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.item, Tensor.tolist, Tensor.numpy)
+_constant(Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.item, Tensor.tolist)
 _constant(Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__format__, Tensor.__repr__)
 _constant(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like)
 _constant(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor, Tensor.stride)
+_constant(Tensor.long, Tensor.int, Tensor.short, Tensor.char, Tensor.byte, Tensor.bool)

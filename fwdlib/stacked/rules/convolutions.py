@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fwdlib.stacked.dual import Dual, pad_rows
-from fwdlib.stacked.forward_pass import Pass, register_rule
+from fwdlib.stacked.forward_pass import Pass
 from fwdlib.stacked.perturbations import Convolution
 from fwdlib.stacked.rules.rows import dual_of, per_axis
+from fwdlib.stacked.rules.signatures import rule_of
 
 NARROW = 16
 """Up to this many channels of all rows together, one convolution of all rows is no slower than one for each row."""
@@ -30,12 +31,15 @@ def _convolution(function: Callable, num_axes: int) -> Callable:
         groups: int = 1,
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if isinstance(weight, Dual) or isinstance(bias, Dual) or x.dim() != num_axes + 2:
+            if isinstance(weight, Dual) or isinstance(bias, Dual) or not x.numel() or not weight.numel():
+                return NotImplemented
+            if not x.dim() == weight.dim() == num_axes + 2 or (bias is not None and bias.dim() != 1):
                 return NotImplemented
         stride, dilation = per_axis(stride, num_axes), per_axis(dilation, num_axes)
         if isinstance(padding, str):
             extents = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-            if padding == "same" and any(extent % 2 for extent in extents):
+            odd = any(extent % 2 for extent in extents) or any(s != 1 for s in stride)
+            if padding not in ("same", "valid") or (padding == "same" and odd):
                 return NotImplemented
             padding = [extent // 2 if padding == "same" else 0 for extent in extents]
         layer = Convolution(function, stride, per_axis(padding, num_axes), dilation, groups)
@@ -83,13 +87,13 @@ def _row_by_row(run: Pass, layer: Convolution, stack: Tensor, weight: Tensor, bi
             tangents = layer(stack[1:].flatten(0, 1), weight)
             tangents = tangents.reshape(-1, len(outputs), *tangents.shape[1:])
     if bias is not None:
-        outputs = outputs + bias.reshape(-1, *[1] * (outputs.dim() - 2))
+        outputs = outputs + bias.reshape(-1, *[1] * (outputs.dim() - 2)).to(outputs.dtype)
     if weight_name is not None or bias_name is not None:
         added = run.perturbation.convolution(weight_name, bias_name, stack[0], outputs, layer, along)
         tangents = added if is_constant else tangents.add_(added)
     return dual_of(outputs, tangents)
 
 
-register_rule(F.conv1d)(_convolution(F.conv1d, 1))
-register_rule(F.conv2d)(_convolution(F.conv2d, 2))
-register_rule(F.conv3d)(_convolution(F.conv3d, 3))
+rule_of(F.conv1d)(_convolution(F.conv1d, 1))
+rule_of(F.conv2d)(_convolution(F.conv2d, 2))
+rule_of(F.conv3d)(_convolution(F.conv3d, 3))

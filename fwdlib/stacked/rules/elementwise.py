@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fwdlib.stacked.dual import Dual
-from fwdlib.stacked.forward_pass import Pass, register_rule
+from fwdlib.stacked.forward_pass import Pass
 from fwdlib.stacked.rules.rows import dual_of
+from fwdlib.stacked.rules.signatures import rule_of
 
 
-@register_rule(F.relu, torch.relu, Tensor.relu)
+@rule_of(F.relu, torch.relu, Tensor.relu)
 def relu(run: Pass, x: Any) -> Dual:
     """Keep the entries of every row where the primal is positive, or nan, so that nan stays visible."""
     if torch.is_grad_enabled() and isinstance(x, Dual):
@@ -25,14 +27,19 @@ def relu(run: Pass, x: Any) -> Dual:
 
 
 def _elementwise(*functions: Callable, derivative: Callable[..., Tensor]) -> None:
-    """Register an elementwise function y of one tensor x by its ``derivative(x, y, *args, **kwargs)``."""
+    """Register an elementwise function y of one tensor x by its ``derivative(x, y, **options)``."""
 
-    def rule(run: Pass, x: Any, *args: Any, **kwargs: Any) -> Dual:
+    def rule(run: Pass, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if (args or kwargs) and any(map(run.has_tangents, (*args, *kwargs.values()))):
+            return NotImplemented
         x = x if isinstance(x, Dual) else Dual(run.stack(x))
         y = functions[0](x.primal, *args, **kwargs)
         return dual_of(y, x.tangents * derivative(x.primal.detach(), y.detach(), *args, **kwargs))
 
-    register_rule(*functions)(rule)
+    first = list(inspect.signature(rule).parameters.values())[:2]
+    options = list(inspect.signature(derivative).parameters.values())[2:]
+    rule.__signature__ = inspect.Signature([*first, *options])
+    rule_of(*functions)(rule)
 
 
 def _gelu_derivative(x: Tensor, y: Tensor, approximate: str = "none") -> Tensor:
@@ -83,26 +90,28 @@ _elementwise(torch.sin, Tensor.sin, derivative=lambda x, y: torch.cos(x))
 _elementwise(torch.cos, Tensor.cos, derivative=lambda x, y: -torch.sin(x))
 
 
-@register_rule(torch.abs, Tensor.abs, Tensor.__abs__)
+@rule_of(torch.abs, Tensor.abs, Tensor.__abs__)
 def absolute(run: Pass, x: Any) -> Any:
     """Multiply the tangents by the sign; for complex numbers that is not the derivative."""
     stack = run.stack(x)
     return NotImplemented if stack.is_complex() else dual_of(stack[0].abs(), stack[1:] * stack[0].sgn())
 
 
-@register_rule(torch.pow, Tensor.pow, Tensor.__pow__)
+@rule_of(torch.pow, Tensor.pow, Tensor.__pow__)
 def power(run: Pass, x: Any, exponent: Any) -> Any:
     """Raise to a constant exponent."""
-    if isinstance(exponent, Tensor) or not isinstance(x, Tensor):
+    if not isinstance(exponent, (int, float, complex)) or not isinstance(x, Tensor):
         return NotImplemented
     stack = run.stack(x)
     slope = exponent * stack[0] ** (exponent - 1) if exponent else torch.zeros_like(stack[0])  # 0 ** -1 is infinite
     return dual_of(stack[0] ** exponent, stack[1:] * slope)
 
 
-@register_rule(F.dropout, torch.dropout)
-def dropout(run: Pass, x: Any, p: float = 0.5, training: bool = True) -> Dual:
+@rule_of(F.dropout, torch.dropout, train="training")
+def dropout(run: Pass, x: Any, p: float = 0.5, training: bool = True) -> Any:
     """Apply one mask to all rows, drawn as torch draws it."""
+    if isinstance(p, Tensor) or not 0 <= p <= 1:
+        return NotImplemented
     stack = run.stack(x)
     if not training or p == 0:
         return Dual(stack)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,21 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fwdlib.stacked.dual import Dual, same_rows
-from fwdlib.stacked.forward_pass import Pass, register_rule
-from fwdlib.stacked.rules.rows import dual_of, with_axes
+from fwdlib.stacked.forward_pass import Pass
+from fwdlib.stacked.rules.rows import dual_of, is_autocast, padded_rows, with_axes
+from fwdlib.stacked.rules.signatures import rule_of
 
 
-@register_rule(F.linear)
-def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Dual:
+@rule_of(F.linear)
+def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Any:
     """Compute one product for all rows; the perturbation computes the term from the weight's own tangent."""
     with torch._C.DisableTorchFunctionSubclass():
-        is_matrix = weight.dim() == 2
-    if not is_matrix:
+        is_layer = weight.dim() == 2 and (bias is None or bias.dim() == 1) and x.numel() and len(weight)
+    if not is_layer:
         return NotImplemented
     if isinstance(weight, Dual) or isinstance(bias, Dual):  # the weight is itself a result
         with run:
             product = torch.matmul(x, weight.transpose(-1, -2))
-            return product if bias is None else product + bias
+            return product if bias is None else product + (bias.to(product.dtype) if is_autocast(product) else bias)
     weight_name, bias_name = run.name_of(weight), run.name_of(bias)
     if not run.has_tangents(x):
         outputs = F.linear(x, weight, bias)
@@ -41,7 +43,7 @@ def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Dual:
     return Dual(rows)
 
 
-@register_rule(F.embedding)
+@rule_of(F.embedding)
 def embedding(
     run: Pass,
     indices: Any,
@@ -52,18 +54,60 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    """Take rows of the table and of its tangents. The row at ``padding_idx`` has neither a tangent nor a gradient."""
-    if (name := run.name_of(weight)) is None or max_norm is not None:
+    """Take rows of the table and of its tangents.
+
+    As in torch's backward pass, the row at ``padding_idx`` has no derivative, renormalised rows have that of the
+    identity, and with ``scale_grad_by_freq`` the derivative of a row is divided by the number of its uses.
+    """
+    if not run.has_tangents(weight):
         return NotImplemented
-    tangents = run.perturbation.rows(name, indices)
+    table = weight.primal if isinstance(weight, Dual) else weight
+    if table.dim() != 2 or (padding_idx is not None and not -len(table) <= padding_idx < len(table)):
+        return NotImplemented
+    if max_norm is not None:
+        torch.embedding_renorm_(table.detach(), indices.contiguous(), max_norm, norm_type)
+    name = run.name_of(weight)
+    tangents = weight.tangents[:, indices] if name is None else run.perturbation.rows(name, indices)
     if padding_idx is not None:
-        tangents = tangents.masked_fill((indices == padding_idx % len(weight)).unsqueeze(-1), 0)
-    return dual_of(F.embedding(indices, weight), tangents)
+        tangents = tangents.masked_fill((indices == padding_idx % len(table)).unsqueeze(-1), 0)
+    if scale_grad_by_freq:
+        tangents = tangents / indices.flatten().bincount()[indices].unsqueeze(-1)
+    return dual_of(F.embedding(indices, table), tangents)
 
 
-@register_rule(torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)
+@rule_of(torch.embedding)
+def torch_embedding(
+    run: Pass,
+    weight: Any,
+    indices: Any,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """Reorder the arguments for :func:`embedding`; a negative index means that no row is one of padding."""
+    padding_idx = None if padding_idx < 0 else padding_idx
+    return embedding(run, indices, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+
+
+@rule_of(torch._weight_norm)
+def weight_norm(run: Pass, v: Any, g: Any, dim: int = 0) -> Any:
+    """Differentiate v g / |v|, where the norm is over all axes except ``dim``, or over all if it is -1."""
+    v, scale = padded_rows(run, v), padded_rows(run, g)
+    g = with_axes(scale, v.dim() - 1)
+    if v.dim() < 3 or scale.dim() not in (1, v.dim()) or not -1 <= dim < v.dim() - 1:
+        return NotImplemented
+    axes = [axis for axis in range(1, v.dim()) if axis != dim + 1 or dim == -1]
+    norm = torch.norm_except_dim(v[0], 2, dim)
+    unit = v[0] / norm
+    along = (unit * v[1:]).sum(axes, keepdim=True)
+    return dual_of(torch._weight_norm(v[0], scale[0], dim), unit * g[1:] + (v[1:] - unit * along) * (g[0] / norm))
+
+
+@rule_of(torch.matmul, Tensor.matmul, Tensor.__matmul__)
 def matmul(run: Pass, x: Any, other: Any) -> Any:
     """Apply the product rule, for matrices and batches of them."""
+    if not (isinstance(x, Tensor) and isinstance(other, Tensor)):
+        return NotImplemented
     a, b = run.stack(x), run.stack(other)
     if a.dim() < 3 or b.dim() < 3:  # vectors
         return NotImplemented
@@ -78,13 +122,27 @@ def matmul(run: Pass, x: Any, other: Any) -> Any:
     return dual_of(torch.matmul(a[0], b[0]), torch.matmul(a[1:], b[0]) + torch.matmul(a[0], b[1:]))
 
 
-@register_rule(Tensor.__rmatmul__)
+def _product(num_axes: int, *functions: Callable) -> None:
+    """Register a product of operands with so many axes each."""
+
+    @rule_of(*functions)
+    def rule(run: Pass, x: Any, mat2: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            fits = isinstance(mat2, Tensor) and x.dim() == mat2.dim() == num_axes
+        return matmul(run, x, mat2) if fits else NotImplemented
+
+
+_product(2, torch.mm, Tensor.mm)
+_product(3, torch.bmm, Tensor.bmm)
+
+
+@rule_of(Tensor.__rmatmul__)
 def rmatmul(run: Pass, x: Any, other: Any) -> Any:
     """Multiply with the operands exchanged."""
     return matmul(run, other, x)
 
 
-@register_rule(F.scaled_dot_product_attention)
+@rule_of(F.scaled_dot_product_attention)
 def scaled_dot_product_attention(
     run: Pass,
     query: Any,
@@ -97,14 +155,22 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Any:
     """Compute attention by its formula, because torch's fused kernels have no forward derivative."""
-    if enable_gqa:
+    if is_causal and attn_mask is not None:
+        return NotImplemented
+    if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         return NotImplemented
     with run:
-        scores = torch.matmul(query, key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+        query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+        scores = torch.matmul(query, key.transpose(-1, -2))
         if is_causal:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(~attn_mask, -math.inf)
         if attn_mask is not None:
-            scores = scores + attn_mask
-        return torch.matmul(F.dropout(torch.softmax(scores, -1), dropout_p), value)
+            scores = scores + attn_mask.to(scores.dtype)
+        weights = torch.softmax(scores, -1)
+        if attn_mask is not None and not is_causal:  # torch gives 0 where all is masked
+            weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0, weights)
+        return torch.matmul(F.dropout(weights, dropout_p), value)

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fwdlib.stacked.dual import Dual
-from fwdlib.stacked.forward_pass import Pass, register_rule
+from fwdlib.stacked.forward_pass import Pass
 from fwdlib.stacked.rules.normalisation import log_softmax
-from fwdlib.stacked.rules.rows import dual_of
+from fwdlib.stacked.rules.rows import dual_of, is_autocast, is_half
+from fwdlib.stacked.rules.signatures import rule_of
 
 
-@register_rule(F.cross_entropy)
+@rule_of(F.cross_entropy)
 def cross_entropy(
     run: Pass,
     logits: Any,
@@ -29,11 +30,14 @@ def cross_entropy(
     """Compute the log softmax and then the loss, which is linear in it."""
     if target.is_floating_point() or label_smoothing or size_average is not None or reduce is not None:
         return NotImplemented
-    log_probs = log_softmax(run, logits, min(1, logits.dim() - 1))
+    if run.has_tangents(weight) or logits.dim() == 1:
+        return NotImplemented
+    logits = _as_in_losses(run, logits)
+    log_probs = log_softmax(run, logits, 1)
     return nll_loss(run, log_probs, target, weight, None, ignore_index, None, reduction)
 
 
-@register_rule(F.nll_loss)
+@rule_of(F.nll_loss)
 def nll_loss(
     run: Pass,
     log_probs: Any,
@@ -45,8 +49,12 @@ def nll_loss(
     reduction: str = "mean",
 ) -> Any:
     """Apply the loss to all rows: it is linear in the log probabilities."""
+    if size_average is not None or reduce is not None or reduction not in ("mean", "sum", "none"):
+        return NotImplemented
+    if not isinstance(target, Tensor) or run.has_tangents(weight) or not run.has_tangents(log_probs):
+        return NotImplemented
     stack = run.stack(log_probs)
-    if size_average is not None or reduce is not None or reduction not in ("mean", "sum", "none") or stack.dim() < 3:
+    if stack.dim() < 3:
         return NotImplemented
     options = {"weight": weight, "ignore_index": ignore_index}
     if reduction != "none" and not run.perturbation.per_example:
@@ -58,12 +66,15 @@ def nll_loss(
     if reduction == "none":
         return dual_of(value, pieces)
     if reduction == "mean":
-        pieces = pieces / F.nll_loss(stack[0].new_full(stack.shape[1:], -1), target, reduction="sum", **options)
+        dtype = torch.float32 if is_half(stack) else stack.dtype  # the total weight may be large
+        options["weight"] = None if weight is None else weight.to(dtype)
+        ones = stack.new_full(stack.shape[1:], -1, dtype=dtype)
+        pieces = pieces / F.nll_loss(ones, target, reduction="sum", **options)
     pieces = pieces.flatten(2).sum(2) if pieces.dim() > 2 else pieces
     return dual_of(value, run.split_examples(pieces) if run.is_batch(log_probs) else pieces.sum(1))
 
 
-@register_rule(F.mse_loss)
+@rule_of(F.mse_loss)
 def mse_loss(
     run: Pass,
     x: Any,
@@ -76,6 +87,17 @@ def mse_loss(
     """Compute the loss by its formula."""
     if size_average is not None or reduce is not None or weight is not None or x.shape != target.shape:
         return NotImplemented
+    if reduction not in ("mean", "sum", "none"):
+        return NotImplemented
+    x, target = _as_in_losses(run, x), _as_in_losses(run, target)
     with run:
         squares = torch.square(x - target)
         return squares.mean() if reduction == "mean" else squares.sum() if reduction == "sum" else squares
+
+
+def _as_in_losses(run: Pass, x: Tensor) -> Tensor:
+    # Under autocast torch computes losses in float32.
+    if not (is_half(x) and is_autocast(x)):
+        return x
+    with run:
+        return x.float()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fwdlib.stacked.dual import Dual, primal_of
-from fwdlib.stacked.forward_pass import Pass, register_rule
-from fwdlib.stacked.rules.rows import dual_of, padded_rows, rows_along
+from fwdlib.stacked.forward_pass import Pass
+from fwdlib.stacked.rules.rows import dual_of, is_autocast, is_half, padded_rows, rows_along
+from fwdlib.stacked.rules.signatures import rule_of
 
 
-@register_rule(F.batch_norm)
+@rule_of(F.batch_norm)
 def batch_norm(
     run: Pass,
     x: Any,
@@ -31,6 +33,8 @@ def batch_norm(
     Raises:
         ValueError: in training mode, if there is only one value per channel.
     """
+    if run.has_tangents(running_mean) or run.has_tangents(running_var) or x.dim() < 2 or momentum is None:
+        return NotImplemented
     x = x if isinstance(x, Dual) else Dual(padded_rows(run, x))
     primal, tangents = x.primal, x.tangents
     channels = [1, -1, *[1] * (primal.dim() - 2)]
@@ -54,14 +58,15 @@ def batch_norm(
                 normed = (primal - mean.reshape(channels)) * inverse.reshape(channels)
                 tangents = _with_own_tangents(run, tangents, normed, weight, bias, channels)
         return dual_of(y, tangents)
-    if running_mean is None:
+    if running_mean is None or running_var is None:
         return NotImplemented
-    scale = torch.rsqrt(running_var + eps).reshape(channels)
-    normed, tangents = (primal - running_mean.reshape(channels)) * scale, tangents * scale
-    return _affine(run, normed, tangents, weight, bias, channels)
+    mean, var = (_wide(statistic) for statistic in (running_mean, running_var))
+    scale = torch.rsqrt(var + eps).reshape(channels)
+    normed, tangents = (primal - mean.reshape(channels)) * scale, tangents * scale
+    return _affine(run, normed, tangents, weight, bias, channels, primal.dtype)
 
 
-@register_rule(torch.batch_norm)
+@rule_of(torch.batch_norm)
 def torch_batch_norm(
     run: Pass,
     x: Any,
@@ -78,42 +83,73 @@ def torch_batch_norm(
     return batch_norm(run, x, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-@register_rule(F.layer_norm, torch.layer_norm)
+@rule_of(F.layer_norm, torch.layer_norm)
 def layer_norm(
-    run: Pass, x: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
-) -> Dual:
+    run: Pass,
+    x: Any,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Any:
     """Normalise over the last axes of each example."""
-    stack = padded_rows(run, x)
-    num_others = stack.dim() - 1 - len(normalized_shape)
+    stack, count = padded_rows(run, x), len(normalized_shape)
+    num_others = stack.dim() - 1 - count
+    if count == 0 or num_others < 0 or tuple(stack.shape[1 + num_others :]) != tuple(normalized_shape):
+        return NotImplemented
     if num_others == 0:
         run.mix_examples()
-    axes = [i - len(normalized_shape) for i in range(len(normalized_shape))]
-    normed, tangents = _normalise(stack[0], stack[1:], axes, eps)
-    return _affine(run, normed, tangents, weight, bias, [1] * num_others + list(normalized_shape))
+    normed, tangents = _normalise(stack[0], stack[1:], list(range(-count, 0)), eps)
+    dtype = _dtype_of_norm(stack)
+    return _affine(run, normed, tangents, weight, bias, [1] * num_others + list(normalized_shape), dtype)
 
 
-@register_rule(F.group_norm, torch.group_norm)
+@rule_of(F.group_norm, torch.group_norm)
 def group_norm(
-    run: Pass, x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
-) -> Dual:
+    run: Pass,
+    x: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Any:
     """Normalise each group of channels of each example."""
     stack = padded_rows(run, x)
+    if stack.dim() < 3 or not stack.numel() or num_groups <= 0 or stack.shape[2] % num_groups:
+        return NotImplemented
+    if stack[0].numel() == num_groups:
+        return NotImplemented  # torch refuses one value per group
     grouped = stack.reshape(*stack.shape[:2], num_groups, -1)
     normed, tangents = _normalise(grouped[0], grouped[1:], [-1], eps)
-    shape = [1, -1, *[1] * (stack.dim() - 3)]
-    return _affine(run, normed.reshape(stack[0].shape), tangents.reshape(stack[1:].shape), weight, bias, shape)
+    normed, tangents = normed.reshape(stack[0].shape), tangents.reshape(stack[1:].shape)
+    return _affine(run, normed, tangents, weight, bias, [1, -1, *[1] * (stack.dim() - 3)], _dtype_of_norm(stack))
+
+
+def _dtype_of_norm(x: Tensor) -> torch.dtype:
+    # The type of the result of a normalisation: under autocast float32 on GPUs, as torch has it.
+    return torch.float32 if x.is_cuda and is_half(x) and is_autocast(x) else x.dtype
+
+
+def _wide(x: Tensor) -> Tensor:
+    # Statistics are computed in float32 at least.
+    return x.float() if is_half(x) else x
 
 
 def _normalise(x: Tensor, tangents: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor]:
+    # Both in float32 at least; the axes are counted from the back.
+    x, tangents = _wide(x), _wide(tangents)
     var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
     inverse = torch.rsqrt(var + eps)
     normed = (x - mean) * inverse
-    rows = [axis + 1 if axis >= 0 else axis for axis in axes]
-    along = (tangents * normed).mean(rows, keepdim=True)
-    return normed, (tangents - tangents.mean(rows, keepdim=True) - normed * along) * inverse
+    along = (tangents * normed).mean(axes, keepdim=True)
+    return normed, (tangents - tangents.mean(axes, keepdim=True) - normed * along) * inverse
 
 
-def _affine(run: Pass, normed: Tensor, tangents: Tensor, weight: Any, bias: Any, shape: Sequence[int]) -> Dual:
+def _affine(
+    run: Pass, normed: Tensor, tangents: Tensor, weight: Any, bias: Any, shape: Sequence[int], dtype: torch.dtype
+) -> Dual:
     # weight * normed + bias, where both may have tangents; `shape` aligns them with the axes of normed.
     y = normed
     if weight is not None:
@@ -121,7 +157,7 @@ def _affine(run: Pass, normed: Tensor, tangents: Tensor, weight: Any, bias: Any,
         y, tangents = y * scale, tangents * scale
     if bias is not None:
         y = y + primal_of(bias).reshape(shape)
-    return dual_of(y, _with_own_tangents(run, tangents, normed, weight, bias, shape))
+    return dual_of(y.to(dtype), _with_own_tangents(run, tangents, normed, weight, bias, shape))
 
 
 def _with_own_tangents(
@@ -135,21 +171,25 @@ def _with_own_tangents(
     return tangents
 
 
-@register_rule(F.softmax, torch.softmax, Tensor.softmax)
-def softmax(run: Pass, x: Any, dim: int, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Any:
+@rule_of(F.softmax, torch.softmax, Tensor.softmax)
+def softmax(run: Pass, x: Any, dim: int, dtype: torch.dtype | None = None, *, _stacklevel: int = 3) -> Any:
     """Return the tangents y (dx - <y, dx>)."""
-    if dtype is not None or dim is None:
-        return NotImplemented
-    stack, axis = rows_along(run, x, dim)
-    y = torch.softmax(stack[0], dim)
-    return dual_of(y, y * (stack[1:] - (y * stack[1:]).sum(axis, keepdim=True)))
+    return _softmax(run, torch.softmax, x, dim, dtype)
 
 
-@register_rule(F.log_softmax, torch.log_softmax, Tensor.log_softmax)
-def log_softmax(run: Pass, x: Any, dim: int, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Any:
+@rule_of(F.log_softmax, torch.log_softmax, Tensor.log_softmax)
+def log_softmax(run: Pass, x: Any, dim: int, dtype: torch.dtype | None = None, *, _stacklevel: int = 3) -> Any:
     """Return the tangents dx - <softmax, dx>."""
-    if dtype is not None or dim is None:
+    return _softmax(run, torch.log_softmax, x, dim, dtype)
+
+
+def _softmax(run: Pass, function: Callable, x: Any, dim: int, dtype: torch.dtype | None) -> Any:
+    if not isinstance(dim, (int, np.integer)) or x.dim() == 0 or not (dtype is None or dtype.is_floating_point):
         return NotImplemented
     stack, axis = rows_along(run, x, dim)
-    y = torch.log_softmax(stack[0], dim)
-    return dual_of(y, stack[1:] - (y.exp() * stack[1:]).sum(axis, keepdim=True))
+    if dtype is not None:
+        stack = stack.to(dtype)
+    y, tangents = function(stack[0], dim), stack[1:]
+    if function is torch.softmax:
+        return dual_of(y, y * (tangents - (y * tangents).sum(axis, keepdim=True)))
+    return dual_of(y, tangents - (y.exp() * tangents).sum(axis, keepdim=True))

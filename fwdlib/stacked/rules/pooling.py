@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fwdlib.stacked.dual import Dual
-from fwdlib.stacked.forward_pass import Pass, register_rule
+from fwdlib.stacked.forward_pass import Pass
 from fwdlib.stacked.rules.rows import dual_of, per_axis
+from fwdlib.stacked.rules.signatures import rule_of
 from fwdlib.tangents import is_traced
 
 
@@ -30,23 +32,33 @@ def _max_pool(*functions: Callable, pool: Callable, num_axes: int) -> None:
         ceil_mode: bool = False,
         return_indices: bool = False,
     ) -> Any:
-        if return_indices:
-            return NotImplemented
         stack = run.stack(x)
         kernel, padding, dilation = (per_axis(value, num_axes) for value in (kernel_size, padding, dilation))
         stride = kernel if stride in (None, (), []) else per_axis(stride, num_axes)
-        if is_traced() and not torch.is_grad_enabled() and not (any(padding) or ceil_mode) and math.prod(kernel) <= 9:
+        is_small = math.prod(kernel) <= 9 and not (any(padding) or ceil_mode or return_indices)
+        if is_small and is_traced() and not torch.is_grad_enabled():
             return _maximum_of_slices(stack, kernel, stride, dilation)
         y, where = pool(stack[0], kernel, stride, padding, dilation, ceil_mode)
-        if where.dim() == 4 and where.is_contiguous(memory_format=torch.channels_last):
-            tangents = stack[1:].movedim(2, -1).flatten(2, 3)  # (R, B, positions, channels), in memory order
-            where = where.movedim(1, -1).flatten(1, 2).expand(len(tangents), -1, -1, -1)
-            return dual_of(y, tangents.gather(2, where).unflatten(2, y.shape[2:]).movedim(-1, 2))
-        tangents = stack[1:].flatten(-num_axes)
-        where = where.flatten(-num_axes).expand(*tangents.shape[:-1], -1)
-        return dual_of(y, tangents.gather(-1, where).reshape(-1, *y.shape))
+        dual = dual_of(y, _entries(stack[1:], where, num_axes))
+        return (dual, where) if return_indices else dual
 
-    register_rule(pool, *functions)(rule)
+    rule_of(*functions)(rule)
+
+    @rule_of(pool)
+    @functools.wraps(rule)
+    def with_indices(run: Pass, *args: Any, **kwargs: Any) -> Any:
+        return rule(run, *args, **kwargs | {"return_indices": True})
+
+
+def _entries(tangents: Tensor, where: Tensor, num_axes: int) -> Tensor:
+    # The tangents (R, ...) of the maxima, which are at the places `where` on the last axes.
+    if where.dim() == 4 and where.is_contiguous(memory_format=torch.channels_last):
+        flat = tangents.movedim(2, -1).flatten(2, 3)  # (R, B, positions, channels), in memory order
+        places = where.movedim(1, -1).flatten(1, 2).expand(len(tangents), -1, -1, -1)
+        return flat.gather(2, places).unflatten(2, where.shape[2:]).movedim(-1, 2)
+    flat = tangents.flatten(-num_axes)
+    places = where.flatten(-num_axes).expand(*flat.shape[:-1], -1)
+    return flat.gather(-1, places).reshape(-1, *where.shape)
 
 
 def _maximum_of_slices(stack: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Dual:
@@ -77,10 +89,12 @@ def _linear_pool(*functions: Callable) -> None:
 
     def rule(run: Pass, x: Any, *args: Any, **kwargs: Any) -> Dual:
         stack = run.stack(x)
+        if stack.dim() < 3:
+            return NotImplemented
         pooled = functions[0](stack.flatten(0, 1), *args, **kwargs)
         return Dual(pooled.reshape(*stack.shape[:2], *pooled.shape[1:]))
 
-    register_rule(*functions)(rule)
+    rule_of(*functions)(rule)
 
 
 _linear_pool(F.avg_pool1d)

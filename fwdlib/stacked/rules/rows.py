@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from fwdlib.stacked.forward_pass import Pass
 
 
 def dual_of(primal: Tensor, tangents: Tensor) -> Dual:
-    """Join a primal and its tangents, which must broadcast to (R, *primal.shape)."""
+    """Join a primal and its tangents, which must broadcast to ``(R, *primal.shape)`` and get the primal's type."""
     if tangents.shape[1:] != primal.shape:
         tangents = tangents.expand(-1, *primal.shape)
+    if tangents.dtype != primal.dtype:
+        tangents = tangents.to(primal.dtype)
     if torch.is_grad_enabled():
         return Dual.of(primal, tangents.detach() if tangents.requires_grad else tangents)
     if primal.dim() != 4 or not len(primal):
@@ -28,45 +31,49 @@ def padded_rows(run: Pass, x: Any) -> Tensor:
     return pad_rows(run.stack(x), 1 + run.perturbation.num_tangents)
 
 
-def broadcastable_rows(run: Pass, x: Any, other: Any) -> tuple[Tensor, Tensor]:
-    """Return the rows of both arguments, with the same number of axes, so that they broadcast against each other."""
-    like = x if isinstance(x, Tensor) else other
-    stacks = []
-    for value in (x, other):
-        if not isinstance(value, Tensor):
-            value = torch.as_tensor(value, dtype=None if isinstance(value, complex) else like.dtype, device=like.device)
-        stacks.append(run.stack(value))
-    if stacks[0].dtype != stacks[1].dtype:  # a scalar tensor does not widen the type, but its row would
-        dtype = torch.result_type(stacks[0][0], stacks[1][0])
-        stacks = [stack.to(dtype) for stack in stacks]
-    num_axes = max(stack.dim() for stack in stacks) - 1
-    for value, stack in zip((x, other), stacks, strict=True):
-        if isinstance(value, Dual) and 1 < stack.dim() <= num_axes and run.is_batch(value):
-            run.mix_examples()  # broadcasting moves the axis of the examples
-    return tuple(with_axes(stack, num_axes) for stack in stacks)
-
-
 def with_axes(stack: Tensor, num_axes: int) -> Tensor:
     """Return the stack with axes of length 1 after the axis of rows, so that each row has ``num_axes`` axes."""
     missing = num_axes - (stack.dim() - 1)
     return stack.reshape(len(stack), *[1] * missing, *stack.shape[1:]) if missing > 0 else stack
 
 
-def row_axis(dim: int) -> int:
-    """Return the axis of a stack that is axis ``dim`` of each row."""
-    return dim + 1 if dim >= 0 else dim
+def row_axis(dim: int, stack: Tensor, *, is_new: bool = False) -> int:
+    """Return the axis of a stack that is axis ``dim`` of each row.
+
+    Args:
+        dim: the axis, from the front or, if negative, from the back.
+        stack: the stack.
+        is_new: whether the axis is inserted.
+
+    Raises:
+        IndexError: if the rows do not have this axis.
+    """
+    num_axes = stack.dim() - 1 + is_new
+    if not -num_axes <= dim < num_axes:
+        raise IndexError(f"dim must be from {-num_axes} to {num_axes - 1}, got {dim}")
+    return dim + 1 if dim >= 0 else dim + num_axes + 1
 
 
 def rows_along(run: Pass, x: Any, dim: int) -> tuple[Tensor, int]:
     """Return the rows of ``x`` and the axis that ``dim`` is in them, for a rule whose function mixes along ``dim``."""
     stack = run.stack(x)
-    axis = row_axis(dim)
-    if axis % stack.dim() == 1:
+    axis = row_axis(dim, stack)
+    if axis == 1:
         run.mix_examples()
     return stack, axis
 
 
 def per_axis(value: Any, num_axes: int) -> tuple[int, ...]:
     """Return an option such as a stride as a tuple with one number for each axis."""
-    values = (value,) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
     return values * num_axes if len(values) == 1 else values
+
+
+def is_half(x: Tensor) -> bool:
+    """Return whether sums of numbers of this type are to be computed in float32, as torch does."""
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Return whether torch chooses the type in which a function of ``x`` is computed."""
+    return torch.is_autocast_enabled(x.device.type)

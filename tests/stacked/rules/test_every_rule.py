@@ -29,7 +29,7 @@ def test_importing_the_engine_registers_the_rules():
 
 def test_every_rule_has_a_case():
     ours = {function for function, rule in RULES.items() if rule.__module__.startswith("fwdlib.stacked.rules.")}
-    assert ours == {function for function, _ in CASES} | set(CONSTANTS)
+    assert ours == {function for function, _ in CASES} | set(CONSTANTS) | {torch._weight_norm}  # in test_linear
 
 
 @pytest.mark.parametrize("key", [key for key in CASES if key not in FALLS_BACK], ids=name_of)

@@ -1,0 +1,145 @@
+"""The whole benchmark, ``python -m fwdlib bench``: what is measured of which models, and where the result goes.
+
+:mod:`fwdlib.bench.table` makes a table of the result, :mod:`fwdlib.bench.figures` makes figures.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fwdlib import runtime
+from fwdlib.bench.compared import COMPARED, LEARNING_RATE, MODELS, SWEPT, Variant, find_task, variants
+from fwdlib.bench.measuring import measure_memory, measure_time, reason_of
+from fwdlib.checks import check_choice, check_count
+
+FORMAT = 1
+
+
+class Extent(NamedTuple):
+    """How long and how much is measured."""
+
+    seconds: float
+    """For each model; compiling comes on top."""
+    min_rounds: int
+    max_rounds: int
+    block_seconds: float
+    """A method's turn takes at least this long."""
+    width: int
+    """Of the layers of the MLPs whose depth is varied."""
+    depths: tuple[int, ...]
+
+    @property
+    def timing(self) -> dict[str, float]:
+        """What :func:`fwdlib.bench.measuring.interleave` takes."""
+        return {name: getattr(self, name) for name in ("seconds", "min_rounds", "max_rounds", "block_seconds")}
+
+
+FULL = Extent(12.0, 11, 60, 0.01, 1024, (1, 2, 5, 10, 20, 50, 100))
+QUICK = Extent(1.0, 7, 15, 0.005, 256, (1, 10, 30))
+
+
+def run(
+    *,
+    device: str = "cpu",
+    models: Sequence[str] | None = None,
+    batch: int | None = None,
+    memory: bool = True,
+    depth: bool = True,
+    quick: bool = False,
+) -> dict[str, Any]:
+    """Measure everything and return the numbers, to be saved as JSON.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        models: names of :data:`MODELS`; None for all.
+        batch: number of examples; None for each model's own.
+        memory: whether to measure peak memory.
+        depth: whether to measure MLPs of increasing depth.
+        quick: measure less, only to see that everything runs.
+
+    Returns:
+        ``format, quick, environment, load`` (of the machine, before the start), ``settings``; ``models``, name -> what
+        :func:`measure_time` returns with ``memory``, the bytes by method; ``depth``, such an entry for each depth.
+
+    Raises:
+        ValueError: if an argument is not allowed; the message lists what is.
+    """
+    on = runtime.resolve_device(device)
+    check_choice("device", on.type, ("cpu", "cuda"))
+    names = list(MODELS if models is None else dict.fromkeys(models))
+    for name in names:
+        check_choice("models", name, MODELS)
+    if batch is not None:
+        check_count("batch", batch)
+    extent = QUICK if quick else FULL
+    depths = extent.depths if depth else ()
+    of_models = COMPARED if memory and not quick else ()  # methods whose memory is measured
+    of_depths = SWEPT if memory else ()
+    runtime.keep_freed_memory()
+    found: dict[str, Any] = {
+        "format": FORMAT,
+        "quick": quick,
+        "environment": runtime.environment(on),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
+        "settings": {**extent._asdict(), "depths": list(depths), "learning_rate": LEARNING_RATE, "batch": batch},
+        "models": {},
+        "depth": {},
+    }
+    total = len(names) * (1 + len(of_models)) + len(depths) * (1 + len(of_depths))
+    with tqdm(total=total, desc="bench", unit="measurement") as bar:
+        measure = partial(_measure, extent, on, batch, bar)
+        for name in names:
+            found["models"][name] = measure(name, partial(variants, quick=quick), of_models)
+        for n in depths:
+            found["depth"][str(n)] = measure(f"{n}x{extent.width}", lambda _: map(Variant, SWEPT), of_depths)
+    return found
+
+
+def _measure(
+    extent: Extent,
+    device: torch.device,
+    batch: int | None,
+    bar: tqdm,
+    name: str,
+    forms: Callable[[nn.Module], Iterable[Variant]],
+    methods: Sequence[str],
+) -> dict[str, Any]:
+    def show(text: str) -> None:
+        bar.set_description(f"{name}: {text}")
+
+    found = measure_time(find_task(name), forms, device, batch, show, **extent.timing)
+    gc.collect()
+    bar.update()
+    for method in methods:
+        show(f"memory of {method}")
+        try:
+            found.setdefault("memory", {})[method] = measure_memory(name, method, device, batch)
+        except RuntimeError as error:
+            found["skipped"][f"memory of {method}"] = reason_of(error)
+        bar.update()
+    return found
+
+
+def default_path(device: str, *, quick: bool = False, batch: int | None = None, partial: bool = False) -> Path:
+    """Return where a result goes; ``build/bench-cpu.json`` in the checkout if the result is complete.
+
+    Every restriction adds a word to the file's name, so that no committed result is overwritten by less.
+
+    Args:
+        device: where it was measured.
+        quick: whether less was measured.
+        batch: the number of examples, if it was given.
+        partial: whether models, memory or depth were left out.
+    """
+    words = ["bench", torch.device(device).type, *([f"batch{batch}"] if batch is not None else [])]
+    words += ["partial"] * partial + ["quick"] * quick
+    return (runtime.project_root() or Path.cwd()) / "build" / f"{'-'.join(words)}.json"

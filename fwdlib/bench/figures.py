@@ -1,0 +1,225 @@
+"""Figures of what training steps cost: the benchmark's records and other durations in, a matplotlib Figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from fwdlib.history import Run
+from fwdlib.methods.history_figures import steps_of
+from fwdlib.plotting import (
+    METHOD_STYLES,
+    draw_band,
+    legend_below,
+    plain_decades,
+    plain_ticks,
+    style_of,
+    styled,
+    write_stamp,
+)
+from fwdlib.statistics import Interval, paired_ratio
+
+COST_MARKS = {"": ("o", 0.0), "channels_last": ("s", -0.22), "one graph": ("D", 0.22)}  # marker, and place in the row
+
+
+@styled
+def plot_cost(bench: dict[str, Any]) -> Figure:
+    """Draw what a training step costs by each method, in units of the fastest backprop, one panel for each model.
+
+    Hollow marks are eager, filled ones compiled. A line through a mark is the 95 % interval of the median ratio, taken
+    round by round. Left of the line at 1 is faster than backprop.
+
+    Args:
+        bench: as :func:`fwdlib.bench.benchmark.run` returns it, or read from its JSON file.
+
+    Returns:
+        A figure with a panel for each model, three in a row, all with the same logarithmic axis.
+    """
+    entries = list(bench["models"].values())
+    names = [name for entry in entries for name in entry["seconds"] if name != "forward"]
+    labels = list(dict.fromkeys(_parts(name)[0] for name in names))
+    labels.sort(key=lambda label: list(METHOD_STYLES).index(label.split(" K=")[0]))
+    columns = min(3, len(entries))
+    rows = -(-len(entries) // columns)
+    figure = Figure(figsize=(1.5 + 2.6 * columns, 0.85 + rows * (0.75 + 0.24 * len(labels))))
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in panels.flat[len(entries) :]:
+        axes.set_visible(False)
+    for axes, entry in zip(panels.flat, entries, strict=False):
+        _draw_ratios(axes, labels, entry)
+    _plain_ratios(panels[0, 0])
+    for axes in panels.flat[max(len(entries) - columns, 0) : len(entries)]:
+        axes.tick_params(axis="x", labelbottom=True)
+        axes.set_xlabel("ratio to the fastest backprop")
+    grey = {"color": "0.3", "linestyle": "", "markersize": 5.5}
+    handles = [Line2D([], [], marker="o", markerfacecolor="white", label="eager", **grey)]
+    handles += [Line2D([], [], marker="o", label="compiled", **grey)]
+    forms = dict.fromkeys(_parts(name)[1] for name in names)
+    handles += [Line2D([], [], marker=COST_MARKS[form][0], label=form, **grey) for form in forms if form]
+    title = f"time of a training step on {bench['environment']['device']}"
+    legend_below(figure, handles, title=title, title_fontsize=9)
+    _stamp_quick(figure, bench)
+    return figure
+
+
+@styled
+def plot_depth(bench: dict[str, Any], published: dict[str, Sequence[float]] | None = None) -> Figure:
+    """Draw time and peak memory of a training step over the number of layers: figure 6 of Baydin et al. 2022.
+
+    Args:
+        bench: as :func:`fwdlib.bench.benchmark.run` returns it, or read from its JSON file.
+        published: ``layers``, ``R_f`` and ``R_b`` of the paper, drawn as thin grey lines.
+
+    Returns:
+        A figure with two panels: the time of a step in plain evaluations of the loss, median with its 95 % interval,
+        and the memory above model and batch.
+
+    Raises:
+        ValueError: if the depth was not measured.
+    """
+    if not bench["depth"]:
+        raise ValueError("bench has no depth sweep: measure again without --no-depth")
+    entries = {int(layers): entry for layers, entry in bench["depth"].items()}
+    figure = Figure(figsize=(9, 3.4))
+    time, memory = figure.subplots(1, 2)
+    tops = [*_draw_published(time, published or {}), *_draw_times(time, entries)]
+    _draw_memory(memory, entries)
+    batch = next(iter(entries.values()))["batch"]
+    what = f"layers of width {bench['settings']['width']}, batch {batch}"
+    time.set(title="Time of a training step", xlabel=what, ylabel="plain evaluations of the loss")
+    time.set_ylim(0, 1.2 * max(tops, default=0.0))  # the band of a disturbed measurement may leave the panel
+    memory.set(title="Peak memory of a step above the model's", xlabel=what, ylabel="memory [MB]", yscale="log")
+    memory.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    for axes in (time, memory):
+        axes.margins(x=0.03)
+    legend_below(figure, *time.get_legend_handles_labels())
+    _stamp_quick(figure, bench)
+    return figure
+
+
+@styled
+def plot_durations(seconds: dict[str, Sequence[float]]) -> Figure:
+    """Draw how long several things take: the median as a dot, the middle half as a line.
+
+    Args:
+        seconds: name -> durations, as :func:`fwdlib.bench.measuring.interleave` returns them.
+
+    Returns:
+        A figure with one panel, a row for each name in their order, on a logarithmic axis.
+    """
+    figure = Figure(figsize=(7, 0.6 + 0.34 * len(seconds)))
+    axes = figure.subplots()
+    for row, (name, values) in enumerate(seconds.items()):
+        low, middle, high = 1e3 * np.quantile(values, (0.25, 0.5, 0.75))
+        color = style_of(name)["color"]
+        axes.plot([low, high], [row, row], color=color, linewidth=4, alpha=0.4)
+        axes.plot(middle, row, "o", color=color)
+        axes.annotate(f"{middle:.3g} ms", (middle, row), (8, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="time [ms]: median, and the middle half", xscale="log", ylim=(len(seconds) - 0.4, -0.6))
+    axes.set_yticks(range(len(seconds)), list(seconds))
+    axes.margins(x=0.15)
+    low, high = axes.get_xlim()
+    plain = ticker.FuncFormatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(plain)
+    axes.xaxis.set_minor_formatter(plain if high / low < 5 else ticker.NullFormatter())
+    return figure
+
+
+@styled
+def plot_over_time(curves: dict[str, tuple[float, Run]]) -> Figure:
+    """Draw training losses over the seconds that the steps took.
+
+    Args:
+        curves: method -> the seconds that a step takes, and the run.
+
+    Returns:
+        A figure with one panel, both axes logarithmic. The value before the first step is not drawn.
+    """
+    figure = Figure(figsize=(7, 3))
+    axes = figure.subplots()
+    for name, (seconds, run) in curves.items():
+        axes.plot(seconds * steps_of(run), run.train_loss[1:], label=name, **style_of(name))
+    axes.set(xlabel="time spent in steps [s]", ylabel="training loss [nats]", xscale="log", yscale="log")
+    plain_ticks(axes)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.legend()
+    return figure
+
+
+def _parts(name: str) -> tuple[str, str, bool]:
+    # "rank-one channels_last, compiled" -> row, form, whether compiled
+    label, _, mode = name.rpartition(", ")
+    form = next((form for form in COST_MARKS if form and label.endswith(form)), "")
+    return label.removesuffix(form).strip(), form, mode == "compiled"
+
+
+def _draw_ratios(axes: Axes, labels: Sequence[str], entry: dict[str, Any]) -> None:
+    axes.axvline(1, color="0.2", linewidth=1)
+    for name, seconds in entry["seconds"].items():
+        if name != "forward":
+            _draw_ratio(axes, labels, name, paired_ratio(seconds, entry["seconds"][entry["reference"]]))
+    axes.set_title(f"{entry['title']}\nbatch {entry['batch']}", fontsize=9)
+    axes.set(xscale="log", ylim=(len(labels) - 0.5, -0.5))
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(axis="y", length=0)
+    plain_decades(axes.xaxis)
+
+
+def _draw_ratio(axes: Axes, labels: Sequence[str], name: str, ratio: Interval) -> None:
+    label, form, compiled = _parts(name)
+    color = METHOD_STYLES[label.split(" K=")[0]]["color"]
+    marker, shift = COST_MARKS[form]
+    place = labels.index(label) + shift
+    if ratio.low == ratio.low:  # not nan: there were enough rounds for an interval
+        axes.plot([ratio.low, ratio.high], [place, place], color=color, linewidth=1.4, solid_capstyle="butt")
+    face = color if compiled else "white"
+    axes.plot(ratio.estimate, place, marker, color=color, markersize=5.5, markerfacecolor=face, zorder=3)
+
+
+def _plain_ratios(axes: Axes) -> None:
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+
+
+def _draw_published(axes: Axes, published: dict[str, Sequence[float]]) -> list[float]:
+    # Returns the largest value of each line.
+    lines = (("R_f", "--", -9), ("R_b", "-", 5)) if published else ()
+    for name, linestyle, shift in lines:
+        x, y = published["layers"], published[name]
+        axes.plot(x, y, color="0.55", linewidth=0.9, linestyle=linestyle)
+        place = {"xytext": (0, shift), "textcoords": "offset points", "ha": "right", "va": "center"}
+        axes.annotate(f"paper's ${name}$", (x[-1], y[-1]), fontsize=8, color="0.4", **place)
+    return [max(published[name]) for name, *_ in lines]
+
+
+def _draw_times(axes: Axes, entries: dict[int, dict[str, Any]]) -> list[float]:
+    # Returns the largest value of each line.
+    tops = []
+    for method, style in METHOD_STYLES.items():
+        timed = {n: e["seconds"] for n, e in entries.items() if f"{method}, eager" in e["seconds"]}
+        if timed:
+            ratios = [paired_ratio(seconds[f"{method}, eager"], seconds["forward"]) for seconds in timed.values()]
+            label = f"{method}, ${'R_b' if method == 'backprop' else 'R_f'}$"
+            low, middle, high = np.array(ratios).T
+            draw_band(axes, list(timed), (low, middle, high), style, marker="o", markersize=4, label=label)
+            tops.append(max(middle))
+    return tops
+
+
+def _draw_memory(axes: Axes, entries: dict[int, dict[str, Any]]) -> None:
+    for method, style in METHOD_STYLES.items():
+        held = {n: e["memory"][method] / 1e6 for n, e in entries.items() if method in e.get("memory", {})}
+        if held:
+            # below 0.1 MB is what the system rounds to, and a logarithm has no zero
+            megabytes = np.maximum(list(held.values()), 0.1)
+            axes.plot(list(held), megabytes, marker="o", markersize=4, label=method, **style)
+
+
+def _stamp_quick(figure: Figure, bench: dict[str, Any]) -> None:
+    write_stamp(figure, ["quick mode: not a result"] if bench["quick"] else [])

@@ -1,0 +1,87 @@
+"""Peak memory of a piece of work, measured in a new process: in this one, everything that ran before would count."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from fwdlib import children
+
+
+def peak_bytes(function: str, arguments: Mapping[str, object], device: torch.device | str = "cpu") -> int:
+    """Return the bytes that a piece of work needs at its peak, measured in a new process.
+
+    The process calls ``function(**arguments)``. That loads libraries, builds what the work needs, and returns the work
+    as a callable. Only the memory that the callable takes beyond that is counted.
+
+    Args:
+        function: ``"package.module:name"``.
+        arguments: by name; JSON must be able to hold them.
+        device: on CUDA, the allocator's peak counts; elsewhere, the peak of the process's resident memory.
+
+    Raises:
+        RuntimeError: if the process fails; the message is its last line on stderr, or its exit code.
+    """
+    command = [sys.executable, "-m", "fwdlib.bench.memory", function, json.dumps(arguments), str(device)]
+    ended = children.run(command)
+    if ended.returncode:
+        ending = f"ended with code {ended.returncode}"  # -9 if the system was out of memory
+        raise RuntimeError((ended.stderr.strip().splitlines() or [ending])[-1])
+    return int(ended.stdout.split()[-1])
+
+
+def _peak_of(work: Callable[[], object], device: str) -> int:
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    before, peak = _resident_memory()
+    work()
+    return peak() - before
+
+
+def _resident_memory() -> tuple[int, Callable[[], int]]:
+    # The memory of this process in bytes, and a function that returns its peak from now on.
+    if _forget_peak():
+        return _status("VmRSS"), lambda: _status("VmHWM")
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    return peak(), peak
+
+
+def _forget_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or not allowed
+        return False
+    return True
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def _main(function: str, arguments: str, device: str) -> None:
+    module, _, name = function.partition(":")
+    work = getattr(importlib.import_module(module), name)(**json.loads(arguments))
+    print(_peak_of(work, device))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,68 @@
+"""Figures of feedback alignment: test errors over the epochs, and how well directions agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from fwdlib.methods.history_figures import draw_mean
+from fwdlib.plotting import CURVES, LINES, METHOD_STYLES, legend_below, panels, plain_ticks, style_of, styled
+
+
+@styled
+def plot_test_errors(studies: dict[str, dict[str, Sequence[Sequence[float]]]]) -> Figure:
+    """Draw test errors over the epochs: the mean over the seeds of each method, and each seed as a thin line.
+
+    Args:
+        studies: title of a panel -> method -> for each seed the fraction of the test set that is misclassified, before
+            training and after each epoch.
+
+    Returns:
+        A figure with a panel for each title, the error in percent on a logarithmic axis.
+    """
+    figure = Figure(figsize=(3.4 * len(studies), 3.8))
+    labels: dict[str, Any] = {}  # one legend for the methods of all panels
+    for axes, title, methods in panels(figure, studies):
+        for name, seeds in methods.items():
+            errors = 100 * np.array(seeds)[:, 1:]
+            draw_mean(axes, np.arange(1, errors.shape[1] + 1), errors, style_of(name), label=name, marker=".")
+        axes.set(title=title, xlabel="epoch", ylabel="test error [%]", yscale="log")
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+        plain_ticks(axes)
+        handles, names = axes.get_legend_handles_labels()
+        labels = dict(zip(names, handles, strict=True)) | labels
+    legend_below(figure, labels.values(), labels, ncols=8, fontsize=8)
+    return figure
+
+
+@styled
+def plot_cosines(runs: dict[str, Sequence[dict[str, float]]], titles: Sequence[str]) -> Figure:
+    """Draw over the steps of training how well directions agree.
+
+    Args:
+        runs: name -> rows, each with its ``"step"`` and a cosine under each title. Methods have their own colours.
+            Beside methods, other names are thin and black. Without methods, each name has a colour.
+        titles: one for each panel.
+
+    Returns:
+        A figure with a panel for each title and one legend.
+    """
+    if any(name in METHOD_STYLES for name in runs):
+        styles = {name: METHOD_STYLES.get(name, {"color": "0.2", "linewidth": 0.8}) for name in runs}
+    else:
+        looks = zip(runs, CURVES, LINES, strict=False)
+        styles = {name: {"color": color, "linestyle": linestyle} for name, color, linestyle in looks}
+    figure = Figure(figsize=(0.6 + 3.7 * len(titles), 3.1))
+    for axes, title, _ in panels(figure, dict.fromkeys(titles)):
+        for name, rows in runs.items():
+            axes.plot([row["step"] for row in rows], [row[title] for row in rows], **styles[name])
+        lowest = min(row[title] for rows in runs.values() for row in rows)
+        axes.set(title=title, xlabel="iteration (optimizer steps)", ylabel="cosine")
+        axes.set_ylim(min(-0.03, 1.05 * lowest), 1.03)
+    legend_below(figure, [Line2D([], [], label=name, **styles[name]) for name in runs])
+    return figure

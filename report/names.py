@@ -1,0 +1,79 @@
+"""Names that studies save their results under, and by which the sections find them; see ``report/results/``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SHORT_FORM = "short-form.txt"  # marks a folder whose studies were made with their short settings
+BENCH = "bench-cpu.json"  # written by `python -m fwdlib bench`
+DESCENT = "descent.json"
+SCALING = "scaling.json"
+FEEDBACK = "feedback"  # a folder: a file for each task and mode, and one with the times of a step
+PROTOCOLS = "protocols"  # a folder: a file for each model, and one with the times of a step
+STEPS = "steps.json"
+
+# --- feedback: the modes of a task -----------------------------------------------------------------------------------
+
+LEARNS = {  # mode -> whether its feedback learns, and so has a learning rate of its own
+    "BP": False,
+    "FDFA": True,
+    "DKP": True,
+    "DFA": False,
+    "FG-CV": True,
+    "FG-A": False,
+    "FG": False,
+    "FG-RANK1": False,
+    "FG-CV, no feedback": False,
+    "FG-CV, alpha 0.1": True,
+    "FG-CV, alpha to 0": True,
+}
+MODES = tuple(LEARNS)
+MAIN_MODES = MODES[:8]
+TASKS = {"MNIST-2x800": MODES, "FashionMNIST-2x800": ("BP", "FDFA"), "MNIST-cnn": MAIN_MODES}
+PLAIN = "loss.backward()"  # a step of backprop as everyone writes it
+RECORDED = "BP, recorded"
+
+
+def feedback_file(task: str, mode: str) -> str:
+    """Return the name of the file of a mode.
+
+    Example:
+        >>> feedback_file("MNIST-2x800", "FG-CV, alpha to 0")
+        'MNIST-2x800-FG-CV-alpha-to-0.json'
+    """
+    return f"{task}-{mode.replace(', ', '-').replace(' ', '-')}.json"
+
+
+# --- protocols: the three models, and the methods of the fair protocol -----------------------------------------------
+
+MODELS = ("logistic", "mlp", "cnn")
+METHODS = ("backprop", "forward gradient", "rank-one", "rank-one, K = 16")
+AS_PUBLISHED = "as the text says"  # the form of a method without any departure
+
+# --- Frank-Wolfe, test functions, several tangents, backprop from scratch --------------------------------------------
+
+FRANK_WOLFE = "frank_wolfe.json"
+FUNCTIONS = "functions.json"
+TANGENTS = "tangents.json"
+SCRATCH = "scratch.json"
+
+WRITTEN_OUT = "Rosenbrock, written out"  # among the test functions whose steps are timed
+STYBLINSKI_TANG = -39.16616570377142  # the minimum of Styblinski and Tang's function, for each of the n numbers
+
+
+class Cell(NamedTuple):
+    """The two differences between the published framework and PyTorch, each on or off."""
+
+    divided: bool
+    """Whether each linear layer divides its gradients by the batch size, although the loss sums."""
+    xavier: bool
+    """Whether weights start normal with gain sqrt 2 and there are no biases at the start, not by PyTorch's default."""
+
+
+CELLS = {
+    "as PyTorch": Cell(divided=False, xavier=False),
+    "Xavier": Cell(divided=False, xavier=True),
+    "divided": Cell(divided=True, xavier=False),
+    "divided, Xavier": Cell(divided=True, xavier=True),
+}
+COMPARED = {"tinynet": "divided, Xavier", "PyTorch": "as PyTorch"}  # framework -> its cell in the published comparison

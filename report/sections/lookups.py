@@ -1,0 +1,152 @@
+"""Where the numbers are that decide the claims: lookups in the context of the page, and arithmetic with intervals.
+
+A lookup gives the cases of a claim, or is a function of the context that gives them. It raises
+:class:`report.sections.verdicts.NotMeasuredError` where the study was not made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from fwdlib.statistics import Interval
+from report.sections.verdicts import Cases, NotMeasuredError, made
+
+Context = dict[str, Any]
+Lookup = Callable[[Context], Cases]
+
+
+def ratio(model: str, name: str) -> Lookup:
+    """Return a ratio of the trainings at the published settings: ``"iterations"``, ``"step"`` or ``"total"``."""
+    return lambda c: {"": c["tasks"][model]["ratios"][name]}
+
+
+def model_of(context: Context, name: str) -> dict[str, Any]:
+    """Return one of the three models of the section on protocols.
+
+    Raises:
+        NotMeasuredError: if it was not measured.
+    """
+    protocols = made(context, "protocols")
+    if name in protocols["missing"]:
+        raise NotMeasuredError(name)
+    return protocols["models"][name]
+
+
+def row_of(context: Context, model: str, departure: str | None) -> dict[str, Any]:
+    """Return the row of a departure of the published code, None for the text's form."""
+    return {row["departure"]: row for row in model_of(context, model)["published"]}[departure]
+
+
+def against(context: Context, model: str) -> dict[str, Any]:
+    """Return forward gradients beside backprop, each at its best learning rate."""
+    return model_of(context, model)["fair"]["forward gradient"]["against"]
+
+
+def fair_totals(context: Context) -> Cases:
+    """Give the time of a training over backprop's, each at its best learning rate, for models with a threshold."""
+    return {model_of(context, name)["title"].lower(): against(context, name)["total"] for name in ("logistic", "mlp")}
+
+
+def fair_quotient(context: Context) -> Cases:
+    """Give this ratio of the multilayer network over that of logistic regression."""
+    return {"": quotient(*(against(context, model)["total"] for model in ("mlp", "logistic")))}
+
+
+def statements(name: str, models: tuple[str, ...]) -> Lookup:
+    """Give a mean over draws of each model."""
+
+    def cases(context: Context) -> Cases:
+        found = [model_of(context, model) for model in models]
+        return {m["title"].lower(): mean(m["statements"][name]) for m in found}
+
+    return cases
+
+
+def apart(context: Context) -> Cases:
+    """Give the factor between the times of a training, of the multilayer network over logistic regression."""
+    return {"": quotient(*(either_way(context["tasks"][model]["ratios"]["total"]) for model in ("mlp", "logistic")))}
+
+
+def accuracy_gap(better: str, worse: str, task: str = "MNIST, 2 x 800") -> Lookup:
+    """Give by how many points of test accuracy one mode is ahead of another."""
+
+    def cases(context: Context) -> Cases:
+        feedback = made(context, "feedback")
+        if task in feedback["missing"]:
+            raise NotMeasuredError(task)
+        study = {study["title"]: study for study in feedback["studies"]}[task]
+        if {better, worse} & set(study["missing"]):
+            raise NotMeasuredError(task)
+        return {"": difference(*(study["rows"][mode]["accuracy"] for mode in (better, worse)))}
+
+    return cases
+
+
+def benches(name: str) -> Lookup:
+    """Give a ratio of a step for each model of the bench."""
+    return lambda c: {m["title"]: m[name] for m in made(c, "cost", "bench")}
+
+
+def depth_memory(context: Context) -> Cases:
+    """Give the memory of a step of the deepest network over backprop's."""
+    depth = made(context, "cost", "depth")
+    methods = {"textbook's forward gradient": "forward_gradient", "rank-one": "rank_one"}
+    of_backprop = made(depth, "backprop", "memory")
+    return {name: point(made(depth, key, "memory") / of_backprop) for name, key in methods.items()}
+
+
+def functions(of: Callable[[dict[str, Any]], Interval]) -> Lookup:
+    """Give what ``of`` makes of each row of the section on test functions."""
+    return lambda c: {row["title"]: of(row) for row in made(c, "functions", "rows")}
+
+
+def last_falls(form: str) -> Lookup:
+    """Give the factor by which the Frank-Wolfe gap falls in the last decade of steps, optimum on the surface."""
+
+    def fall(row: dict[str, Any]) -> Interval:
+        return point(float("inf")) if row["solved"] else row["falls"][-1]
+
+    return lambda c: {f"{b} ball": fall(r["outside"][form]) for b, r in made(c, "frank_wolfe", "rows").items()}
+
+
+# --- arithmetic with intervals ---------------------------------------------------------------------------------------
+
+
+def point(value: float) -> Interval:
+    """Return a number as an interval."""
+    return Interval(value, value, value)
+
+
+def difference(first: Interval, second: Interval) -> Interval:
+    """Return the difference of two independent estimates: the half widths add in squares."""
+    middle = first.estimate - second.estimate
+    less = math.hypot(first.estimate - first.low, second.high - second.estimate)
+    more = math.hypot(first.high - first.estimate, second.estimate - second.low)
+    return Interval(middle - less, middle, middle + more)
+
+
+def quotient(first: Interval, second: Interval) -> Interval:
+    """Return the quotient of two independent positive estimates: the difference of their logarithms."""
+    logs = (Interval(*(math.log(end) if end else -math.inf for end in ratio)) for ratio in (first, second))
+    return Interval(*(math.exp(end) for end in difference(*logs)))
+
+
+def either_way(ratio: Interval) -> Interval:
+    """Return by what factor two times are apart, whichever is longer: 1 or more."""
+    return Interval(*sorted(max(end, 1 / end) if end else math.inf for end in ratio))
+
+
+def mean(values: list[float]) -> Interval:
+    """Return the 95 % interval of a mean, given as mean and standard error."""
+    middle, error = values
+    return Interval(middle - 1.96 * error, middle, middle + 1.96 * error)
+
+
+def share(count: int, number: int) -> Interval:
+    """Return a share in percent with its exact binomial interval."""
+    from scipy.stats import binomtest  # a second to import
+
+    found = binomtest(count, number).proportion_ci()
+    return Interval(100 * found.low, 100 * count / number, 100 * found.high)

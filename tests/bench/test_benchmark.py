@@ -1,0 +1,96 @@
+"""The whole benchmark: its result, its files and its command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fwdlib import cli, runtime
+from fwdlib.bench import benchmark, measuring, table
+from fwdlib.bench.compared import COMPARED, SWEPT
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    extent = benchmark.Extent(0.02, 6, 6, 1e-4, 8, (1, 2))
+    monkeypatch.setattr(benchmark, "FULL", extent)
+    monkeypatch.setattr(benchmark, "QUICK", extent)
+
+
+def test_run_gives_what_can_be_saved_and_shown(tiny, monkeypatch):
+    def measured(name, method, *args):
+        if method == "activity":
+            raise RuntimeError("killed")
+        return 987_600_000
+
+    monkeypatch.setattr(benchmark, "measure_memory", measured)
+    found = benchmark.run(models=["penguins-logistic"])
+    assert json.loads(json.dumps(found)) == found
+    entry = found["models"]["penguins-logistic"]
+    assert entry["memory"] == dict.fromkeys(COMPARED[:-1], 987_600_000)
+    assert entry["skipped"]["memory of activity"] == "RuntimeError: killed"
+    assert list(found["depth"]) == ["1", "2"]
+    for swept in found["depth"].values():
+        assert set(swept["memory"]) == set(SWEPT)
+        assert set(swept["seconds"]) == {"forward", *(f"{method}, eager" for method in SWEPT)}
+    assert found["environment"]["device"] == "cpu"
+    shown = table.text(found | {"load": 0.0})
+    assert shown.startswith("No C++ compiler was found")
+    assert "skipped memory of activity: RuntimeError: killed" in shown
+    assert shown.count("987.6") == 4 + 2 * 3  # no ratio of times comes near it
+    assert max(map(len, shown.splitlines())) <= 130
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"models": ["penguins-logistic", "resnet"]}, "'mnist-mlp'"),
+        ({"device": "tpu"}, "'cpu'"),
+        ({"batch": 0}, "batch"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_measured(options, named, monkeypatch):
+    monkeypatch.setattr(benchmark, "measure_time", lambda *args, **timing: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=named):
+        benchmark.run(**options)
+
+
+def test_only_a_whole_result_gets_the_committed_name():
+    names = [
+        benchmark.default_path("cpu").name,
+        benchmark.default_path("cuda:1").name,
+        benchmark.default_path("cpu", quick=True).name,
+        benchmark.default_path("cuda", batch=4096).name,
+        benchmark.default_path("cpu", partial=True, quick=True).name,
+    ]
+    assert names == [
+        "bench-cpu.json",
+        "bench-cuda.json",
+        "bench-cpu-quick.json",
+        "bench-cuda-batch4096.json",
+        "bench-cpu-partial-quick.json",
+    ]
+    assert benchmark.default_path("cpu").parent == runtime.project_root() / "build"
+
+
+def test_the_command_saves_and_prints(tiny, tmp_path, capsys):
+    path = tmp_path / "new" / "bench.json"
+    words = ["bench", "--models", "penguins-logistic", "--no-memory", "--no-depth", "--batch", "8", "--out", str(path)]
+    assert cli.main(words) == 0
+    found = json.loads(path.read_text())
+    assert found["models"]["penguins-logistic"]["batch"] == 8
+    assert found["depth"] == {}
+    printed = capsys.readouterr().out
+    assert "penguins logistic 4-3, batch 8" in printed
+    assert str(path) in printed
+
+
+def test_an_interrupted_run_leaves_no_file(tiny, tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring, "interleave", interrupted)
+    assert cli.main(["bench", "--models", "penguins-logistic", "--out", str(tmp_path / "bench.json")]) == 130
+    assert capsys.readouterr().err.endswith("stopped\n")
+    assert list(tmp_path.iterdir()) == []
