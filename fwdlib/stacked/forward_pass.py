@@ -249,8 +249,8 @@ class Pass(TorchFunctionMode):
         if id(found) in same and (func is Tensor.contiguous or kwargs.get("memory_format") is not None):
             raise NotImplementedError(
                 f"{function_name(func)} was called under torch.no_grad(). Whether it returns its argument, which has a "
-                f"gradient, depends on the layout, which the stacked engine does not keep as torch does. Use .detach(). "
-                f"{OTHER_ENGINE}"
+                f"gradient, depends on the layout, which the stacked engine does not keep as torch does. Use "
+                f".detach(). {OTHER_ENGINE}"
             )
         return tree_map(lambda y: same.get(id(y), y), found)
 
