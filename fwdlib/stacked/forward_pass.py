@@ -458,8 +458,7 @@ class Pass(TorchFunctionMode):
             target.stack.copy_(_spread(pad_rows(stack, len(target.stack)), target.dim()))
         else:
             num_rows = 1 + self.perturbation.num_tangents
-            if len(stack) > num_rows:  # the pieces of the examples
-                self.mix_examples()
+            self.mix_examples()  # the target may be a view, in which an example stands in the place of another
             tangents = self._tangents(target)
             target.copy_(stack[0])
             tangents.copy_(_spread(pad_rows(stack[:num_rows], num_rows), target.dim())[1:])
