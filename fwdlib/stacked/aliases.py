@@ -129,9 +129,8 @@ class Doubtful:
         if (name := self._stale.get(root_of(x.stack))) is not None:
             raise NotImplementedError(
                 f"a tensor was used after its {name} was written into in place, or the other way round. Whether both "
-                f"share memory depends on their layout, which the stacked engine does not keep as torch does. Use "
-                f".view(...) to share memory or .clone() not to, write out of place, or use another engine. "
-                f"{OTHER_ENGINE}"
+                f"share memory depends on their layout, which the stacked engine does not always keep as torch does. "
+                f"Use .view(...) to share memory or .clone() not to, or write out of place. {OTHER_ENGINE}"
             )
 
     def _partners(self, root: Tensor) -> Iterator[tuple[Tensor, str]]:

@@ -53,7 +53,7 @@ class Dual(Tensor):
         """All rows, shape (1 + R, ...)."""
         if self._rows is None:
             primal, tangents = self._parts
-            self.stack = torch.cat([primal.unsqueeze(0), tangents])
+            self.stack = joined(primal, tangents)
         return self._rows
 
     @stack.setter
@@ -107,6 +107,18 @@ METADATA = {
     *(Tensor.element_size, Tensor.is_contiguous),
     *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor),
 }
+
+
+def joined(primal: Tensor, tangents: Tensor) -> Tensor:
+    """Return a primal (...) and its tangents (R, ...) as one stack, with the primal's order of axes in memory.
+
+    Torch keeps this order in most functions, and on it depends where ``reshape`` and ``contiguous`` copy.
+    """
+    if primal.is_contiguous():
+        return torch.cat([primal.unsqueeze(0), tangents])
+    order = sorted(range(primal.dim()), key=primal.stride, reverse=True)
+    rows = torch.cat([primal.permute(order).unsqueeze(0), tangents.permute(0, *[axis + 1 for axis in order])])
+    return rows.permute(0, *[order.index(axis) + 1 for axis in range(primal.dim())])
 
 
 def pad_rows(stack: Tensor, num_rows: int) -> Tensor:

@@ -190,8 +190,8 @@ def run(
         NotImplementedError: if the pass cannot follow what the model does.
         RuntimeError: if the model itself raises it.
     """
-    modules = list(model.modules())
-    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+    modules = _modules_of(model)
+    if any(issubclass(kind, torch.jit.ScriptModule) for kind in set(map(type, modules))):
         _refuse_script(modules, params)
     try:
         with _eager(), Pass(perturbation, params, calls) as stacked_pass:
@@ -202,11 +202,28 @@ def run(
         raise NotImplementedError(f"a tensor with tangents reached TorchScript or C++ code. {OTHER_ENGINE}") from error
     finally:
         for module in modules:
-            _keep_primals(module.__dict__)
+            kinds = [*map(type, module.__dict__.values())]
+            if Dual in kinds or list in kinds or kinds.count(dict) > NUM_DICTS or module._buffers:
+                _keep_primals(module.__dict__)
 
 
 BELOW = "reached a tensor with tangents", "TorchScript interpreter", "Tensor that doesn't have storage"
 """Words in the errors of code below torch's function overrides that meets a dual."""
+
+
+NUM_DICTS = [*map(type, nn.Module().__dict__.values())].count(dict)
+"""How many dicts every module has."""
+
+
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    # As model.modules(), in less time, which counts for small models.
+    found, seen = [model], {id(model)}
+    for module in found:  # grows
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
 
 
 def _eager() -> AbstractContextManager:
@@ -226,13 +243,13 @@ def _refuse_script(modules: Sequence[nn.Module], params: Params) -> None:
             )
 
 
-def _keep_primals(kept: dict | list) -> None:
+def _keep_primals(kept: dict | list, depth: int = 3) -> None:
     for key, value in kept.items() if type(kept) is dict else enumerate(kept):
         kind = type(value)
         if kind is Dual:
             kept[key] = value.primal.detach()
-        elif (kind is dict or kind is list) and value and key != "_parameters" and key != "_modules":
-            _keep_primals(value)
+        elif (kind is dict or kind is list) and value and depth and key != "_parameters" and key != "_modules":
+            _keep_primals(value, depth - 1)
 
 
 def check_objective(objective: ModelLoss, params: Params) -> None:

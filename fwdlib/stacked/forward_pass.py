@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of
-from fwdlib.stacked.dual import METADATA, OTHER_ENGINE, REQUIRES_GRAD, Dual, function_name, pad_rows, primals_of
+from fwdlib.stacked.dual import METADATA, OTHER_ENGINE, REQUIRES_GRAD, Dual, function_name, joined, pad_rows, primals_of
 from fwdlib.stacked.in_place import InPlace, in_place
 from fwdlib.stacked.perturbations import Perturbation
 from fwdlib.stacked.special import SPECIAL
@@ -249,7 +249,7 @@ class Pass(TorchFunctionMode):
         if id(found) in same and (func is Tensor.contiguous or kwargs.get("memory_format") is not None):
             raise NotImplementedError(
                 f"{function_name(func)} was called under torch.no_grad(). Whether it returns its argument, which has a "
-                f"gradient, depends on the layout, which the stacked engine does not keep as torch does. Use "
+                f"gradient, depends on the layout, which the stacked engine does not always keep as torch does. Use "
                 f".detach(). {OTHER_ENGINE}"
             )
         return tree_map(lambda y: same.get(id(y), y), found)
@@ -263,7 +263,7 @@ class Pass(TorchFunctionMode):
         self._check_visible((x,))
         if not self._is_filled(x):
             return x
-        return Dual(torch.cat([x.detach().unsqueeze(0), self._tangents(x)]))
+        return Dual(joined(x.detach(), self._tangents(x)))
 
     def forget(self, x: Tensor) -> None:
         """Drop the tangents of a plain tensor."""
@@ -458,8 +458,7 @@ class Pass(TorchFunctionMode):
             target.stack.copy_(_spread(pad_rows(stack, len(target.stack)), target.dim()))
         else:
             num_rows = 1 + self.perturbation.num_tangents
-            if len(stack) > num_rows:  # the pieces of the examples
-                self.mix_examples()
+            self.mix_examples()  # the target may be a view, in which an example stands in the place of another
             tangents = self._tangents(target)
             target.copy_(stack[0])
             tangents.copy_(_spread(pad_rows(stack[:num_rows], num_rows), target.dim())[1:])

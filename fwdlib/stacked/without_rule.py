@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fwdlib.forward_mode import CONTEXTS, REPLACEMENTS
 from fwdlib.stacked.aliases import memory_of
-from fwdlib.stacked.dual import OTHER_ENGINE, Dual, function_name, pad_rows
+from fwdlib.stacked.dual import OTHER_ENGINE, Dual, function_name, joined, pad_rows
 from fwdlib.tangents import is_transformed
 
 PLAIN = (type(None), bool, int, float, complex, str, torch.Size, torch.dtype, torch.device, torch.layout)
@@ -110,7 +110,7 @@ def call_without_rule(
         check(value)
         source = next((a.dual for a in arguments.values() if memory_of(value) == memory_of(a.primal)), None)
         view = None if source is None or is_lost else _view(value, source.stack)
-        duals.append(Dual(torch.cat([value.unsqueeze(0), tangents])) if view is None else view)
+        duals.append(Dual(joined(value, tangents)) if view is None else view)
         if source is not None and view is None:
             doubt(source, duals[-1], name)
     found = {"real": iter(duals), "whole": iter(whole)}

@@ -281,13 +281,13 @@ PARTS = {
 }
 CHANGES = {
     "mul_": lambda part, y: part.mul_(0.5),
-    "add_": lambda part, y: part.add_(y.flatten()[0]),
-    "copy_": lambda part, y: part.copy_(y.flatten()[5]),
+    "add_": lambda part, y: part.add_(y.flatten()[0].clone()),
+    "copy_": lambda part, y: part.copy_(y.flatten()[5].clone()),
     "fill_": lambda part, y: part.fill_(0.25),
     "zero_": lambda part, y: part.zero_(),
     "tanh_": lambda part, y: part.tanh_(),
-    "set": lambda part, y: part.__setitem__(slice(0, 1), y.flatten()[2]),
-    "iadd": lambda part, y: part.__iadd__(y.flatten()[1]),
+    "set": lambda part, y: part.__setitem__(slice(0, 1), y.flatten()[2].clone()),
+    "iadd": lambda part, y: part.__iadd__(y.flatten()[1].clone()),
     "masked_fill_": lambda part, y: part.masked_fill_(part > 0.1, 0.3),
     "lerp_": lambda part, y: part.lerp_(part.detach() + 1, 0.3),
 }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fwdlib.stacked.dual import Dual, pad_rows
+from fwdlib.stacked.dual import Dual, joined, pad_rows
 from fwdlib.stacked.forward_pass import Pass
 
 
@@ -20,10 +20,7 @@ def dual_of(primal: Tensor, tangents: Tensor) -> Dual:
         tangents = tangents.to(primal.dtype)
     if torch.is_grad_enabled():
         return Dual.of(primal, tangents.detach() if tangents.requires_grad else tangents)
-    if primal.dim() != 4 or not len(primal):
-        return Dual(torch.cat([primal.unsqueeze(0), tangents]))
-    # Along the axis of the examples torch.cat recognises channels_last and keeps it.
-    return Dual(torch.cat([primal, *tangents.unbind()]).unflatten(0, (1 + len(tangents), len(primal))))
+    return Dual(joined(primal, tangents))
 
 
 def padded_rows(run: Pass, x: Any) -> Tensor:
