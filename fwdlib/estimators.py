@@ -120,11 +120,11 @@ def forward_gradient(
     Engines: both give the same numbers from the same tangents, up to rounding. ``"torch"`` is torch's own forward mode.
     ``"stacked"`` sends the primal and its tangents through the model as one batch (:mod:`fwdlib.stacked`); structured
     tangents are never written out there, so a pass costs less than one of backprop. ``"auto"`` takes the stacked engine
-    where it is faster: for the loss of a model, joint blocks and structured tangents. Where that engine refuses the
-    model, ``"auto"`` takes torch's along the same rank-one tangents, then and from then on.
+    where it is faster: for the loss of a model with joint blocks, along structured tangents or several others. Where
+    that engine refuses the model, ``"auto"`` takes torch's along the same tangents, then and from then on.
 
     Every operation of the model needs a forward derivative in torch; one that has none raises NotImplementedError with
-    its name. (On a CPU ``nn.LSTM`` has one inside ``torch.backends.mkldnn.flags(enabled=False)``.) BatchNorm's running
+    its name. BatchNorm's running
     statistics advance once per estimate, Dropout draws one mask per estimate: see
     :class:`~fwdlib.objectives.BatchLoss`.
 
@@ -169,6 +169,7 @@ def forward_gradient(
         check_choice("tangents", tangents, dict.fromkeys([*TANGENTS, *STRUCTURED]))
     is_structured = isinstance(tangents, str) and tangents in STRUCTURED
     can_fall_back = engine == "auto" and tangents == "rank-one"
+    derivatives = _directional_derivatives if engine == "torch" else _derivatives_by_either_engine
     if engine == "auto":
         is_suited = is_structured and _suits_stacked(objective, blocks, chunk_size)
         engine = "stacked" if is_suited and not (can_fall_back and objective.model in _REFUSED) else "torch"
@@ -192,7 +193,7 @@ def forward_gradient(
         )
     sampled = sample_tangents(params, num_tangents, tangents, generator)
     if blocks == "joint":
-        loss, jvps = _directional_derivatives(objective, params, sampled, chunk_size)
+        loss, jvps = derivatives(objective, params, sampled, chunk_size)
         grads = {name: total / num_tangents for name, total in _combine(jvps, sampled).items()}
         return GradientEstimate(loss, grads, jvps)
     loss, jvps = _directional_derivatives(objective, params, _one_block_at_a_time(sampled), chunk_size)
@@ -327,7 +328,7 @@ def projected_gradient(
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
     sampled = sample_tangents(params, num_tangents, tangents, generator)
-    loss, jvps = _directional_derivatives(objective, params, sampled, chunk_size)
+    loss, jvps = _derivatives_by_either_engine(objective, params, sampled, chunk_size)
     coefficients, rank = _solve_gram(sampled, jvps)
     if rescale == "unbiased":
         coefficients = coefficients * (sum(p.numel() for p in params.values()) / rank.clamp(min=1))
@@ -363,6 +364,25 @@ def _one_block_at_a_time(tangents: Params) -> Params:
         mask[i] = 1
         rows[name] = (v.unsqueeze(1) * mask.reshape(n, *[1] * (v.dim() - 1))).flatten(0, 1)
     return rows
+
+
+def _derivatives_by_either_engine(
+    objective: Objective, params: Params, tangents: Params, chunk_size: int | None
+) -> tuple[Tensor, Tensor]:
+    # Several tangents of a model are one stacked pass, where that is possible, and a pass for each with torch's engine.
+    is_single = len(next(iter(tangents.values()))) == 1
+    if is_single or is_transformed() or not _suits_stacked(objective, "joint", chunk_size):
+        return _directional_derivatives(objective, params, tangents, chunk_size)
+    if objective.model not in _REFUSED:
+        from fwdlib.stacked.estimator import stacked_jvp
+
+        rewind = Rewind(objective.model)
+        try:
+            return stacked_jvp(objective, params, tangents)
+        except NotImplementedError:
+            rewind()
+            _REFUSED.add(objective.model)
+    return _directional_derivatives(objective, params, tangents, chunk_size)
 
 
 def _directional_derivatives(
