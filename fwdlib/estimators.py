@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, jvp, vmap
 
 from fwdlib.checks import check_choice, check_count
-from fwdlib.forward_mode import ForwardMode, Rewind, tangents_on, without_tape
+from fwdlib.forward_mode import ForwardMode, Rewind, quiet_vmap, tangents_on, without_tape
 from fwdlib.objectives import ClosureLoss, ModelLoss, Objective, assign_gradients, params_of, swapped
 from fwdlib.tangents import TANGENTS, AnyGenerator, Params, Sampler, check_params, is_transformed, sample_tangents
 
@@ -437,7 +437,8 @@ def _vmapped_derivatives(
             loss, jvps, buffers = _function_along(objective, params, tangent) if is_plain else along(tangent)
             jvps = jvps.reshape(1)
         else:  # randomness="same": one Dropout mask for all tangents, in every chunk
-            losses, jvps, buffers = vmap(along, randomness="same", chunk_size=chunk_size)(tangents)
+            with quiet_vmap():
+                losses, jvps, buffers = vmap(along, randomness="same", chunk_size=chunk_size)(tangents)
             loss, buffers = losses[0], {name: buffer[0] for name, buffer in buffers.items()}
     _keep_buffers(objective, buffers)
     return loss, jvps

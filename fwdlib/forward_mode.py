@@ -34,6 +34,16 @@ def _without_mkldnn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(enabled)
 
 
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Silence torch's advice about functions that its vmap calls row by row: users cannot change that."""
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
+
+
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Compute ``torch._weight_norm`` by functions that have a forward derivative."""
     return v * (g / torch.norm_except_dim(v, 2, dim))

@@ -13,7 +13,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.func import jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fwdlib.forward_mode import CONTEXTS, REPLACEMENTS
+from fwdlib.forward_mode import CONTEXTS, REPLACEMENTS, quiet_vmap
 from fwdlib.stacked.aliases import memory_of
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual, function_name, joined, pad_rows
 from fwdlib.tangents import is_transformed
@@ -130,7 +130,8 @@ def _rows_by_jvp(
         values, derivatives, whole = jvp(call, primals, tuple(v[0] for v in tangents), has_aux=True)
         return [(v, d.detach().unsqueeze(0)) for v, d in zip(values, derivatives, strict=True)], list(whole)
     along = vmap(lambda *v: jvp(call, primals, v, has_aux=True), randomness="same")
-    values, derivatives, whole = along(*tangents)
+    with quiet_vmap():
+        values, derivatives, whole = along(*tangents)
     return [(v[0], d.detach()) for v, d in zip(values, derivatives, strict=True)], [o[0] for o in whole]
 
 

@@ -173,7 +173,6 @@ BODIES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("num_tangents", [1, 3])
 @pytest.mark.parametrize("name", BODIES)
 def test_what_is_written_into_shared_memory_is_as_in_backprop(name, num_tangents):

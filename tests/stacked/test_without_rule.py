@@ -104,7 +104,6 @@ BODIES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("num_tangents", [1, 3])
 @pytest.mark.parametrize("name", BODIES)
 def test_it_is_as_in_backprop_and_runs_once(name, num_tangents):
