@@ -7,19 +7,24 @@ training changes as well: the generator, and the buffers of a :class:`~fwdlib.ob
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.func import grad_and_value, jvp, vmap
+from torch.func import grad_and_value
 
 from fwdlib.checks import check_choice, check_count
-from fwdlib.forward_mode import ForwardMode, Rewind, quiet_vmap, tangents_on, without_tape
-from fwdlib.objectives import ClosureLoss, ModelLoss, Objective, assign_gradients, params_of, swapped
+from fwdlib.derivatives import (
+    Derivatives,
+    check_scalar,
+    derivatives_along,
+    either_engine,
+    keep_buffers,
+    suits_stacked,
+    with_buffers,
+)
+from fwdlib.objectives import ClosureLoss, ModelLoss, Objective, assign_gradients, params_of, requiring_grad
 from fwdlib.tangents import TANGENTS, AnyGenerator, Params, Sampler, check_params, is_transformed, sample_tangents
 
 BLOCKS = ("joint", "parameter")
@@ -66,18 +71,26 @@ def backprop_gradient(objective: Objective, params: Params) -> GradientEstimate:
     """
     check_params(params)
     if is_transformed():
-        grads, (loss, buffers) = grad_and_value(_with_buffers(objective), has_aux=True)(params)
-        _keep_buffers(objective, buffers)
+        grads, (loss, buffers) = grad_and_value(with_buffers(objective), has_aux=True)(params)
+        keep_buffers(objective, buffers)
         return GradientEstimate(loss.detach(), grads, loss.new_empty(0))
-    own = _own(objective, params)
-    leaves = own or {name: p.detach() for name, p in params.items()}
-    with requiring_grad(leaves), torch.enable_grad(), _placed(objective, leaves, is_own=bool(own)) as evaluate:
-        loss = evaluate()
+    if isinstance(objective, ModelLoss):
+        with objective.placed(params) as leaves:
+            loss, grads = _loss_and_gradient(objective.run, leaves)
+    else:
+        leaves = {name: p.detach() for name, p in params.items()}
+        loss, grads = _loss_and_gradient(lambda: objective(leaves), leaves)
+    return GradientEstimate(loss, grads, loss.new_empty(0))
+
+
+def _loss_and_gradient(evaluate: Callable[[], Tensor], leaves: Params) -> tuple[Tensor, Params]:
+    with requiring_grad(leaves.values()), torch.enable_grad():
+        loss = check_scalar(evaluate())
         if loss.requires_grad:
             found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         else:  # a constant
             found = [torch.zeros_like(p) for p in leaves.values()]
-    return GradientEstimate(loss.detach(), dict(zip(leaves, found, strict=True)), loss.new_empty(0))
+    return loss.detach(), dict(zip(leaves, found, strict=True))
 
 
 @torch.no_grad()
@@ -168,63 +181,55 @@ def forward_gradient(
     if isinstance(tangents, str):
         check_choice("tangents", tangents, dict.fromkeys([*TANGENTS, *STRUCTURED]))
     is_structured = isinstance(tangents, str) and tangents in STRUCTURED
-    can_fall_back = engine == "auto" and tangents == "rank-one"
-    derivatives = _directional_derivatives if engine == "torch" else _derivatives_by_either_engine
-    if engine == "auto":
-        is_suited = is_structured and _suits_stacked(objective, blocks, chunk_size)
-        engine = "stacked" if is_suited and not (can_fall_back and objective.model in _REFUSED) else "torch"
-    if engine == "stacked":
-        if blocks != "joint" or chunk_size is not None:
-            raise ValueError(f"the stacked engine takes blocks='joint' and no chunk_size, got {blocks!r}, {chunk_size}")
+    is_suited = suits_stacked(objective, blocks, chunk_size)
+    if engine == "stacked" and (blocks != "joint" or chunk_size is not None):
+        raise ValueError(f"the stacked engine takes blocks='joint' and no chunk_size, got {blocks!r}, {chunk_size}")
+
+    def by_stack() -> GradientEstimate:
         from fwdlib.stacked.estimator import stacked_gradient
 
-        rewind = _rewinding(objective.model, generator) if can_fall_back else None
-        try:
-            return stacked_gradient(objective, params, num_tangents, tangents, generator)
-        except NotImplementedError:
-            if rewind is None:
-                raise
-        rewind()
-        _REFUSED.add(objective.model)
+        return stacked_gradient(objective, params, num_tangents, tangents, generator)
+
+    def by_derivatives() -> GradientEstimate:
+        sampled = sample_tangents(params, num_tangents, tangents, generator)
+        along = sampled if blocks == "joint" else _one_block_at_a_time(sampled)
+        by = engine if blocks == "joint" else "torch"
+        found = derivatives_along(objective, params, along, engine=by, chunk_size=chunk_size)
+        return _mean(found, found.trained(sampled), num_tangents)
+
+    if engine == "stacked" or (engine == "auto" and is_structured and is_suited and tangents not in TANGENTS):
+        return _through_hooks(objective, params, by_stack())
     if is_structured and tangents not in TANGENTS:
         raise ValueError(
             f"{tangents!r} tangents belong to the layers of a model: they need a BatchLoss or ClosureLoss, "
             f"blocks='joint', no chunk_size, and engine 'auto' or 'stacked'"
         )
-    sampled = sample_tangents(params, num_tangents, tangents, generator)
-    if blocks == "joint":
-        loss, jvps = derivatives(objective, params, sampled, chunk_size)
-        grads = {name: total / num_tangents for name, total in _combine(jvps, sampled).items()}
-        return GradientEstimate(loss, grads, jvps)
-    loss, jvps = _directional_derivatives(objective, params, _one_block_at_a_time(sampled), chunk_size)
-    jvps = jvps.reshape(num_tangents, len(params))
+    if engine == "auto" and is_structured and is_suited:
+        return _through_hooks(objective, params, either_engine(objective.model, by_stack, by_derivatives, generator))
+    return _through_hooks(objective, params, by_derivatives())
+
+
+def _through_hooks(objective: Objective, params: Params, estimate: GradientEstimate) -> GradientEstimate:
+    # What Tensor.register_hook has registered on the model's own parameters changes their gradients, as in backprop.
+    if not isinstance(objective, ModelLoss) or not any(p._backward_hooks for p in objective.model.parameters()):
+        return estimate
+    grads = dict(estimate.grads)
+    for name, p in (objective.own(params) or {}).items():
+        for hook in (p._backward_hooks or {}).values():
+            changed = hook(grads[name])
+            grads[name] = grads[name] if changed is None else changed
+    return estimate._replace(grads=grads)
+
+
+def _mean(found: Derivatives, tangents: Params, num_tangents: int) -> GradientEstimate:
+    # Over the tangents (K, ...). Derivatives by blocks, (K * n,), belong each to one of the n tensors.
+    jvps = found.jvps if len(found.jvps) == num_tangents else found.jvps.reshape(num_tangents, len(tangents))
+    of_tensors = [jvps] * len(tangents) if jvps.dim() == 1 else jvps.unbind(1)
     grads = {
-        name: torch.tensordot(jvps[:, i].to(v.dtype), v, dims=1) / num_tangents
-        for i, (name, v) in enumerate(sampled.items())
+        name: torch.tensordot(jvp.to(v.dtype), v, dims=1) / num_tangents
+        for jvp, (name, v) in zip(of_tensors, tangents.items(), strict=True)
     }
-    return GradientEstimate(loss, grads, jvps)
-
-
-_REFUSED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models that the stacked engine has refused: with ``engine="auto"`` they go to torch's from then on."""
-
-
-def _rewinding(model: nn.Module, generator: AnyGenerator) -> Callable[[], None]:
-    # What restores all that an estimate advances: random numbers and buffers.
-    rewind = Rewind(model)
-    generators = [] if generator is None else getattr(generator, "generators", [generator])
-    states = [g.get_state() for g in generators]
-
-    def restore() -> None:
-        rewind()
-        for g, state in zip(generators, states, strict=True):
-            g.set_state(state)
-
-    return restore
-
-
-def _suits_stacked(objective: Objective, blocks: str, chunk_size: int | None) -> bool:
-    return isinstance(objective, ModelLoss) and blocks == "joint" and chunk_size is None
+    return GradientEstimate(found.loss, grads, jvps)
 
 
 def forward_grad_(model: nn.Module, closure: Callable[[], Tensor], **options: Any) -> Tensor:
@@ -328,15 +333,13 @@ def projected_gradient(
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
     sampled = sample_tangents(params, num_tangents, tangents, generator)
-    loss, jvps = _derivatives_by_either_engine(objective, params, sampled, chunk_size)
-    coefficients, rank = _solve_gram(sampled, jvps)
+    found = derivatives_along(objective, params, sampled, chunk_size=chunk_size)
+    sampled = found.trained(sampled)
+    coefficients, rank = _solve_gram(sampled, found.jvps)
     if rescale == "unbiased":
         coefficients = coefficients * (sum(p.numel() for p in params.values()) / rank.clamp(min=1))
-    return GradientEstimate(loss, _combine(coefficients, sampled), jvps)
-
-
-def _combine(coefficients: Tensor, tangents: Params) -> Params:
-    return {name: torch.tensordot(coefficients.to(v.dtype), v, dims=1) for name, v in tangents.items()}
+    grads = {name: torch.tensordot(coefficients.to(v.dtype), v, dims=1) for name, v in sampled.items()}
+    return _through_hooks(objective, params, GradientEstimate(found.loss, grads, found.jvps))
 
 
 def _solve_gram(tangents: Params, jvps: Tensor) -> tuple[Tensor, Tensor]:
@@ -364,164 +367,3 @@ def _one_block_at_a_time(tangents: Params) -> Params:
         mask[i] = 1
         rows[name] = (v.unsqueeze(1) * mask.reshape(n, *[1] * (v.dim() - 1))).flatten(0, 1)
     return rows
-
-
-def _derivatives_by_either_engine(
-    objective: Objective, params: Params, tangents: Params, chunk_size: int | None
-) -> tuple[Tensor, Tensor]:
-    # Several tangents of a model are one stacked pass, where that is possible, and a pass for each with torch's engine.
-    is_single = len(next(iter(tangents.values()))) == 1
-    if is_single or is_transformed() or not _suits_stacked(objective, "joint", chunk_size):
-        return _directional_derivatives(objective, params, tangents, chunk_size)
-    if objective.model not in _REFUSED:
-        from fwdlib.stacked.estimator import stacked_jvp
-
-        rewind = Rewind(objective.model)
-        try:
-            return stacked_jvp(objective, params, tangents)
-        except NotImplementedError:
-            rewind()
-            _REFUSED.add(objective.model)
-    return _directional_derivatives(objective, params, tangents, chunk_size)
-
-
-def _directional_derivatives(
-    objective: Objective, params: Params, tangents: Params, chunk_size: int | None
-) -> tuple[Tensor, Tensor]:
-    # The loss, and one jvp for each of the rows of `tangents`.
-    if is_transformed() or not isinstance(objective, ModelLoss):
-        return _vmapped_derivatives(objective, params, tangents, chunk_size)
-    # One pass for each tangent, on tensors that the model can use in every way it uses its parameters.
-    rewind = Rewind(objective.model)
-    own = _own(objective, params)
-    leaves = own or {name: p.detach().clone() for name, p in params.items()}
-    jvps = []
-    for row in range(len(next(iter(tangents.values())))):
-        if row:
-            rewind()
-        try:
-            with _placed(objective, leaves, is_own=bool(own)) as evaluate:
-                tangent = {name: v[row] for name, v in tangents.items()}
-                loss, derivative = _along(evaluate, leaves, tangent, objective.model)
-        except RuntimeError as error:
-            if "Nested forward mode" not in str(error):
-                raise
-            rewind()  # the model calls torch.func.jvp, which nests in another torch.func.jvp alone
-            return _vmapped_derivatives(objective, params, tangents, chunk_size)
-        jvps.append(derivative)
-    return loss, torch.stack(jvps)
-
-
-def _along(evaluate: Callable[[], Tensor], leaves: Params, tangent: Params, model: nn.Module) -> tuple[Tensor, Tensor]:
-    with _named_refusal(), tangents_on(leaves, tangent), without_tape(model.parameters()):
-        with ForwardMode(leaves):
-            loss = evaluate()
-        loss, derivative = forward_ad.unpack_dual(loss)
-    return loss.detach(), torch.zeros_like(loss) if derivative is None else derivative.detach()
-
-
-def _vmapped_derivatives(
-    objective: Objective, params: Params, tangents: Params, chunk_size: int | None
-) -> tuple[Tensor, Tensor]:
-    # All tangents in one vmapped pass, or in as few as chunk_size allows.
-    evaluate = _with_buffers(objective)
-    params = {name: p.detach() for name, p in params.items()}
-
-    def along(tangent: Params) -> tuple[Tensor, Tensor, Params]:
-        return jvp(evaluate, (params,), (tangent,), has_aux=True)
-
-    with _named_refusal(), torch.enable_grad():
-        if len(next(iter(tangents.values()))) == 1:
-            tangent = {name: v[0] for name, v in tangents.items()}
-            is_plain = not is_transformed() and not isinstance(objective, ModelLoss)
-            loss, jvps, buffers = _function_along(objective, params, tangent) if is_plain else along(tangent)
-            jvps = jvps.reshape(1)
-        else:  # randomness="same": one Dropout mask for all tangents, in every chunk
-            with quiet_vmap():
-                losses, jvps, buffers = vmap(along, randomness="same", chunk_size=chunk_size)(tangents)
-            loss, buffers = losses[0], {name: buffer[0] for name, buffer in buffers.items()}
-    _keep_buffers(objective, buffers)
-    return loss, jvps
-
-
-def _function_along(objective: Objective, params: Params, tangent: Params) -> tuple[Tensor, Tensor, Params]:
-    # torch.func.jvp without the overhead of its wrappers: half the time of a step on the smallest objectives.
-    with forward_ad.dual_level():
-        duals = {name: forward_ad.make_dual(p.detach(), tangent[name]) for name, p in params.items()}
-        with ForwardMode(duals):
-            loss = check_scalar(objective(duals))
-        loss, derivative = forward_ad.unpack_dual(loss)
-    return loss.detach(), torch.zeros_like(loss) if derivative is None else derivative.detach(), {}
-
-
-@contextmanager
-def _named_refusal() -> Iterator[None]:
-    # Torch's own messages name the function, and advise to file a feature request.
-    try:
-        yield
-    except (NotImplementedError, RuntimeError) as error:
-        first = str(error).partition("\n")[0]
-        if not isinstance(error, NotImplementedError) and "jvp" not in first:
-            raise
-        raise NotImplementedError(
-            f"torch has no forward derivative for a function of this objective: {first} Write that function by others "
-            f"that have one, give its torch.autograd.Function a `jvp`, or use backprop_gradient."
-        ) from error
-
-
-def _own(objective: Objective, params: Params) -> Params | None:
-    return objective.own(params) if isinstance(objective, ModelLoss) else None
-
-
-@contextmanager
-def _placed(objective: Objective, leaves: Params, *, is_own: bool) -> Iterator[Callable[[], Tensor]]:
-    # Yield the loss as a function of nothing, with the leaves in the places of the model's parameters.
-    if not isinstance(objective, ModelLoss):
-        yield lambda: check_scalar(objective(leaves))
-    elif is_own:
-        yield lambda: check_scalar(objective.run())
-    else:
-        objective.check_names(leaves)
-        with swapped(objective.model, leaves, {}):
-            yield lambda: check_scalar(objective.run())
-
-
-@contextmanager
-def requiring_grad(leaves: Params) -> Iterator[None]:
-    """Let tensors require a gradient, for as long as the context lasts."""
-    frozen = [p for p in leaves.values() if not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad_()
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
-
-
-def _with_buffers(objective: Objective) -> Callable[[Params], tuple[Tensor, Params]]:
-    evaluate = objective.with_buffers if isinstance(objective, ModelLoss) else lambda params: (objective(params), {})
-
-    def checked(params: Params) -> tuple[Tensor, Params]:
-        with ForwardMode(params):
-            loss, buffers = evaluate(params)
-        return check_scalar(loss), buffers
-
-    return checked
-
-
-def check_scalar(loss: Any) -> Tensor:
-    """Return what an objective returned, if it is a scalar tensor.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"the objective must return a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
-    return loss
-
-
-def _keep_buffers(objective: Objective, buffers: dict[str, Any]) -> None:
-    if buffers and isinstance(objective, ModelLoss):
-        objective.set_buffers(buffers)

@@ -7,31 +7,21 @@ for both engines, so that a directional derivative is backprop's gradient along 
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from fwdlib.tangents import Params
+from fwdlib.padding import Padding
+from fwdlib.replacements import CONTEXTS, REPLACEMENTS
+from fwdlib.tangents import AnyGenerator, Params
 
 REQUIRES_GRAD = Tensor.requires_grad.__get__
-
-
-@contextmanager
-def _without_mkldnn() -> Iterator[None]:
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
 
 
 @contextmanager
@@ -44,19 +34,18 @@ def quiet_vmap() -> Iterator[None]:
         torch._C._functorch._set_vmap_fallback_warning_enabled(True)
 
 
-def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Compute ``torch._weight_norm`` by functions that have a forward derivative."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-_with_math = functools.partial(sdpa_kernel, SDPBackend.MATH)
-CONTEXTS: dict[Callable, Callable[[], AbstractContextManager]] = {
-    # function -> a context in which torch computes it by kernels that have a forward derivative
-    F.scaled_dot_product_attention: _with_math,
-    F.multi_head_attention_forward: _with_math,
-    torch.lstm: _without_mkldnn,
+METADATA = {
+    # functions that read no values of a tensor
+    *(
+        value.__get__
+        for name, value in vars(torch._C.TensorBase).items()
+        if inspect.isgetsetdescriptor(value) and name not in ("T", "mT", "H", "mH", "real", "imag", "data")
+    ),
+    *(Tensor.retain_grad, Tensor.is_floating_point, Tensor.is_complex),
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.get_device),
+    *(Tensor.element_size, Tensor.is_contiguous),
+    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor),
 }
-REPLACEMENTS: dict[Callable, Callable] = {torch._weight_norm: weight_norm}
 
 
 class ForwardMode(TorchFunctionMode):
@@ -64,28 +53,37 @@ class ForwardMode(TorchFunctionMode):
 
     - ``torch.no_grad()`` inside the model cuts tangents as it cuts gradients.
     - Parameters with a tangent say that they require a gradient, although no tape is kept for them.
-    - Attention, LSTM and weight normalisation are computed by kernels that have a forward derivative.
+    - Attention, LSTM, embeddings and weight normalisation are computed by functions that have the right forward
+      derivative (:mod:`fwdlib.replacements`).
 
     Args:
         params: parameter by name; the tensors themselves, as the model uses them.
+        padding: where the pass notes rows without a gradient; None for a new one.
     """
 
-    def __init__(self, params: Params) -> None:
+    padding: Padding
+
+    def __init__(self, params: Params, padding: Padding | None = None) -> None:
         super().__init__()
-        self._ids = {id(p) for p in params.values()}
+        self.padding = Padding() if padding is None else padding
+        self._names = {id(p): name for name, p in params.items()}
         self._cuts = False
 
     def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Call ``func``, translated."""
+        kwargs = kwargs or {}
         if func is torch._C._set_grad_enabled:
             self._follow(*args)
-        elif func == REQUIRES_GRAD and id(args[0]) in self._ids:
-            return True
-        elif func in CONTEXTS:
-            with CONTEXTS[func]():
-                return func(*args, **(kwargs or {}))
-        func = REPLACEMENTS.get(func, func)
-        return func(*args, **kwargs) if kwargs else func(*args)
+        elif func in METADATA:
+            if func == REQUIRES_GRAD and id(args[0]) in self._names:
+                return True
+        else:
+            self.padding.note(func, args, kwargs, self._names)
+            if func in CONTEXTS:
+                with CONTEXTS[func]():
+                    return func(*args, **kwargs)
+            func = REPLACEMENTS.get(func, func)
+        return func(*args, **kwargs)
 
     def _follow(self, enabled: bool) -> None:
         # A torch.autograd.Function switches forward mode off by itself: only what we have cut is ours to join again.
@@ -137,13 +135,16 @@ def tangents_on(own: Params, tangent: Params) -> Iterator[None]:
 
 
 class Rewind:
-    """The state that a forward pass advances: random numbers and a model's buffers. :meth:`__call__` restores it.
+    """The state that an estimate advances: random numbers and a model's buffers. :meth:`__call__` restores it.
 
     Args:
         model: whose buffers count.
+        generator: where the tangents come from, beside torch's global generators.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, generator: AnyGenerator = None) -> None:
+        generators = [] if generator is None else getattr(generator, "generators", [generator])
+        self._generators = [(one, one.get_state()) for one in generators]
         self._slots, devices = [], set()
         for module in model.modules():
             devices |= {p.device for p in module._parameters.values() if p is not None}
@@ -163,3 +164,5 @@ class Rewind:
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)
+        for one, state in self._generators:
+            one.set_state(state)

@@ -31,7 +31,8 @@ def assign_gradients(model: nn.Module, grads: Params) -> None:
     """Set ``.grad`` of the model's parameters, in place of ``loss.backward()``.
 
     What was there is replaced, so ``zero_grad()`` is not needed, and to accumulate over batches you sum the estimates
-    yourself. The tensors are not copied: clipping ``.grad`` in place clips ``grads`` as well.
+    yourself. The tensors are not copied: clipping ``.grad`` in place clips ``grads`` as well. Functions that
+    ``Tensor.register_post_accumulate_grad_hook`` has registered are called, as in a backward pass.
 
     Args:
         model: the model whose optimizer takes the next step.
@@ -48,6 +49,9 @@ def assign_gradients(model: nn.Module, grads: Params) -> None:
         if grad.shape != named[name].shape:
             raise ValueError(f"grads[{name!r}] must have shape {tuple(named[name].shape)}, got {tuple(grad.shape)}")
         named[name].grad = grad
+    for name in grads:
+        for hook in (named[name]._post_accumulate_grad_hooks or {}).values():
+            hook(named[name])
 
 
 class ModelLoss(ABC):
@@ -89,6 +93,22 @@ class ModelLoss(ABC):
     def own(self, params: Params) -> Params | None:
         """Return the model's parameters of these names if ``params`` are the same memory, else None."""
         return own_params(dict(self.model.named_parameters()), params)
+
+    @contextmanager
+    def placed(self, params: Params) -> Iterator[Params]:
+        """Let :meth:`run` use ``params``, and yield the tensors it uses: the model's own, or copies in their place.
+
+        Raises:
+            ValueError: if a name in ``params`` is not a parameter of the model.
+        """
+        own = self.own(params)
+        if own is not None:
+            yield own
+            return
+        self.check_names(params)
+        copies = {name: p.detach().clone() for name, p in params.items()}
+        with swapped(self.model, copies, {}):
+            yield copies
 
     @functools.cached_property
     def _names(self) -> Iterable[str]:
@@ -213,6 +233,19 @@ def swapped(model: nn.Module, params: Params, buffers: Params) -> Iterator[None]
             if id(own) in names:
                 buffers[names[id(own)]] = tensors[leaf]
             tensors[leaf] = own
+
+
+@contextmanager
+def requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Let tensors require a gradient, for as long as the context lasts."""
+    frozen = [p for p in tensors if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_()
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def own_params(own: Params, params: Params) -> Params | None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from fwdlib.estimators import backprop_gradient, forward_gradient, projected_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
-from fwdlib.objectives import BatchLoss, params_of
+from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.tangents import Replicates, sample_tangents
 
 ALL = {
@@ -563,3 +563,29 @@ def test_tangents_are_drawn_in_the_widest_dtype():
     estimate = forward_gradient(lambda p: p["double"].sum() + p["half"].sum().double(), params, tangents="normal")
     assert estimate.grads["double"].unique().numel() > 9_990
     assert estimate.grads["half"].dtype == torch.bfloat16
+
+
+HOOKED = {
+    "backprop": backprop_gradient,
+    "torch": partial(forward_gradient, tangents="normal", engine="torch"),
+    "stacked": partial(forward_gradient, engine="stacked", num_tangents=3),
+    "auto": partial(forward_gradient, num_tangents=3),
+    "blocks": partial(forward_gradient, blocks="parameter"),
+    "projected": partial(projected_gradient, num_tangents=3),
+}
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks_of_parameters_change_their_gradients_as_in_backprop(name):
+    model = nn.Linear(4, 3)
+    mask = torch.arange(12).view(3, 4) % 2
+    seen, order = [], []
+    model.weight.register_hook(lambda grad: grad * mask)
+    model.weight.register_hook(lambda grad: seen.append(grad))
+    model.weight.register_post_accumulate_grad_hook(lambda p: order.append(p.grad.clone()))
+    objective = BatchLoss(model, torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0]))
+    estimate = HOOKED[name](objective, params_of(model))
+    assert torch.equal(estimate.grads["weight"] != 0, mask == 1)
+    assert len(seen) == 1
+    assign_gradients(model, estimate.grads)
+    assert torch.equal(order[0], estimate.grads["weight"])

@@ -27,8 +27,11 @@ CORE = (
     "archives",
     "data",
     "tangents",
+    "replacements",
+    "padding",
     "forward_mode",
     "objectives",
+    "derivatives",
     "estimators",
     "models",
     "exercises",
@@ -49,7 +52,7 @@ WINGS = {  # the wings that each may import
     "runs": (),
 }
 TOP = ("doctor", "cli", "__main__")
-LAZY = {("estimators", "stacked")}  # the one import of a wing in the core: forward_gradient calls the stacked engine
+LAZY = {("derivatives", "stacked"), ("estimators", "stacked")}  # the core imports no wing but the stacked engine
 
 
 def imports_of(path: Path) -> set[str]:

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from fwdlib import runtime
 from fwdlib.checks import check_choice, check_count, check_fraction
-from fwdlib.estimators import GradientEstimate, check_scalar
+from fwdlib.derivatives import check_scalar
+from fwdlib.estimators import GradientEstimate
 from fwdlib.methods.blocks import ErrorsOfBlocks, Network, shapes_of
 from fwdlib.objectives import BatchLoss, own_params
 from fwdlib.tangents import AnyGenerator, Params, check_params, is_transformed, random_signs

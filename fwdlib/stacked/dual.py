@@ -6,7 +6,6 @@ primal, then one tangent for each direction. A :class:`~fwdlib.stacked.forward_p
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_map
+
+from fwdlib.forward_mode import METADATA
 
 
 class Dual(Tensor):
@@ -94,19 +95,6 @@ class Dual(Tensor):
 
 
 OTHER_ENGINE = "Use fwdlib.forward_gradient(..., engine='torch')."
-REQUIRES_GRAD = Tensor.requires_grad.__get__
-# The functions that a dual answers from its wrapper, without reading its rows.
-METADATA = {
-    *(
-        value.__get__
-        for name, value in vars(torch._C.TensorBase).items()
-        if inspect.isgetsetdescriptor(value) and name not in ("T", "mT", "H", "mH", "real", "imag", "data")
-    ),
-    *(Tensor.retain_grad, Tensor.is_floating_point, Tensor.is_complex),
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.get_device),
-    *(Tensor.element_size, Tensor.is_contiguous),
-    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor),
-}
 
 
 def joined(primal: Tensor, tangents: Tensor) -> Tensor:

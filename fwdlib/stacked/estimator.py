@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fwdlib.checks import check_choice, check_count
-from fwdlib.estimators import GradientEstimate, check_scalar, requiring_grad
-from fwdlib.objectives import ModelLoss, swapped
+from fwdlib.derivatives import Derivatives, check_scalar
+from fwdlib.estimators import GradientEstimate
+from fwdlib.objectives import ModelLoss, requiring_grad, swapped
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual
 from fwdlib.stacked.forward_pass import Call, Pass
 from fwdlib.stacked.perturbations import PERTURBATIONS, DensePerturbation, Perturbation
@@ -109,7 +110,6 @@ def stacked_gradient(
     return GradientEstimate(loss, dict(grads) if is_transformed() else grads, jvps)
 
 
-@torch.no_grad()
 def stacked_jvp(objective: ModelLoss, params: Params, tangents: Params) -> tuple[Tensor, Tensor]:
     """Differentiate along given tangents, as :func:`torch.func.jvp` does, but along all of them in one stacked pass.
 
@@ -125,6 +125,16 @@ def stacked_jvp(objective: ModelLoss, params: Params, tangents: Params) -> tuple
         TypeError: as :func:`stacked_gradient`.
         ValueError: as :func:`stacked_gradient`, or if a tangent is missing or has the wrong shape.
     """
+    return stacked_derivatives(objective, params, tangents)[:2]
+
+
+@torch.no_grad()
+def stacked_derivatives(objective: ModelLoss, params: Params, tangents: Params) -> Derivatives:
+    """Differentiate as :func:`stacked_jvp` does, and tell which rows of embedding tables have no gradient.
+
+    Raises:
+        ValueError: as :func:`stacked_jvp`.
+    """
     check_objective(objective, params)
     tangents = {name: tangents.get(name) for name in params}
     num_tangents = next((len(v) for v in tangents.values() if v is not None and v.dim()), 1)
@@ -132,8 +142,9 @@ def stacked_jvp(objective: ModelLoss, params: Params, tangents: Params) -> tuple
         expected, given = (num_tangents, *p.shape), None if tangents[name] is None else tuple(tangents[name].shape)
         if given != expected:
             raise ValueError(f"tangents[{name!r}] must have shape {expected}, got {given}")
-    loss, jvps, _ = evaluate(objective, params, DensePerturbation(params, objective.num_examples, tangents))
-    return loss, jvps
+    perturbation = DensePerturbation(params, objective.num_examples, tangents)
+    loss, jvps, _ = evaluate(objective, params, perturbation)
+    return Derivatives(loss, jvps, perturbation.padding)
 
 
 def evaluate(
@@ -152,7 +163,7 @@ def evaluate(
     """
     own = None if buffers or is_transformed() else objective.own(params)
     if own is not None:
-        with requiring_grad(own):
+        with requiring_grad(own.values()):
             loss = run(objective.model, objective.run, perturbation, own)
     else:
         # They require a gradient of their own, see Pass; torch.func.vmap allows none.

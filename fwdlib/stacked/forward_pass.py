@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fwdlib.forward_mode import METADATA, REQUIRES_GRAD
 from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of
-from fwdlib.stacked.dual import METADATA, OTHER_ENGINE, REQUIRES_GRAD, Dual, function_name, joined, pad_rows, primals_of
+from fwdlib.stacked.dual import OTHER_ENGINE, Dual, function_name, joined, pad_rows, primals_of
 from fwdlib.stacked.in_place import InPlace, in_place
 from fwdlib.stacked.perturbations import Perturbation
 from fwdlib.stacked.special import SPECIAL

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from fwdlib.padding import Padding, without_rows
 from fwdlib.stacked.gradients import Gradients, Use, add_outer_, add_product_
 from fwdlib.tangents import Params, RankOne, rank_one_factors
 
@@ -72,6 +73,8 @@ class Perturbation:
 
     per_example = False
     """Whether it needs the derivative of each example's loss."""
+    padding: Padding
+    """What the pass shows of rows without a gradient: their tangents become zero when it has ended."""
 
     def __init__(self, params: Params, num_tangents: int, num_examples: int | None, draw_signs: DrawSigns) -> None:
         self.params = params
@@ -79,20 +82,15 @@ class Perturbation:
         self.num_examples = num_examples
         self.draw_signs = draw_signs
         self.uses: list[Use] = []
+        self.padding = Padding()
         self._drawn: dict[str, RankOne] = {}
         self._dense: dict[str, Tensor] = {}
         self._used: set[str] = set()
 
     def factors(self, name: str) -> RankOne:
         """Return the factors of a parameter's tangents. They are drawn at its first use and the same at every use."""
-        if name not in self._drawn:  # in one draw if all are needed, because a draw takes as long as a small layer
-            params = {name: self.params[name]} if self.per_example else self.params
-            self._drawn |= rank_one_factors(params, self.num_tangents, self.draw_signs)
-        left, right = self._drawn[name]
-        if name not in self._used:
-            self._used.add(name)
-            self.uses.append(Use(name, lambda target, weights: add_outer_(target, left, right, weights)))
-        return self._drawn[name]
+        self.padding.read(name)
+        return self._factors(name)
 
     def dense(self, name: str) -> Tensor:
         """Return the tangents of a parameter in full, shape (K, ...)."""
@@ -167,9 +165,13 @@ class Perturbation:
                 added = along.unsqueeze(2) * _between(left, outputs.dim(), axis)
         return self._with_bias(added, bias, outputs, axis)
 
-    def rows(self, name: str, indices: Tensor) -> Tensor:
-        """Return the rows at ``indices`` (...) of the tangents of a table (q, p), shape (K, ..., p)."""
-        left, right = self.factors(name)
+    def rows(self, name: str, indices: Tensor, padding_idx: int | None = None) -> Tensor:
+        """Return the rows at ``indices`` (...) of the tangents of a table (q, p), shape (K, ..., p).
+
+        The row at ``padding_idx`` is among them; the caller gives it no derivative.
+        """
+        self.padding.look_up(name, padding_idx)
+        left, right = self._factors(name)
         return left[:, indices].unsqueeze(-1) * right.reshape(len(right), *[1] * indices.dim(), -1)
 
     def mix_examples(self) -> None:
@@ -183,8 +185,23 @@ class Perturbation:
             total: the derivatives of the loss, shape (K,).
             of_examples: each example's contribution to them, shape (K, B); None if it is not known.
         """
+        for name, rows in self.padding.rows().items():
+            self._drop_rows(name, rows)
         mean = None if of_examples is None else of_examples / self.num_tangents
         return Gradients(self.params, self.uses, total / self.num_tangents, mean)
+
+    def _factors(self, name: str) -> RankOne:
+        if name not in self._drawn:  # in one draw if all are needed, because a draw takes as long as a small layer
+            params = {name: self.params[name]} if self.per_example else self.params
+            self._drawn |= rank_one_factors(params, self.num_tangents, self.draw_signs)
+        if name not in self._used:
+            self._used.add(name)
+            self.uses.append(Use(name, lambda target, weights: add_outer_(target, *self._drawn[name], weights)))
+        return self._drawn[name]
+
+    def _drop_rows(self, name: str, rows: list[int]) -> None:
+        left, right = self._drawn[name]
+        self._drawn[name] = RankOne(without_rows(left, rows), right)
 
     def _is_batch(self, rows: Tensor) -> bool:
         return rows.dim() > 1 and len(rows) == self.num_examples
@@ -214,15 +231,22 @@ class DensePerturbation(Perturbation):
 
     def dense(self, name: str) -> Tensor:
         """Return the tangents of a parameter, shape (K, ...)."""
-        tangent = self._dense[name]
+        self.padding.read(name)
+        return self._used_dense(name)
+
+    def rows(self, name: str, indices: Tensor, padding_idx: int | None = None) -> Tensor:
+        """Return the rows at ``indices`` (...) of the tangents of a table (q, p), shape (K, ..., p)."""
+        self.padding.look_up(name, padding_idx)
+        return self._used_dense(name)[:, indices]
+
+    def _used_dense(self, name: str) -> Tensor:
         if name not in self._used:
             self._used.add(name)
-            self.uses.append(Use(name, lambda t, weights: t.add_(torch.tensordot(weights, tangent, dims=1))))
-        return tangent
+            self.uses.append(Use(name, lambda t, weights: t.add_(torch.tensordot(weights, self._dense[name], dims=1))))
+        return self._dense[name]
 
-    def rows(self, name: str, indices: Tensor) -> Tensor:
-        """Return the rows at ``indices`` (...) of the tangents of a table (q, p), shape (K, ..., p)."""
-        return self.dense(name)[:, indices]
+    def _drop_rows(self, name: str, rows: list[int]) -> None:
+        self._dense[name] = without_rows(self._dense[name], rows)
 
     def kernels(self, name: str, inputs: Tensor, layer: Convolution) -> None:
         """Return None: the tangents have as many output channels as the weight."""
@@ -293,6 +317,7 @@ class PerExamplePerturbation(Perturbation):
         return added
 
     def _signs(self, name: str, inputs: Tensor) -> RankOne:
+        self.padding.read(name)
         p = self.params[name]
         rows = (self.num_tangents, len(inputs))
         left = self.draw_signs((*rows, len(p)), p)
@@ -367,6 +392,7 @@ class ActivityPerturbation(Perturbation):
             return (weights.reshape(*weights.shape, *[1] * (signs.dim() - weights.dim())) * signs).sum(0)
 
         if weight is not None:
+            self.padding.read(weight)
             self.uses.append(Use(weight, lambda target, weights: add_product(target, weigh(weights)), is_batch))
         if bias is not None:
             self.uses.append(Use(bias, lambda target, weights: target.add_(weigh(weights).sum(others)), is_batch))

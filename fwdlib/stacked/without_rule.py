@@ -13,7 +13,8 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.func import jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fwdlib.forward_mode import CONTEXTS, REPLACEMENTS, quiet_vmap
+from fwdlib.forward_mode import quiet_vmap
+from fwdlib.replacements import CONTEXTS, REPLACEMENTS
 from fwdlib.stacked.aliases import memory_of
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual, function_name, joined, pad_rows
 from fwdlib.tangents import is_transformed

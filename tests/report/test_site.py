@@ -73,7 +73,9 @@ def folder(tmp_path_factory) -> Path:
     (folder / ".venv" / ".installed").touch()  # newer than requirements.txt: nothing to install
     before = sorted(SOURCES.rglob("*.*"))
     words = [f"RUN={sys.executable}", f"VENV={folder / '.venv'}", f"SITE={folder / 'site'}"]
-    run = subprocess.run(["make", "--no-print-directory", "site", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        ["make", "--no-print-directory", "site", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split()[-1] == str(folder / "site" / "index.html")
     assert [path for path in sorted(SOURCES.rglob("*.*")) if "__pycache__" not in path.parts] == [

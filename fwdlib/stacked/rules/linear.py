@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fwdlib import replacements
 from fwdlib.stacked.dual import Dual, same_rows
 from fwdlib.stacked.forward_pass import Pass
 from fwdlib.stacked.rules.rows import dual_of, is_autocast, padded_rows, with_axes
@@ -66,10 +67,10 @@ def embedding(
         return NotImplemented
     if max_norm is not None:
         torch.embedding_renorm_(table.detach(), indices.contiguous(), max_norm, norm_type)
-    name = run.name_of(weight)
-    tangents = weight.tangents[:, indices] if name is None else run.perturbation.rows(name, indices)
+    name, padding_idx = run.name_of(weight), None if padding_idx is None else padding_idx % len(table)
+    tangents = weight.tangents[:, indices] if name is None else run.perturbation.rows(name, indices, padding_idx)
     if padding_idx is not None:
-        tangents = tangents.masked_fill((indices == padding_idx % len(table)).unsqueeze(-1), 0)
+        tangents = tangents.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
     if scale_grad_by_freq:
         tangents = tangents / indices.flatten().bincount()[indices].unsqueeze(-1)
     return dual_of(F.embedding(indices, table), tangents)
@@ -87,6 +88,13 @@ def torch_embedding(
     """Reorder the arguments for :func:`embedding`; a negative index means that no row is one of padding."""
     padding_idx = None if padding_idx < 0 else padding_idx
     return embedding(run, indices, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+
+
+@rule_of(F.embedding_bag)
+def embedding_bag(run: Pass, indices: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    """Look the rows up by :func:`embedding`, and sum them by bag."""
+    with run:
+        return replacements.embedding_bag(indices, weight, *args, **kwargs, look_up=F.embedding)
 
 
 @rule_of(torch._weight_norm)

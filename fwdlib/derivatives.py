@@ -1,0 +1,218 @@
+"""Directional derivatives of an objective: by torch's forward mode, or by the stacked engine where that is faster.
+
+Both engines give the same numbers from the same tangents. Where the stacked one refuses a model, torch's takes its
+place, then and from then on (:func:`either_engine`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.func import jvp, vmap
+
+from fwdlib.forward_mode import ForwardMode, Rewind, quiet_vmap, tangents_on, without_tape
+from fwdlib.objectives import ModelLoss, Objective
+from fwdlib.padding import Padding, without_rows
+from fwdlib.tangents import AnyGenerator, Params, is_transformed
+
+T = TypeVar("T")
+
+_REFUSED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that the stacked engine has refused
+
+
+class Derivatives(NamedTuple):
+    """The loss and its derivatives along K tangents."""
+
+    loss: Tensor
+    """Scalar, without a graph."""
+    jvps: Tensor
+    """Shape (K,)."""
+    padding: Padding
+    """Which rows of embedding tables the loss does not depend on."""
+
+    def trained(self, tangents: Params) -> Params:
+        """Return the tangents with zeros in the rows that the loss does not depend on."""
+        rows = self.padding.rows()
+        return {name: without_rows(v, rows[name]) if name in rows else v for name, v in tangents.items()}
+
+
+def suits_stacked(objective: Objective, blocks: str = "joint", chunk_size: int | None = None) -> bool:
+    """Return whether the stacked engine takes such an estimate at all: of the loss of a model, in one piece."""
+    return isinstance(objective, ModelLoss) and blocks == "joint" and chunk_size is None
+
+
+def either_engine(
+    model: nn.Module, stacked: Callable[[], T], torch_engine: Callable[[], T], generator: AnyGenerator = None
+) -> T:
+    """Return ``stacked()``, or ``torch_engine()`` for a model that the stacked engine refuses or has refused.
+
+    Args:
+        model: the model.
+        stacked: computes the result in a stacked pass.
+        torch_engine: computes it by torch's forward mode.
+        generator: where ``stacked`` draws from. After a refusal it, torch's global generator and the model's buffers
+            are as before.
+    """
+    if model not in _REFUSED:
+        rewind = Rewind(model, generator)
+        try:
+            return stacked()
+        except NotImplementedError:
+            rewind()
+            _REFUSED.add(model)
+    return torch_engine()
+
+
+def derivatives_along(
+    objective: Objective, params: Params, tangents: Params, *, engine: str = "auto", chunk_size: int | None = None
+) -> Derivatives:
+    """Differentiate along given tangents.
+
+    Several tangents of a model are one stacked pass where that is possible, and one pass for each with torch's engine.
+
+    Args:
+        objective: params -> scalar.
+        params: the point.
+        tangents: for each parameter of shape (...) a tensor of shape (K, ...).
+        engine: ``"torch"``, or ``"auto"`` for either.
+        chunk_size: how many tangents go through torch's engine at once; None for all.
+
+    Raises:
+        ValueError: if the objective is not a scalar.
+        NotImplementedError: if a function of the objective has no forward derivative.
+    """
+
+    def by_torch() -> Derivatives:
+        if is_transformed() or not isinstance(objective, ModelLoss):
+            return _in_one_pass(objective, params, tangents, chunk_size)
+        return _pass_by_pass(objective, params, tangents, chunk_size)
+
+    def by_stack() -> Derivatives:
+        from fwdlib.stacked.estimator import stacked_derivatives
+
+        return stacked_derivatives(objective, params, tangents)
+
+    is_single = len(next(iter(tangents.values()))) == 1
+    if engine == "torch" or is_single or is_transformed() or not suits_stacked(objective, chunk_size=chunk_size):
+        return by_torch()
+    return either_engine(objective.model, by_stack, by_torch)
+
+
+def _pass_by_pass(objective: ModelLoss, params: Params, tangents: Params, chunk_size: int | None) -> Derivatives:
+    # One pass for each tangent, on tensors that the model can use in every way it uses its parameters.
+    rewind = Rewind(objective.model)
+    jvps = []
+    try:
+        with objective.placed(params) as leaves, named_refusal():
+            for row in range(len(next(iter(tangents.values())))):
+                if row:
+                    rewind()
+                tangent = {name: v[row] for name, v in tangents.items()}
+                with tangents_on(leaves, tangent), without_tape(objective.model.parameters()):
+                    one = _evaluated(objective.run, leaves)
+                jvps.append(one.jvps)
+    except RuntimeError as error:
+        if "Nested forward mode" not in str(error):
+            raise
+        rewind()  # the model calls torch.func.jvp, which nests in another torch.func.jvp alone
+        return _in_one_pass(objective, params, tangents, chunk_size)
+    return one._replace(jvps=torch.stack(jvps))
+
+
+def _in_one_pass(objective: Objective, params: Params, tangents: Params, chunk_size: int | None) -> Derivatives:
+    # All tangents in one vmapped pass, or in as few as chunk_size allows.
+    params, padding = {name: p.detach() for name, p in params.items()}, Padding()
+    evaluate = with_buffers(objective, padding)
+
+    def along(tangent: Params) -> tuple[Tensor, Tensor, Params]:
+        return jvp(evaluate, (params,), (tangent,), has_aux=True)
+
+    with named_refusal(), torch.enable_grad():
+        if len(next(iter(tangents.values()))) > 1:  # randomness="same": one Dropout mask for all tangents and chunks
+            with quiet_vmap():
+                losses, jvps, buffers = vmap(along, randomness="same", chunk_size=chunk_size)(tangents)
+            loss, buffers = losses[0], {name: buffer[0] for name, buffer in buffers.items()}
+        else:
+            tangent = {name: v[0] for name, v in tangents.items()}
+            if not is_transformed() and not isinstance(objective, ModelLoss):
+                # torch.func.jvp without the overhead of its wrappers: half the time of a step on small objectives
+                with forward_ad.dual_level():
+                    duals = {name: forward_ad.make_dual(p, tangent[name]) for name, p in params.items()}
+                    one = _evaluated(lambda: objective(duals), duals)
+                return one._replace(jvps=one.jvps.reshape(1))
+            loss, jvps, buffers = along(tangent)
+            jvps = jvps.reshape(1)
+    keep_buffers(objective, buffers)
+    return Derivatives(loss, jvps, padding)
+
+
+def _evaluated(evaluate: Callable[[], Any], duals: Params) -> Derivatives:
+    # Along the one tangent that the parameters have in the current dual level; the derivative is a scalar.
+    with ForwardMode(duals) as mode:
+        loss = check_scalar(evaluate())
+    loss, derivative = forward_ad.unpack_dual(loss)
+    derivative = torch.zeros_like(loss) if derivative is None else derivative.detach()
+    return Derivatives(loss.detach(), derivative, mode.padding)
+
+
+@contextmanager
+def named_refusal() -> Iterator[None]:
+    """Give torch's message about a missing forward derivative, which advises a feature request, a way out.
+
+    Raises:
+        NotImplementedError: in its place.
+        RuntimeError: any other of torch's, unchanged.
+    """
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        first = str(error).partition("\n")[0]
+        if not isinstance(error, NotImplementedError) and "jvp" not in first:
+            raise
+        raise NotImplementedError(
+            f"torch has no forward derivative for a function of this objective: {first} Write that function by others "
+            f"that have one, give its torch.autograd.Function a `jvp`, or use backprop_gradient."
+        ) from error
+
+
+def with_buffers(
+    objective: Objective, padding: Padding | None = None
+) -> Callable[[Params], tuple[Tensor, dict[str, Tensor]]]:
+    """Return the objective as a function from params to the loss and the buffers that its pass leaves.
+
+    Args:
+        objective: params -> scalar.
+        padding: where the pass notes rows without a gradient.
+    """
+    evaluate = objective.with_buffers if isinstance(objective, ModelLoss) else lambda params: (objective(params), {})
+
+    def checked(params: Params) -> tuple[Tensor, Params]:
+        with ForwardMode(params, padding):
+            loss, buffers = evaluate(params)
+        return check_scalar(loss), buffers
+
+    return checked
+
+
+def keep_buffers(objective: Objective, buffers: Params) -> None:
+    """Write the buffers that a pass has left into the objective's model, if it has one."""
+    if buffers and isinstance(objective, ModelLoss):
+        objective.set_buffers(buffers)
+
+
+def check_scalar(loss: Any) -> Tensor:
+    """Return what an objective returned, if it is a scalar tensor.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"the objective must return a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
+    return loss
