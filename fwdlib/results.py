@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +89,7 @@ def save_run(
         quick=runtime.is_quick(),
     )
     path = Path(folder or runtime.results_dir()) / f"{name}.json"
-    write_json(path, {"format": FORMAT, **dataclasses.asdict(record)})
+    write_json(path, {"format": FORMAT, **dataclasses.asdict(record)}, exact=("parameters",))
     return path
 
 
@@ -112,6 +114,7 @@ def load_run(path: str | Path) -> Record:
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ValueError(f"{path} is not a record of format {FORMAT}; {again}")
     try:
+        content["parameters"] = restored(content["parameters"])
         content["runs"] = [_read_run(run) for run in content["runs"]]
         content["alone"] = _read_run(content["alone"])
         return Record(**content)
@@ -200,17 +203,19 @@ def interval_text(interval: Interval, form: str = "{:.3g}") -> str:
     return f"{estimate} [{low}, {high}]" if interval.low == interval.low else f"{estimate}"
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, exact: Sequence[str] = ()) -> None:
     """Write ``content`` as JSON, whole or not at all. Floats are rounded to six digits; nan and infinity become words.
 
     Args:
         path: of the file; its folder is made if needed.
         content: dicts, lists, strings and numbers.
+        exact: keys of ``content`` whose floats keep all their digits; :func:`restored` reads their values back.
 
     Raises:
         OSError: as :func:`write_text`.
     """
-    write_text(path, json.dumps(_rounded(content), indent=1, allow_nan=False) + "\n")
+    written = {key: _marked(content[key]) if key in exact else _rounded(content[key]) for key in content}
+    write_text(path, json.dumps(written, indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -224,6 +229,22 @@ def write_text(path: Path, text: str) -> None:
         OSError: as :func:`fwdlib.atomic.write_bytes`. The old file is left in place.
     """
     write_bytes(path, text.encode(), "FWDLIB_RESULTS names the folder")
+
+
+def restored(value: Any) -> Any:
+    """Return what :func:`write_json` has written under one of the ``exact`` keys, as it was given."""
+    if isinstance(value, dict):
+        return float(value["float"]) if value.keys() == {"float"} else {k: restored(item) for k, item in value.items()}
+    return [restored(item) for item in value] if isinstance(value, list) else value
+
+
+def _marked(value: Any) -> Any:
+    # JSON has no nan and no infinity, and a word would be read back as one.
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, dict):
+        return {key: _marked(item) for key, item in value.items()}
+    return [_marked(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _rounded(value: Any) -> Any:

@@ -96,6 +96,19 @@ def test_numbers_are_rounded_to_six_digits_and_counts_are_not(tmp_path):
     assert content == {"a": [0.333333, [6.66667e-10, -123457000.0]], "b": 123456789, "c": True, "d": 0.333333}
 
 
+def test_parameters_are_read_back_bit_for_bit(tmp_path):
+    parameters = {
+        "learning_rate": 0.1 + 0.2,
+        "threshold": math.inf,
+        "lowest": [-math.inf, 1 / 3],
+        "words": "inf",
+        "nested": {"tiny": 5e-324, "none": None, "yes": True, "whole": 1.0},
+    }
+    found = load_run(save(tmp_path, parameters=parameters)).parameters
+    assert repr(found) == repr(parameters)
+    assert math.isnan(load_run(save(tmp_path, parameters={"rate": math.nan})).parameters["rate"])
+
+
 def test_quick_mode_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("FWDLIB_QUICK", "1")
     assert load_run(save(tmp_path)).quick is True

@@ -344,7 +344,7 @@ def write_logs(folder: Path, record: dict[str, Any], run: Run) -> None:
     table.writeheader()
     table.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in content["epochs"])
     write_text(folder / "log.csv", text.getvalue())
-    write_json(folder / "record.json", content)
+    write_json(folder / "record.json", content, exact=("settings",))
 
 
 def draw(folder: Path, record: dict[str, Any]) -> None:
