@@ -15,7 +15,7 @@ PUBLIC = {
     "params_of": "objectives",
     "assign_gradients": "objectives",
     "forward_gradient": "estimators",
-    "projected_gradient": "estimators",
+    "projected_gradient": "methods.projection",
     "backprop_gradient": "estimators",
     "forward_grad_": "estimators",
     "GradientEstimate": "estimators",

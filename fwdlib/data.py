@@ -36,7 +36,6 @@ CREDITS = {  # name: (licence, citation)
     "CIFAR100": ("none stated", "Krizhevsky (2009), Learning multiple layers of features from tiny images"),
     "digits": ("CC BY 4.0", "Alpaydin & Kaynak (1998), UCI Machine Learning Repository, doi:10.24432/C50P49"),
 }
-DISC_CREDIT = ("none needed", "the toy set of EPFL's course EE-559, Deep Learning, mini-project 2 (2019)")
 IMAGE_SETS = tuple(name for name in CREDITS if name != "penguins")
 FETCHABLE = tuple(name for name in CREDITS if name != "digits")  # digits come with scikit-learn
 GREY_SETS = ("KMNIST", "MNIST", "FashionMNIST")  # digits can replace these
@@ -170,42 +169,6 @@ def load_images(
         halves += [images / 255 if images.dtype == torch.uint8 else images, targets]
     source = Source(used, origin + because, substitute_for, fingerprint(*halves), *CREDITS[used], seed)
     return Dataset(*(tensor.to(device) for tensor in halves), class_names, source)
-
-
-def load_disc(
-    *, num_train: int = 1000, num_test: int = 1000, seed: int = 0, device: str | torch.device = "cpu"
-) -> Dataset:
-    """Draw uniform points of the unit square; the classes are inside and outside a disc of half its area.
-
-    The disc is centred and has the radius 1 / sqrt(2 pi). All points are independent, so a part of the test set can
-    serve as a validation set.
-
-    Args:
-        num_train: number of points in the training set.
-        num_test: number of points in the test set.
-        seed: of the points. A larger set starts with the points of a smaller one.
-        device: where the tensors go.
-
-    Returns:
-        Inputs (N, 2) and targets (N,), 1 for inside.
-
-    Raises:
-        ValueError: if a number is below 1, or ``seed`` or ``device`` cannot be used.
-
-    Example:
-        >>> data = load_disc(num_train=3)
-        >>> distances = (data.train_inputs - 0.5).norm(dim=1)
-        >>> (distances < (2 * torch.pi) ** -0.5).long().tolist() == data.train_targets.tolist()
-        True
-    """
-    device = resolve_device(device)
-    check_seed(seed)
-    halves = []
-    for half, argument, count in (("train", "num_train", num_train), ("test", "num_test", num_test)):
-        points = torch.rand(check_count(argument, count), 2, generator=generator(seed, purpose=f"disc {half}"))
-        halves += [points, ((points - 0.5).square().sum(1) <= 1 / (2 * torch.pi)).long()]
-    source = Source("disc", "fwdlib.data.load_disc", None, fingerprint(*halves), *DISC_CREDIT, seed)
-    return Dataset(*(tensor.to(device) for tensor in halves), ("outside", "inside"), source)
 
 
 def describe(dataset: Dataset) -> str:

@@ -235,6 +235,18 @@ def swapped(model: nn.Module, params: Params, buffers: Params) -> Iterator[None]
             tensors[leaf] = own
 
 
+def through_hooks(objective: Objective, params: Params, grads: Params) -> Params:
+    """Return gradients as the hooks of the model's own parameters (``Tensor.register_hook``) leave them in backprop."""
+    if not isinstance(objective, ModelLoss) or not any(p._backward_hooks for p in objective.model.parameters()):
+        return grads
+    grads = dict(grads)
+    for name, p in (objective.own(params) or {}).items():
+        for hook in (p._backward_hooks or {}).values():
+            changed = hook(grads[name])
+            grads[name] = grads[name] if changed is None else changed
+    return grads
+
+
 @contextmanager
 def requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Let tensors require a gradient, for as long as the context lasts."""

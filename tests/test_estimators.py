@@ -10,7 +10,8 @@ import torch
 from hypothesis import assume, given, settings
 from torch import nn
 
-from fwdlib.estimators import backprop_gradient, forward_gradient, projected_gradient
+from fwdlib.estimators import backprop_gradient, forward_gradient
+from fwdlib.methods.projection import projected_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.tangents import Replicates, sample_tangents

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from fwdlib.estimators import backprop_gradient, forward_grad_, forward_gradient, projected_gradient
+from fwdlib.estimators import backprop_gradient, forward_grad_, forward_gradient
+from fwdlib.methods.projection import projected_gradient
 from fwdlib.objectives import BatchLoss, ClosureLoss, params_of
 
 BATCH = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(6) % 3

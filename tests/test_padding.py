@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fwdlib.estimators import backprop_gradient, forward_gradient, projected_gradient
+from fwdlib.estimators import backprop_gradient, forward_gradient
+from fwdlib.methods.projection import projected_gradient
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.seeds import replicated_estimate
 

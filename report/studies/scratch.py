@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from fwdlib import runtime
 from fwdlib.bench.measuring import interleave
-from fwdlib.data import load_disc
 from fwdlib.methods import tinynet
+from fwdlib.methods.disc import load_disc
 from fwdlib.results import write_json
 from report.names import CELLS, COMPARED, SCRATCH
 from report.studies.common import main, reopen

@@ -20,8 +20,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tqdm import tqdm, trange
 
 from fwdlib import runtime
-from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient, projected_gradient
+from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.methods.functions import as_objective, rosenbrock, sphere, styblinski_tang
+from fwdlib.methods.projection import projected_gradient
 from fwdlib.results import write_json
 from fwdlib.tangents import sample_tangents
 from report.grids import best, runs_of
