@@ -11,12 +11,10 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock, Timeout
-
 from fwdlib.atomic import write_bytes
+from fwdlib.locks import held
 
 MANIFEST = "report-manifest.json"
 HIDDEN = ".report-build"  # holds the lock, its holder's name, and the files that are not yet in place
@@ -127,7 +125,8 @@ def hold(folder: Path) -> Iterator[Output]:
         The folder.
 
     Raises:
-        OutputError: if the folder has files and no list of a build, or another build holds it.
+        OutputError: if the folder has files and no list of a build.
+        InUseError: if another build holds it.
         OSError: if the folder cannot be written to.
     """
     folder = folder.expanduser().resolve()
@@ -139,23 +138,15 @@ def hold(folder: Path) -> Iterator[Output]:
         raise OutputError(f"{folder} has files that no build has written ({some}); name a new or an empty folder")
     hidden = folder / HIDDEN
     hidden.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(hidden / "lock"), hidden / "holder.txt"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        who = holder.read_text() if holder.is_file() else "another process"
-        raise OutputError(f"{folder} is in use by {who}; wait for it to end, or name another folder") from None
-    try:
-        holder.write_text(f"process {os.getpid()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
-        output = Output(folder)
-        output.restore()  # after a build that was killed
-        _clear(hidden)
-        output.claim([])
-        yield output
-    finally:
-        _clear(hidden)
-        holder.unlink(missing_ok=True)
-        lock.release()
+    with held(hidden, shown=folder):
+        try:
+            output = Output(folder)
+            output.restore()  # after a build that was killed
+            _clear(hidden)
+            output.claim([])
+            yield output
+        finally:
+            _clear(hidden)
 
 
 def _clear(hidden: Path) -> None:

@@ -15,13 +15,16 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
@@ -31,6 +34,7 @@ from fwdlib.atomic import write_bytes
 from fwdlib.data import Dataset, fetch, load_images
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.history import History, Run
+from fwdlib.locks import LOCK, held
 from fwdlib.models import initialise, num_parameters
 from fwdlib.results import write_json, write_text
 from fwdlib.trainer.networks import alexnet, fully_connected, shallow_cnn
@@ -40,6 +44,7 @@ from fwdlib.trainer.settings import SHARED_MODES, Settings, why_not_shared
 from fwdlib.training import Augment, MakeOptimizer, make_optimizer, train
 
 FORMAT = 1
+BEGUN = ".begun-by"  # names the torchrun, or other parent, that has begun the run in this folder
 ALEXNET_SIZE = 224
 FUSED = ("Adam", "AdamW", "SGD", "Adagrad")  # have one kernel for the whole step, also on a CPU
 COLUMNS = ("epoch", "train_loss", "test_loss", "test_accuracy", "seconds", "images_per_second", "learning_rate")
@@ -64,6 +69,7 @@ def run(settings: Settings, *, progress: bool = True) -> dict[str, Any]:
         The record, as in ``record.json``.
 
     Raises:
+        InUseError: if another process writes to the folder.
         ValueError: if the folder has a checkpoint and ``resume`` is not set; if the checkpoint is damaged or belongs to
             a different run; or if the training diverged: the files up to the last whole epoch are kept.
         FileNotFoundError: if the data set is not available. No other takes its place.
@@ -78,9 +84,42 @@ def run(settings: Settings, *, progress: bool = True) -> dict[str, Any]:
 
 def _run(settings: Settings, device: torch.device, processes: Processes, progress: bool) -> dict[str, Any]:
     folder = folder_of(settings)
+    with ExitStack() as stack:
+        resume = not settings.dry_run and processes.from_first(lambda: _claim(folder, settings, stack))
+        record = _train_in(folder, settings, device, processes, progress, resume=resume)
+    (folder / BEGUN).unlink(missing_ok=True)
+    return record
+
+
+def _claim(folder: Path, settings: Settings, stack: ExitStack) -> bool:
+    # Hold the folder until the stack closes, and return whether to go on with the run in it. After torchrun has
+    # restarted the processes, they go on with what this very start of torchrun has begun, and with nothing else.
+    folder.mkdir(parents=True, exist_ok=True)
+    stack.callback(_remove_unused, folder)
+    stack.enter_context(held(folder, patience=10 if num_restarts() else 0))
+    checkpoint, begun, launch = folder / "checkpoint.pt", folder / BEGUN, f"{socket.gethostname()} {os.getppid()}"
+    resume = settings.resume
+    if num_restarts() and begun.is_file() and begun.read_text(encoding="utf-8") == launch:
+        resume |= begun.stat().st_mtime > psutil.Process(os.getppid()).create_time() - 1
+    if checkpoint.exists() and not resume:
+        raise ValueError(
+            f"{checkpoint} exists: it is there from an earlier run. To resume that run, add --resume; to start anew, "
+            f"delete the file or name another --log-dir"
+        )
+    write_text(begun, launch)
+    return resume
+
+
+def _remove_unused(folder: Path) -> None:
+    if {path.name for path in folder.iterdir()} <= {LOCK, BEGUN}:
+        shutil.rmtree(folder)
+
+
+def _train_in(
+    folder: Path, settings: Settings, device: torch.device, processes: Processes, progress: bool, *, resume: bool
+) -> dict[str, Any]:
     checkpoint = None if settings.dry_run else folder / "checkpoint.pt"
-    resume = bool(checkpoint) and (settings.resume or num_restarts() > 0)
-    data = _load_together(settings, device, processes, None if resume else checkpoint)
+    data = _load_together(settings, device, processes)
     steps = len(data.train_targets) // settings.batch_size
     if not steps:
         limit = f"the {len(data.train_targets)} training images"
@@ -111,19 +150,10 @@ def _run(settings: Settings, device: torch.device, processes: Processes, progres
     return record
 
 
-def _load_together(settings: Settings, device: torch.device, processes: Processes, unwanted: Path | None) -> Dataset:
+def _load_together(settings: Settings, device: torch.device, processes: Processes) -> Dataset:
     # Process 0 loads first, so that it alone downloads.
     loaded: list[Dataset] = []
-
-    def load_first() -> None:
-        if unwanted and unwanted.exists():
-            raise ValueError(
-                f"{unwanted} exists: it is there from an earlier run. To resume that run, add --resume; to start anew, "
-                f"delete the file or name another --log-dir"
-            )
-        loaded.append(load(settings, device))
-
-    processes.from_first(load_first)
+    processes.from_first(lambda: loaded.append(load(settings, device)))
     return loaded[0] if loaded else load(settings, device)
 
 

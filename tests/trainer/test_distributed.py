@@ -331,6 +331,13 @@ def test_torchrun_goes_on_after_a_killed_process_and_ends_with_the_same_weights(
     rows = [(each / "log.csv").read_text().splitlines() for each in (folder, tmp_path / "undisturbed")]
     assert [row.split(",")[:4] for row in rows[0]] == [row.split(",")[:4] for row in rows[1]]  # all but the times
 
+    # torchrun restarts processes that refuse, too: that is no leave to resume
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    refused = subprocess.run([*torchrun, *command, str(folder)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "add --resume" in refused.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+
     again = [sys.executable, *command, str(folder), "--processes", "4", "--resume"]
     ended = subprocess.run(again, env=ENVIRONMENT, check=False, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1

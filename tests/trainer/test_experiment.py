@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import socket
 from dataclasses import asdict, fields
 
 import pytest
@@ -13,6 +15,7 @@ from fwdlib import data as datasets
 from fwdlib.data import Dataset, Source, load_images
 from fwdlib.estimators import backprop_gradient
 from fwdlib.history import Run
+from fwdlib.locks import InUseError, held
 from fwdlib.models import initialise, num_parameters
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.trainer import experiment
@@ -270,7 +273,37 @@ def test_a_run_goes_on_to_more_epochs_as_if_it_had_been_asked_for_them(tiny, tmp
 def test_parts_of_files_that_a_kill_left_are_removed(tiny, tmp_path):
     (tmp_path / ".checkpoint.pt.abc.part").write_bytes(b"half")
     run(tiny(epochs=1), progress=False)
-    assert list(tmp_path.glob(".*")) == []
+    assert list(tmp_path.glob("*.part")) == []
+
+
+def test_two_runs_do_not_write_into_one_folder(tiny, tmp_path):
+    run(tiny(), progress=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with held(tmp_path), pytest.raises(InUseError, match="in use by process"):
+        run(tiny(resume=True, epochs=3), progress=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_that_does_not_begin_leaves_no_folder(tiny, tmp_path):
+    with pytest.raises(ValueError, match="batch_size"):
+        run(tiny(batch_size=100_000, log_dir=tmp_path / "new"), progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_restart_goes_on_with_what_its_own_launch_has_begun_alone(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    begun = tmp_path / experiment.BEGUN
+    launch = f"{socket.gethostname()} {os.getppid()}"
+    run(tiny(epochs=1), progress=False)
+    assert not begun.exists()
+    for other in (None, "another-host 1", launch):  # the last has an old date: of a process that had the same number
+        if other is not None:
+            begun.write_text(other)
+            os.utime(begun, (1e9, 1e9))
+        with pytest.raises(ValueError, match="add --resume"):
+            run(tiny(), progress=False)
+    begun.write_text(launch)
+    assert len(run(tiny(), progress=False)["epochs"]) == 2
 
 
 def test_rows_follow_from_the_run():

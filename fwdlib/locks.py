@@ -1,0 +1,47 @@
+"""One writer per folder. A lock belongs to a process and ends with it, also when it is killed."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+LOCK = ".fwdlib-lock"
+HOLDER = ".fwdlib-lock-holder.txt"
+
+
+class InUseError(OSError):
+    """Another process writes to the folder; the text says who, since when, and what to do."""
+
+
+@contextmanager
+def held(folder: Path, *, patience: float = 0, shown: Path | None = None) -> Iterator[None]:
+    """Keep other processes out of a folder, for the duration of a ``with`` block.
+
+    Args:
+        folder: an existing one. The lock is a hidden file in it.
+        patience: seconds to wait for another process to let go.
+        shown: the folder that the message names. Default: ``folder``.
+
+    Raises:
+        InUseError: if another process holds the folder.
+        OSError: if the folder cannot be written to.
+    """
+    lock, holder = FileLock(folder / LOCK), folder / HOLDER
+    try:
+        lock.acquire(timeout=patience, poll_interval=0.1)
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        raise InUseError(f"{shown or folder} is in use by {who}; wait for it to end, or name another folder") from None
+    try:
+        now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {now}", encoding="utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
