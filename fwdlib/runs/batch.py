@@ -7,19 +7,17 @@ lies in the job's folder.
 from __future__ import annotations
 
 import io
-import shutil
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-import psutil
 from tqdm import tqdm
 
 from fwdlib.checks import check_count, check_positive
 from fwdlib.runs import stamps
 from fwdlib.runs.jobs import Job, Outcome, check_jobs
-from fwdlib.runs.places import Here, Place, RunningJob
+from fwdlib.runs.places import Here, Place, RunningJob, remove_leftovers
 
 JOBS_BAR = "{n_fmt} of {total_fmt} jobs |{bar:20}| {elapsed}"
 
@@ -72,7 +70,7 @@ def run_batch(
     check_jobs(jobs)
     results, executed = Path(results).resolve(), Path(executed).resolve()
     results.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(results)
+    remove_leftovers(results)
 
     say = partial(tqdm.write, file=sys.stderr if progress else io.StringIO())  # goes above the bars
     hidden = not (progress and sys.stderr.isatty())
@@ -136,13 +134,6 @@ def _reused(jobs: list[Job], prints: dict[str, str], results: Path, executed: Pa
         for job, files in found
         if files is not None
     }
-
-
-def _remove_leftovers(results: Path) -> None:
-    # A batch and the processes of its notebooks can all be killed at the same moment.
-    for folder in results.glob(".running-*-*"):
-        if not psutil.pid_exists(int(folder.name.split("-")[1])):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _line(outcome: Outcome, where: str) -> str:

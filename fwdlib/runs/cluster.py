@@ -268,6 +268,7 @@ def run(order: Order) -> dict[str, Any]:
                 time.sleep(0.1)
         finally:
             children.end(process)
+            notebook.discard_temporary(folder)
         left = [folder / kept for kept in ("copy.ipynb", "log.txt", "error.txt")]
         left += [path for path in sorted((folder / "results").rglob("*")) if path.is_file()]
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in left if path.is_file()}

@@ -5,6 +5,7 @@ The batch, or a Dask worker, calls :func:`start`; the process itself runs :func:
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import shutil
@@ -49,6 +50,7 @@ def start(
     """
     for name in ("results", "cwd", "runtime", "ipython"):
         (folder / name).mkdir()
+    (folder / "tmp").symlink_to(tempfile.mkdtemp(prefix="fwdlib-"))  # a short path, as sockets in it must have one
     order = json.dumps({"notebook": str(notebook), "parameters": parameters, "timeout": timeout})
     command = [sys.executable, "-m", "fwdlib.runs.notebook", folder, order]
     environment = _environment(folder, one_thread) | (variables or {})
@@ -64,6 +66,9 @@ def _environment(folder: Path, one_thread: bool) -> dict[str, str]:
             env[name] = str(Path(env[name]).expanduser().resolve())  # the kernel's working folder is another
     env |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if one_thread else {}
     env |= {"JUPYTER_RUNTIME_DIR": str(folder / "runtime"), "IPYTHONDIR": str(folder / "ipython")}
+    # What a notebook leaves half done when it is ended goes with the job, but what torch has compiled is for the next.
+    env |= {"TMPDIR": str((folder / "tmp").resolve())}
+    env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")))
     # The kernel "python3" is this Python, not a kernel of that name in the user's home.
     return env | {"JUPYTER_PREFER_ENV_PATH": "1", "FWDLIB_RESULTS": str(folder / "results"), "PYTHONHASHSEED": "0"}
 
@@ -104,7 +109,18 @@ def _clean_up(folder: Path, ending: threading.Event) -> None:
         kernel.kill()
     psutil.wait_procs(kernels, timeout=GRACE / 2)  # so that none of them writes into the folder again
     while folder.exists():  # papermill may write the executed copy at the same time
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove a job's folder and its temporary one."""
+    discard_temporary(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def discard_temporary(folder: Path) -> None:
+    """Remove the folder in which a job puts its temporary files."""
+    shutil.rmtree((folder / "tmp").resolve(), ignore_errors=True)
 
 
 def _execute(folder: Path, notebook: str, parameters: dict[str, Any], timeout: float) -> None:

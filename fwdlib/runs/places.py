@@ -6,12 +6,12 @@ Wherever a job runs, its files end up in one folder here, and are collected here
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import socket
 import sys
 import tempfile
 import time
 from collections import deque
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,7 @@ import nbformat
 from tqdm import tqdm
 
 from fwdlib import children
+from fwdlib.locks import InUseError, held
 from fwdlib.runs import notebook, stamps
 from fwdlib.runs.jobs import Job, Outcome
 
@@ -64,7 +65,9 @@ class RunningJob:
         # papermill inserts a cell for the parameters
         self.num_cells = len(nbformat.read(job.notebook, 4).cells) + bool(job.parameters)
         # Inside the folder of the results, so that a result moves in one step: it is there whole or not at all.
-        self.folder = Path(tempfile.mkdtemp(prefix=f".running-{os.getpid()}-{job.name}-", dir=results))
+        self.folder = Path(tempfile.mkdtemp(prefix=f".running-{socket.gethostname()}-{job.name}-", dir=results))
+        self._held = ExitStack()
+        self._held.enter_context(held(self.folder))  # as long as this process lives, see remove_leftovers
         self.staging = self.folder / "results"
 
     def has_ended(self) -> bool:
@@ -117,7 +120,21 @@ class RunningJob:
 
     def remove(self) -> None:
         """End the notebook if it has not ended, and remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        notebook.discard(self.folder)
+        self._held.close()
+
+
+def remove_leftovers(results: Path) -> None:
+    """Remove the folders of jobs whose batch was killed together with the processes of its notebooks.
+
+    A living batch holds a lock in each, whatever its number and wherever it runs. Folders of other machines stay, as
+    a lock on a shared disk may not reach so far, and so do those of the last minute, which may not have theirs yet.
+    """
+    for folder in results.glob(f".running-{socket.gethostname()}-*"):
+        with suppress(InUseError, FileNotFoundError):
+            if time.time() - folder.stat().st_mtime > 60:
+                with held(folder):
+                    notebook.discard(folder)
 
 
 def replace_paths(path: Path, new: dict[Path | str, Path]) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import nbformat
 import psutil
 import pytest
 
+from fwdlib.locks import held
 from fwdlib.runs import places, stamps
 from fwdlib.runs.batch import run_batch
 from fwdlib.runs.jobs import Job, Outcome, failures
@@ -331,7 +333,9 @@ def test_time_outs_dead_kernels_and_killed_workers_are_failures_and_undo_the_sta
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
 def test_an_interrupted_batch_leaves_nothing_and_can_be_run_again(tmp_path, sent):
     gate = "while not Path(dataset).exists():\n    time.sleep(0.05)"
-    start = "import time\n" + ONE_FILE.format(name="a.txt")
+    begun = "import tempfile, time\nfrom pathlib import Path\nunpacked = tempfile.mkdtemp()\n"
+    begun += "Path(dataset).with_name('unpacked').write_text(unpacked)\n"
+    start = begun + ONE_FILE.format(name="a.txt")
     notebook = write_notebook(tmp_path / "gated.ipynb", start, gate)
     results, executed = tmp_path / "results", tmp_path / "executed"
     arguments = {"notebook": notebook, "parameters": {"dataset": str(tmp_path / "gate")}}
@@ -353,6 +357,7 @@ def test_an_interrupted_batch_leaves_nothing_and_can_be_run_again(tmp_path, sent
     assert wait_until(lambda: not processes_of(tmp_path), 5)
     assert wait_until(lambda: not list(results.iterdir()), 5)
     assert not executed.exists()
+    assert not Path((tmp_path / "unpacked").read_text()).parent.exists()
     if sent == signal.SIGKILL:
         (tmp_path / "gate").touch()
         (outcome,) = run_batch([Job(**arguments)], results=results, executed=executed, num_jobs=1)
@@ -382,12 +387,15 @@ def test_a_batch_that_dies_while_it_moves_results_leaves_no_stamp(again, monkeyp
 
 
 def test_folders_of_dead_batches_are_removed_and_those_of_living_ones_are_not(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    for pid in (process.pid, os.getpid()):
-        (tmp_path / f".running-{pid}-name-x").mkdir()
-    assert run_batch([], results=tmp_path, executed=tmp_path / "executed") == []
-    assert [path.name for path in tmp_path.iterdir()] == [f".running-{os.getpid()}-name-x"]
+    here = socket.gethostname()
+    names = [f".running-{here}-dead-x", f".running-{here}-alive-x", f".running-{here}-new-x", ".running-elsewhere-x-x"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    with held(tmp_path / names[1]):
+        for name in (*names[:2], names[3]):
+            os.utime(tmp_path / name, (1e9, 1e9))
+        assert run_batch([], results=tmp_path, executed=tmp_path / "executed") == []
+    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
 
 
 @pytest.fixture

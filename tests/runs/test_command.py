@@ -236,7 +236,7 @@ def test_control_c_keeps_what_is_finished_and_says_how_to_go_on(checkout, tmp_pa
     command = [sys.executable, "-m", "fwdlib", "run", "--notebook", "1b", "--set", "optimizer=SGD,late", "--jobs", "1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=checkout / "deep", env=env, **pipes)
-    late = "run/results/.running-*-1b_tiny-optimizer=late-*/cell.txt"
+    late = "run/results/.running-*1b_tiny-optimizer=late-*/cell.txt"
     end = time.monotonic() + 120
     while process.poll() is None and not list(tmp_path.glob(late)) and time.monotonic() < end:
         time.sleep(0.05)
