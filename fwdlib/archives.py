@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import shutil
 import tempfile
 import threading
 import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
@@ -26,6 +25,7 @@ from fwdlib.runtime import cache_dir, data_dir, is_offline
 PROBE_SECONDS = 2.0  # longest wait for the answer of one host
 PROBE_BUDGET = 4.5  # longest wait for all hosts that do not answer, per process
 DOWNLOAD_SECONDS = 20.0  # longest pause of a host during a download
+SLOWEST = 1000.0  # bytes a second that a download must have on average, after as long
 BYTES = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}  # units of a progress bar
 
 
@@ -121,12 +121,8 @@ def _download(archive: Archive, tried: str) -> None:
         with scratch as folder:
             part = Path(folder, path.name)
             try:
-                with (
-                    urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response,
-                    tqdm.wrapattr(response, "read", response.length, desc=path.name, leave=False, **BYTES) as stream,
-                    part.open("wb") as file,
-                ):
-                    shutil.copyfileobj(stream, file)
+                with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response, part.open("wb") as file:
+                    _copy(response, file, path.name)
                 _check(part, archive.digest)
                 part.replace(path)
                 return
@@ -135,6 +131,18 @@ def _download(archive: Archive, tried: str) -> None:
             except (OSError, http.client.HTTPException) as error:
                 reasons.append(f"the download from {host} failed ({error})")
     raise UnavailableError(", ".join(reasons))
+
+
+def _copy(response: http.client.HTTPResponse, file: BinaryIO, name: str) -> None:
+    # A host that sends a byte now and then never pauses for DOWNLOAD_SECONDS, so its rate has a limit, too.
+    begun = time.monotonic()
+    with tqdm(total=response.length, desc=name, leave=False, **BYTES) as bar:
+        while block := response.read1(2**16):
+            file.write(block)
+            bar.update(len(block))
+            seconds = time.monotonic() - begun
+            if seconds > DOWNLOAD_SECONDS and bar.n < SLOWEST * seconds:
+                raise TimeoutError(f"{bar.n} bytes in {seconds:.0f} seconds")
 
 
 _answered: dict[str, bool] = {}  # by host, for the life of the process

@@ -325,10 +325,13 @@ class Run:
         tables.check_format(self.to)
         asked = self._jobs()
         output = (self.output or runtime.results_dir() / ("run-quick" if runtime.is_quick() else "run")).expanduser()
+        missing = declarations.get_data(asked)
+        for reason in missing.values():
+            print(f"{reason} A notebook that has a SUBSTITUTE uses it.", file=sys.stderr)
         where = {
             "results": output / "results",
             "executed": output / "executed",
-            "fingerprint": declarations.data_state(),
+            "fingerprint": f"without {', '.join(missing)}" if missing else "",
         }
         if self.dry_run:
             done = {outcome.job.name for outcome in batch.finished(asked, **where)} if self.resume else set()
@@ -385,6 +388,11 @@ class Run:
         if silent := [name for name in ended if name not in set(frame["job"])]:
             advice = "A notebook leaves a record by calling results.save_run"
             print(f"No row for {', '.join(silent)}: no record was left. {advice}", file=sys.stderr)
+        for (real, used), rows in frame.groupby(["substitute_for", "data"]):
+            names = ", ".join(dict.fromkeys(rows["job"]))
+            print(
+                f"SUBSTITUTE: {names} used {used} in place of {real}; these are no results on {real}", file=sys.stderr
+            )
 
 
 COMMANDS = Union[Doctor, Data, Train, Bench, Run]  # noqa: UP007  # for X | Y, tyro imports typeguard: 0.2 s

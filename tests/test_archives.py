@@ -6,6 +6,7 @@ import functools
 import hashlib
 import http.server
 import io
+import itertools
 import os
 import re
 import shutil
@@ -185,7 +186,7 @@ def test_an_interrupted_download_leaves_nothing_that_passes_for_whole(
     class Half(io.BytesIO):
         length = 1000
 
-        def read(self, *args):
+        def read1(self, *args):
             if self.tell():
                 raise interruption
             return super().read(100)
@@ -196,6 +197,22 @@ def test_an_interrupted_download_leaves_nothing_that_passes_for_whole(
     assert files_in(tmp_path / "cache") == ["set", "set/raw"]
     monkeypatch.setattr(urllib.request, "urlopen", URLOPEN)
     assert archives.obtain(served)[0] == tmp_path / "cache"
+
+
+def test_a_host_that_sends_a_byte_now_and_then_is_not_waited_for(served, monkeypatch, tmp_path):
+    clock = itertools.count()
+
+    class Slow(io.BytesIO):
+        length = 1000
+
+        def read1(self, *args):
+            return b"x"
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: Slow())
+    monkeypatch.setattr(archives.time, "monotonic", lambda: next(clock))
+    with pytest.raises(UnavailableError, match=r"failed \(\d+ bytes in 21 seconds\)"):
+        archives.obtain(served)
+    assert files_in(tmp_path / "cache") == ["set", "set/raw"]
 
 
 def test_parallel_downloads_do_not_meet(served, tmp_path):

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
+
 from fwdlib import data
 from fwdlib.archives import found_no_network
 from fwdlib.checks import check_count
@@ -171,13 +173,29 @@ def find_notebook(name: str, folder: Path | None) -> Path:
     raise FileNotFoundError(f"no notebook {name!r} in {folder}; there are {', '.join(known) or 'none'}")
 
 
-def data_state() -> str:
-    """Return what the results depend on besides the jobs: which data sets are missing, so that substitutes are used.
+def get_data(jobs: list[Job]) -> dict[str, str]:
+    """Get the data sets that the jobs' notebooks name, before anything runs, and return those that cannot be had.
 
-    The files of every other set have the published hashes, wherever they are; so nothing else matters. This asks hosts
-    whether they answer. If none does, it sets ``FWDLIB_OFFLINE``, so that the jobs do not ask again.
+    The files of every other set have the published hashes, wherever they are; so the results depend on nothing else. If
+    no host answers, it sets ``FWDLIB_OFFLINE``, so that the jobs do not ask again.
+
+    Args:
+        jobs: of a batch.
+
+    Returns:
+        Why a data set is missing, by its name. A set whose substitute has the same rows is not among them.
     """
-    lacking = data.lacking()
+    cells = [cell.source for path in {job.notebook for job in jobs} for cell in nbformat.read(path, 4).cells]
+    text = "\n".join([*cells, *(repr(job.parameters) for job in jobs)])
+    missing = {}
+    for name in data.FETCHABLE:
+        if re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", text, re.IGNORECASE):
+            try:
+                data.fetch(name)
+            except FileNotFoundError as error:
+                missing |= {} if name == "penguins" else {name: str(error)}
+            except data.DamagedFileError:
+                pass  # the job that needs it says so
     if found_no_network():
         os.environ["FWDLIB_OFFLINE"] = "1"
-    return f"without {', '.join(lacking)}" if lacking else ""
+    return missing

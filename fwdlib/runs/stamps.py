@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,22 @@ def write(stamp: Path, fingerprint: str, seconds: float, results: Path, files: I
     from fwdlib.results import write_json
 
     digests = {file.relative_to(results).as_posix(): sha256(file) for file in files}
-    write_json(stamp, {"fingerprint": fingerprint, "seconds": seconds, "results": digests})
+    about = {"fingerprint": fingerprint, "seconds": seconds, "lacked": sorted(set(_lacked(files)))}
+    write_json(stamp, about | {"results": digests})
+
+
+def _lacked(files: Iterable[Path]) -> Iterator[str]:
+    # The data sets that substitutes replaced, as the records say.
+    for file in files:
+        with suppress(ValueError, LookupError, TypeError):  # another kind of file
+            if file.suffix == ".json" and (name := json.loads(file.read_text())["source"]["substitute_for"]):
+                yield name
 
 
 def valid_results(job: Job, fingerprint: str, results: Path, executed: Path) -> tuple[Path, ...] | None:
     """Return the result files of an earlier batch if its stamp is valid, or None.
+
+    Results on a substitute are valid for as long as the data set cannot be had.
 
     Args:
         job: of a batch.
@@ -99,6 +111,10 @@ def valid_results(job: Job, fingerprint: str, results: Path, executed: Path) -> 
         stamp = json.loads((executed / f"{job.name}.json").read_text())
         is_valid = stamp["fingerprint"] == fingerprint and (executed / f"{job.name}.ipynb").is_file()
         is_valid = is_valid and all(sha256(results / name) == digest for name, digest in stamp["results"].items())
+        if is_valid and stamp["lacked"]:
+            from fwdlib import data  # with torch, which a Dask worker may not have
+
+            is_valid = {*stamp["lacked"]} <= {*data.lacking()}
         return tuple(results / name for name in stamp["results"]) if is_valid else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no stamp, a damaged one, a lost result
         return None

@@ -18,6 +18,7 @@ import nbformat
 import psutil
 import pytest
 
+from fwdlib import data
 from fwdlib.locks import held
 from fwdlib.runs import places, stamps
 from fwdlib.runs.batch import run_batch
@@ -270,6 +271,19 @@ def test_other_parameters_or_data_or_quick_mode_run_again(again, monkeypatch):
     assert status(fingerprint="other data") == "run"
     monkeypatch.setenv("FWDLIB_QUICK", "1")
     assert status() == "run"
+
+
+def test_results_on_a_substitute_are_reused_until_the_real_data_are_there(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text(json.dumps({"source": {"name": "digits", "substitute_for": "KMNIST"}}))
+    (tmp_path / "b.json").write_text("[1, 2]")
+    (tmp_path / "job.ipynb").write_text("executed")
+    files = (tmp_path / "a.json", tmp_path / "b.json")
+    stamps.write(tmp_path / "job.json", "print", 1.0, tmp_path, files)
+    lacking = ["KMNIST", "CIFAR10"]
+    monkeypatch.setattr(data, "lacking", lambda: lacking)
+    assert stamps.valid_results(Job(tmp_path / "job.ipynb"), "print", tmp_path, tmp_path) == files
+    lacking.remove("KMNIST")
+    assert stamps.valid_results(Job(tmp_path / "job.ipynb"), "print", tmp_path, tmp_path) is None
 
 
 @pytest.mark.parametrize("change", ["source", "markdown", "tags"])

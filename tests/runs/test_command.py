@@ -230,6 +230,20 @@ def test_brackets_stay_together(run, tmp_path):
     assert "(1, 2) is a tuple, which papermill cannot pass on. Make the default a list" in errors
 
 
+def test_a_substitute_is_told_at_the_start_and_at_the_end(run, tmp_path):
+    used = TRAIN.replace(
+        '"runs": runs}', '"runs": runs}\nrecord["source"] |= {"name": "digits", "substitute_for": "KMNIST"}'
+    )
+    path = write_notebook(tmp_path / "stand_in.ipynb", f"# load_kmnist()\n{used}")
+    code, _, errors = run(f"--notebook {path} --output {tmp_path / 'out'}")
+    assert code == 0
+    assert errors.startswith("KMNIST is not available: ")
+    assert errors.splitlines()[-1].startswith("SUBSTITUTE: stand_in used digits in place of KMNIST")
+    code, _, errors = run(f"--notebook {path} --output {tmp_path / 'out'}")
+    assert "reused   stand_in" in errors
+    assert errors.splitlines()[-1].startswith("SUBSTITUTE: stand_in used digits in place of KMNIST")
+
+
 def test_control_c_keeps_what_is_finished_and_says_how_to_go_on(checkout, tmp_path):
     env = os.environ | {"PYTHONPATH": str(checkout), "FWDLIB_OFFLINE": "1", "TEMPLATE": str(checkout / "template.json")}
     env |= {"FWDLIB_RESULTS": str(tmp_path)}

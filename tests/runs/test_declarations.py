@@ -205,11 +205,21 @@ def test_names_are_file_names_and_no_two_points_share_one(points):
     assert len(set(names)) == len({repr(point) for point in points})
 
 
-def test_only_which_sets_are_replaced_matters_of_the_data(monkeypatch):
-    places = {"penguins": "palmerpenguins (the same rows), because ...", "KMNIST": "/data/KMNIST", "digits": "sklearn"}
-    monkeypatch.setattr(data, "available", lambda: places)
-    assert declarations.data_state() == ""
-    places["KMNIST"] = "a download, because it is not in ..."
-    assert declarations.data_state() == ""
-    places |= {"KMNIST": "SUBSTITUTE digits, because no host answers", "CIFAR10": "nowhere, because no host answers"}
-    assert declarations.data_state() == "without KMNIST, CIFAR10"
+def test_the_data_that_notebooks_name_are_fetched_before_the_batch(monkeypatch, tmp_path):
+    asked, had = [], {"penguins"}
+
+    def fetch(name):
+        asked.append(name)
+        if name not in had:
+            raise FileNotFoundError(f"no {name}")
+
+    monkeypatch.setattr(data, "fetch", fetch)
+    cells = [nbformat.v4.new_code_cell('data = load_kmnist()\nload_penguins()\ndataset = "cifar10"')]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "one.ipynb")
+    jobs = [Job(tmp_path / "one.ipynb", {"other": "FashionMNIST"})]
+    assert declarations.get_data(jobs) == {name: f"no {name}" for name in ("KMNIST", "FashionMNIST", "CIFAR10")}
+    assert asked == ["penguins", "KMNIST", "FashionMNIST", "CIFAR10"]  # MNIST is none of them
+    had |= {"KMNIST", "FashionMNIST", "CIFAR10"}
+    assert declarations.get_data(jobs) == {}
+    had.clear()
+    assert "penguins" not in declarations.get_data(jobs)  # the package has the same rows
