@@ -60,12 +60,17 @@ def svg() -> Callable[[Figure], bytes]:
 
 
 @pytest.fixture
-def check_drawing(svg) -> Callable[[Callable[[], Figure]], None]:
-    """Return a check of a function that draws: twice the same bytes, and the user's style is left alone."""
+def drawn(svg) -> Callable[..., Figure]:
+    """Return what calls a function that draws, checks it and returns the figure.
 
-    def check(draw: Callable[[], Figure]) -> None:
+    Drawn twice, a figure has the same bytes, and the user's style is left alone.
+    """
+
+    def check(draw: Callable[..., Figure], *args, **options) -> Figure:
         before = dict(matplotlib.rcParams)
-        assert svg(draw()) == svg(draw())
+        figure = draw(*args, **options)
+        assert svg(figure) == svg(draw(*args, **options))
         assert dict(matplotlib.rcParams) == before
+        return figure
 
     return check
