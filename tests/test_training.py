@@ -17,6 +17,7 @@ from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.stacked.gradients import Gradients
 from fwdlib.training import OPTIMIZERS, evaluate, make_optimizer
 
+NORMAL = partial(forward_gradient, tangents="normal")
 SEEDS = (3, 0, 5)
 ESTIMATORS = {
     "backprop": backprop_gradient,
@@ -214,7 +215,7 @@ def test_a_stack_of_convolutions_is_possible_and_gives_the_same_numbers():
         training.train,
         CNN,
         data,
-        partial(forward_gradient, tangents="normal"),
+        NORMAL,
         learning_rate=1e-3,
         max_iterations=2,
         progress=None,
@@ -232,14 +233,14 @@ def test_the_same_call_gives_the_same_numbers(train, estimator, stacked):
 
 
 def test_a_seed_has_the_same_numbers_in_whatever_company(train):
-    alone = train(MLP, partial(forward_gradient, tangents="normal"), seeds=(5,))
-    among = train(MLP, partial(forward_gradient, tangents="normal"), seeds=(9, 5, 1))
+    alone = train(MLP, NORMAL, seeds=(5,))
+    among = train(MLP, NORMAL, seeds=(9, 5, 1))
     assert alone.runs[0].train_loss == pytest.approx(among.runs[1].train_loss, rel=1e-4)
 
 
 def test_two_methods_start_from_the_same_parameters(train):
     first, second = (
-        train(MLP, e, seeds=SEEDS) for e in (backprop_gradient, partial(forward_gradient, tangents="normal"))
+        train(MLP, e, seeds=SEEDS) for e in (backprop_gradient, NORMAL)
     )
     for run, other in zip(first.runs, second.runs, strict=True):
         assert run.train_loss[0] == pytest.approx(other.train_loss[0], rel=1e-5)
@@ -370,7 +371,7 @@ def with_frozen():
     ("build", "reason"), [(with_dropout, "Dropout"), (with_batchnorm, "buffers"), (with_frozen, "frozen parameters")]
 )
 def test_models_that_cannot_be_stacked_run_one_after_the_other(train, build, reason):
-    for estimator in (backprop_gradient, partial(forward_gradient, tangents="normal")):
+    for estimator in (backprop_gradient, NORMAL):
         history = train(build, estimator, seeds=(0, 1), max_iterations=3, learning_rate=0.01)
         assert history.stack_size == 1
         again = train(build, estimator, seeds=(1,), max_iterations=3, learning_rate=0.01)
@@ -395,7 +396,7 @@ def test_dropout_draws_a_new_mask_at_each_step_and_another_for_each_seed(train):
 def test_training_leaves_the_global_generator_alone(train):
     for build, stacked in ((LogisticRegression, True), (LogisticRegression, False), (with_dropout, False)):
         before = torch.random.get_rng_state()
-        train(build, partial(forward_gradient, tangents="normal"), seeds=(0, 1), together=stacked, max_iterations=2)
+        train(build, NORMAL, seeds=(0, 1), together=stacked, max_iterations=2)
         assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -525,7 +526,7 @@ def test_refuses_a_learning_rate_beside_an_optimizer_that_has_its_own(train):
 def test_a_stack_that_shrinks_goes_on_as_its_seeds_would_alone(train):
     options = {"optimizer": "Adam", "learning_rate": 0.05, "threshold": 0.5, "max_iterations": 300, "seeds": range(9)}
     stacked, alone = (
-        train(LogisticRegression, partial(forward_gradient, tangents="normal"), together=s, **options)
+        train(LogisticRegression, NORMAL, together=s, **options)
         for s in (True, False)
     )
     ends = sorted(run.iterations for run in alone.runs)
@@ -573,7 +574,7 @@ def test_both_methods_see_the_same_batches_and_another_seed_others(train):
 
     for name, seed, base in (
         ("a", 0, backprop_gradient),
-        ("b", 0, partial(forward_gradient, tangents="normal")),
+        ("b", 0, NORMAL),
         ("c", 1, backprop_gradient),
     ):
         train(estimator=spy(name, base), batch_size=25, max_iterations=1, seeds=[seed])

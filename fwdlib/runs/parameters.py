@@ -29,9 +29,6 @@ BRACKETS = {"(": ")", "[": "]", "{": "}"}
 def defaults_of(notebook: Path) -> dict[str, Any]:
     """Return a notebook's parameters with their defaults, in the order of its cell; None for one that is no literal.
 
-    Args:
-        notebook: its path.
-
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no Python notebook with exactly one cell tagged ``parameters``.

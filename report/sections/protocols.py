@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fwdlib import plotting
 from fwdlib.statistics import Interval, median_interval, paired_ratio, t_interval
-from report.names import AS_PUBLISHED, METHODS, MODELS, PROTOCOLS, STEPS
+from report.names import AS_PUBLISHED, METHODS, MODELS, PROTOCOLS, STEPS, read
 
 THEIR_TIMER = "their timer"
 JOINT = "one tangent for all tensors"
@@ -25,23 +24,14 @@ def load(folder: Path) -> dict[str, Any]:
     """Return what was measured: ``models``, name -> the content of its file, and ``steps``, which may be None.
 
     A model whose fair protocol is not complete is left out.
-
-    Args:
-        folder: of the results.
     """
-    files = {name: folder / PROTOCOLS / f"{name}.json" for name in MODELS}
-    models = {name: json.loads(path.read_text("utf-8")) for name, path in files.items() if path.is_file()}
-    steps = folder / PROTOCOLS / STEPS
-    complete = {name: found for name, found in models.items() if set(found.get("fair", {})) == set(METHODS)}
-    return {"models": complete, "steps": json.loads(steps.read_text("utf-8")) if steps.is_file() else None}
+    models = {name: read(folder / PROTOCOLS / f"{name}.json") for name in MODELS}
+    complete = {name: found for name, found in models.items() if found and set(found.get("fair", {})) == set(METHODS)}
+    return {"models": complete, "steps": read(folder / PROTOCOLS / STEPS)}
 
 
 def context(found: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what the template prints of it, None where nothing was measured.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return what the template prints of it, None where nothing was measured."""
     if not found["models"] or not found["steps"]:
         return None
     models = {name: _model(name, content, found["steps"]["seconds"][name]) for name, content in found["models"].items()}
@@ -61,11 +51,7 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def figures(found: dict[str, Any]) -> dict[str, Figure]:
-    """Return the figure of the report's first screen, by name; no figure where nothing was measured.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return the figure of the report's first screen, by name; no figure where nothing was measured."""
     measured = context(found)
     return {"answer": plot_tuned(measured["models"])} if measured else {}
 

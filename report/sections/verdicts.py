@@ -97,10 +97,6 @@ class Finding(NamedTuple):
 def judge(claim: Claim, context: dict[str, Any]) -> Finding:
     """Return the verdict on a claim.
 
-    Args:
-        claim: one of :data:`report.sections.claims.CLAIMS`.
-        context: of the page.
-
     Raises:
         ClaimError: if the context lacks something that the claim looks up; the message names both.
     """

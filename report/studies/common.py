@@ -16,6 +16,7 @@ import tyro
 
 from fwdlib import runtime
 from fwdlib.data import Dataset
+from report.names import read
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -67,7 +68,7 @@ def reopen(file: Path, settings: dict[str, Any], **begin: Any) -> dict[str, Any]
         ValueError: if the file was made with other settings.
     """
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-    found = json.loads(file.read_text("utf-8")) if file.is_file() else begin
+    found = read(file) or begin
     kept = found.setdefault("settings", settings)
     if kept != settings:
         missing = "not there"
@@ -98,12 +99,7 @@ def climb(cost: Callable[[int], tuple[float, ...]], power: int) -> int:
 
 
 def held_out(data: Dataset, number: int) -> Dataset:
-    """Return the data with the last examples of the training set as its test set.
-
-    Args:
-        data: a data set.
-        number: how many examples to hold out.
-    """
+    """Return the data with the last examples of the training set as its test set."""
     train_inputs, test_inputs = data.train_inputs.tensor_split([-number])
     train_targets, test_targets = data.train_targets.tensor_split([-number])
     return data._replace(

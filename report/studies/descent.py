@@ -64,11 +64,6 @@ def build() -> nn.Module:
 def measure(settings: Settings, folder: Path, methods: Sequence[str] = PARTS) -> dict[str, Any]:
     """Tune and train with each of ``methods``, and return everything that the file then holds.
 
-    Args:
-        settings: ``FULL`` or ``SHORT``.
-        folder: of the results.
-        methods: some of ``METHODS``.
-
     Returns:
         ``settings``, ``environment``, and ``runs``: for each training its method, learning rate, seed, purpose
         (``"tuning"`` or ``"measured"``), status, number of iterations, and training losses: the mean over each

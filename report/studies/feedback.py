@@ -107,11 +107,6 @@ PARTS = (
 def measure(settings: Settings, folder: Path, parts: Sequence[str] = PARTS) -> None:
     """Train the modes that ``parts`` name, and time the steps if they name these.
 
-    Args:
-        settings: ``FULL`` or ``SHORT``.
-        folder: of the results.
-        parts: tasks, files of single modes without ``.json``, and ``"steps"``.
-
     Raises:
         ValueError: if a file holds trainings with other settings.
     """
@@ -129,12 +124,6 @@ def measure(settings: Settings, folder: Path, parts: Sequence[str] = PARTS) -> N
 
 def measure_mode(settings: Settings, folder: Path, task: str, mode: str) -> dict[str, Any]:
     """Tune and train one mode of a task, and return everything that its file then holds.
-
-    Args:
-        settings: of the study.
-        folder: of the results.
-        task: one of the tasks of the settings.
-        mode: one of ``MODES``.
 
     Returns:
         ``task``, ``mode``, ``settings``, ``source``, ``environment``, and ``runs``: for each training the powers of its
@@ -208,10 +197,6 @@ def measure_steps(settings: Settings, folder: Path) -> dict[str, Any]:
 
     The feedback rules replay what they have recorded, as in ``python -m fwdlib train``. For a fair comparison FDFA is
     also timed without recording, and backprop with it.
-
-    Args:
-        settings: of the study.
-        folder: of the results.
 
     Returns:
         ``seconds``: net -> mode -> seconds per step, one number a round; ``environment``.

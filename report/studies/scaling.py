@@ -35,10 +35,6 @@ SHORT = Settings((1, 2), (None, 100), 3)
 def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     """Measure what the file does not hold yet, and return everything that it then holds.
 
-    Args:
-        settings: ``FULL`` or ``SHORT``.
-        folder: of the results.
-
     Returns:
         ``settings``, ``environment``, and ``rows``, as :func:`fwdlib.bench.sharing.measure_step` returns them;
         ``obstacle``: why links could not be slowed, empty if they could.

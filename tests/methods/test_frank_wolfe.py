@@ -31,9 +31,10 @@ from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.trainer.session import TrainerSession
 from fwdlib.training import train
 
+NORMAL = partial(forward_gradient, tangents="normal")
 ESTIMATORS = {
     "backprop": backprop_gradient,
-    "forward": partial(forward_gradient, tangents="normal"),
+    "forward": NORMAL,
     "stacked": forward_gradient,
 }
 FORMS = {"plain": False, "averaged": True}
@@ -475,24 +476,10 @@ def test_trains_with_every_kind_of_estimator(blobs, estimator):
 
 def test_a_checkpoint_resumes_bit_for_bit(blobs, tmp_path):
     options = {"optimizer": partial(FrankWolfe, ball="l1", radius=20.0), "evaluate_every": 10, "progress": None}
-    whole = train(build, blobs, partial(forward_gradient, tangents="normal"), max_iterations=40, **options)
+    whole = train(build, blobs, NORMAL, max_iterations=40, **options)
     file = tmp_path / "checkpoint.pt"
-    train(
-        build,
-        blobs,
-        partial(forward_gradient, tangents="normal"),
-        max_iterations=20,
-        session=TrainerSession(file),
-        **options,
-    )
-    resumed = train(
-        build,
-        blobs,
-        partial(forward_gradient, tangents="normal"),
-        max_iterations=40,
-        session=TrainerSession(file, resume=True),
-        **options,
-    )
+    train(build, blobs, NORMAL, max_iterations=20, session=TrainerSession(file), **options)
+    resumed = train(build, blobs, NORMAL, max_iterations=40, session=TrainerSession(file, resume=True), **options)
     assert all(torch.equal(p, resumed.params[0][name]) for name, p in whole.params[0].items())
 
 
@@ -553,9 +540,7 @@ def test_generators_of_the_project_drive_it_reproducibly():
         optimizer = FrankWolfe([weight], ball="l2", radius=2.0)
         draw = runtime.generator(3)
         for _ in range(5):
-            weight.grad = forward_gradient(objective, {"x": weight.detach()}, generator=draw, tangents="normal").grads[
-                "x"
-            ]
+            weight.grad = NORMAL(objective, {"x": weight.detach()}, generator=draw).grads["x"]
             optimizer.step()
         ends.append(weight.detach().clone())
     assert torch.equal(*ends)

@@ -15,7 +15,7 @@ from report.page.context import build_context, load_results
 from report.sections import scaling
 from report.studies import scaling as study
 from report.studies.common import RESULTS
-from tests.report.records import make_results, section
+from tests.report.records import MACHINE, make_results, section
 
 FEW, MANY = scaling.FEW, scaling.MANY
 SECONDS = {"BP": 0.010, FEW: 0.005, MANY: 0.020}
@@ -39,8 +39,7 @@ def row(count, megabits=None, slower=1.0):
 def measured():
     rows = [row(1), row(2), row(4), row(4, 100, 60.0), row(2, 100, 40.0)]
     settings = {"counts": [1, 2, 4], "rates": [None, 100], "num_rounds": 9, "batch_size": 64}
-    environment = {"versions": {"python": "3.11"}, "system": "Linux", "processor": "a CPU", "cores": 2, "threads": 1}
-    return {"settings": settings, "environment": environment, "rows": rows, "obstacle": "", "descent": None}
+    return {"settings": settings, "environment": MACHINE, "rows": rows, "obstacle": "", "descent": None}
 
 
 def descent(losses):
@@ -88,10 +87,7 @@ def test_without_trainings_of_both_there_is_no_measured_ratio(measured, curves):
     assert scaling.context(measured | {"descent": descent(curves)})["descent"] is None
 
 
-def test_without_measurements_there_is_no_section_and_no_figure(tmp_path, measured):
-    assert scaling.load(tmp_path) is None
-    assert scaling.context(None) is None
-    assert scaling.figures(None) == {}
+def test_one_process_alone_is_too_little_for_a_section(measured):
     assert scaling.context(measured | {"rows": [row(1)]}) is None
 
 

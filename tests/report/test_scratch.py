@@ -11,13 +11,13 @@ import torch
 from torch.nn import functional as F
 
 from fwdlib.methods import tinynet
-from fwdlib.results import write_json
 from fwdlib.statistics import t_interval
 from report.names import CELLS, COMPARED
 from report.sections import scratch as section
 from report.studies import scratch as study
 from report.studies.common import RESULTS
 from tests.report import printing
+from tests.report.records import MACHINE
 
 ARRIVALS = {  # of six seeds
     ("tinynet", "as PyTorch"): (40, 42, 44, 46, 48, 50),
@@ -43,15 +43,9 @@ def content(arrivals=ARRIVALS, **changes):
     runs += [{"key": ["derivatives"], "errors": {"Tanh": [0.42, 0.0], "Sigmoid": [0.18, 0.0]}}]
     runs += [{"key": ["ratio"], "ratios": [50.0, 50.0]}]
     runs += [{"key": ["agreement", "ReLU", "MSELoss", "sum", m], "difference": 3e-13 * (1 + m)} for m in (0.0, 0.9)]
-    versions = {"python": "3.11.7", "torch": "2.15.0"}
-    machine = {"versions": versions, "system": "Linux", "processor": "a CPU", "cores": 2, "threads": 2}
-    seconds = {
-        "tinynet": [1e-4] * 9,
-        "PyTorch": [4e-4] * 9,
-        "PyTorch, foreach": [2e-4] * 9,
-        "PyTorch, fused": [3e-4] * 9,
-    }
-    found = {"settings": _settings(), "environment": machine, "runs": runs, "steps": {"1": seconds}}
+    milliseconds = {"tinynet": 0.1, "PyTorch": 0.4, "PyTorch, foreach": 0.2, "PyTorch, fused": 0.3}
+    seconds = {name: [value / 1e3] * 9 for name, value in milliseconds.items()}
+    found = {"settings": _settings(), "environment": MACHINE, "runs": runs, "steps": {"1": seconds}}
     return found | changes
 
 
@@ -65,23 +59,11 @@ def _settings():
 text_of = partial(printing.text_of, section)
 
 
-@pytest.fixture
-def load(tmp_path):
-    def through_a_file(found):
-        write_json(tmp_path / "scratch.json", found)
-        return section.load(tmp_path)
-
-    return through_a_file
-
-
 # what the page prints
 
 
-def test_nothing_measured_is_nothing_shown(tmp_path, load):
-    assert section.load(tmp_path) is None
-    assert section.context(None) is None
+def test_without_a_training_nothing_is_shown(load):
     assert section.context(load(content(runs=[]))) is None
-    assert section.figures(None) == {}
 
 
 def test_the_cells_follow_the_trainings(load):
