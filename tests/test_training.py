@@ -211,15 +211,7 @@ def test_a_stack_of_convolutions_is_possible_and_gives_the_same_numbers():
     draw = torch.Generator().manual_seed(0)
     images, targets = torch.rand(6, 1, 28, 28, generator=draw), torch.arange(6) % 3
     data = Dataset(images, targets, images[:2], targets[:2], tuple("abc"), None)
-    call = partial(
-        training.train,
-        CNN,
-        data,
-        NORMAL,
-        learning_rate=1e-3,
-        max_iterations=2,
-        progress=None,
-    )
+    call = partial(training.train, CNN, data, NORMAL, learning_rate=1e-3, max_iterations=2, progress=None)
     stacked, default = call(seeds=(1, 2), together=True), call(seeds=(1, 2))
     assert (stacked.stack_size, default.stack_size) == (2, 1)
     assert_same_runs(stacked, default)
@@ -239,9 +231,7 @@ def test_a_seed_has_the_same_numbers_in_whatever_company(train):
 
 
 def test_two_methods_start_from_the_same_parameters(train):
-    first, second = (
-        train(MLP, e, seeds=SEEDS) for e in (backprop_gradient, NORMAL)
-    )
+    first, second = (train(MLP, e, seeds=SEEDS) for e in (backprop_gradient, NORMAL))
     for run, other in zip(first.runs, second.runs, strict=True):
         assert run.train_loss[0] == pytest.approx(other.train_loss[0], rel=1e-5)
         assert run.train_loss[1] != pytest.approx(other.train_loss[1], rel=1e-5)
@@ -525,10 +515,7 @@ def test_refuses_a_learning_rate_beside_an_optimizer_that_has_its_own(train):
 
 def test_a_stack_that_shrinks_goes_on_as_its_seeds_would_alone(train):
     options = {"optimizer": "Adam", "learning_rate": 0.05, "threshold": 0.5, "max_iterations": 300, "seeds": range(9)}
-    stacked, alone = (
-        train(LogisticRegression, NORMAL, together=s, **options)
-        for s in (True, False)
-    )
+    stacked, alone = (train(LogisticRegression, NORMAL, together=s, **options) for s in (True, False))
     ends = sorted(run.iterations for run in alone.runs)
     assert ends[0] < ends[4] < ends[-1]  # it has shrunk more than once
     assert_same_runs(stacked, alone)
@@ -572,11 +559,7 @@ def test_both_methods_see_the_same_batches_and_another_seed_others(train):
 
         return estimator
 
-    for name, seed, base in (
-        ("a", 0, backprop_gradient),
-        ("b", 0, NORMAL),
-        ("c", 1, backprop_gradient),
-    ):
+    for name, seed, base in (("a", 0, backprop_gradient), ("b", 0, NORMAL), ("c", 1, backprop_gradient)):
         train(estimator=spy(name, base), batch_size=25, max_iterations=1, seeds=[seed])
     assert seen["a"] == seen["b"] != seen["c"]
 

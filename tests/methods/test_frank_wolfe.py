@@ -32,11 +32,7 @@ from fwdlib.trainer.session import TrainerSession
 from fwdlib.training import train
 
 NORMAL = partial(forward_gradient, tangents="normal")
-ESTIMATORS = {
-    "backprop": backprop_gradient,
-    "forward": NORMAL,
-    "stacked": forward_gradient,
-}
+ESTIMATORS = {"backprop": backprop_gradient, "forward": NORMAL, "stacked": forward_gradient}
 FORMS = {"plain": False, "averaged": True}
 
 # few values, so that there are ties and zeros
@@ -79,8 +75,7 @@ def run(gradient, start, num_steps, **options):
 
 
 @pytest.mark.parametrize(
-    ("ball", "expected"),
-    [("l1", [0.0, 2.0, 0.0]), ("l2", [-2 / 3, 4 / 3, -4 / 3]), ("linf", [-2.0, 2.0, -2.0])],
+    ("ball", "expected"), [("l1", [0.0, 2.0, 0.0]), ("l2", [-2 / 3, 4 / 3, -4 / 3]), ("linf", [-2.0, 2.0, -2.0])]
 )
 def test_minimisers_of_vectors(ball, expected):
     direction = torch.tensor([1.0, -2.0, 2.0 - 1e-3 * (ball == "l1")])
@@ -515,10 +510,7 @@ def test_refuses_bad_options_and_keeps_no_bad_group():
     for options, message in (
         ({"ball": "l3", "radius": 1.0}, "ball must be one of"),
         ({"radius": -1.0}, "radius must be a finite number above 0, got -1.0"),
-        (
-            {"radius": 1.0, "offset": 1.0},
-            "offset must be at least 2, .* 2/offset of the way, got 1",
-        ),
+        ({"radius": 1.0, "offset": 1.0}, "offset must be at least 2, .* 2/offset of the way, got 1"),
         ({"radius": 1.0, "power": 1.5}, "power must be at most 1, got 1.5"),
     ):
         with pytest.raises(ValueError, match=message):

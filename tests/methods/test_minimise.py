@@ -36,9 +36,7 @@ def test_with_backprop_it_is_gradient_descent():
 
 
 def test_with_forward_gradients_it_is_the_loop_of_the_paper():
-    found = minimise(
-        beale, START, NORMAL, learning_rate=0.01, num_iterations=30, seeds=[7]
-    )
+    found = minimise(beale, START, NORMAL, learning_rate=0.01, num_iterations=30, seeds=[7])
     x, draw = START, runtime.generator(7)
     for _ in range(30):
         x = x - 0.01 * forward_gradient(as_objective(beale), {"x": x}, generator=draw, tangents="normal").grads["x"]
@@ -78,14 +76,7 @@ def test_each_replicate_may_have_a_learning_rate_and_a_start_of_its_own():
 
 
 def test_the_same_seed_draws_the_same_tangents_at_every_learning_rate():
-    found = minimise(
-        sphere,
-        START,
-        NORMAL,
-        learning_rate=[0.1, 0.1, 0.1],
-        num_iterations=9,
-        seeds=[5, 5, 6],
-    )
+    found = minimise(sphere, START, NORMAL, learning_rate=[0.1, 0.1, 0.1], num_iterations=9, seeds=[5, 5, 6])
     assert torch.equal(found.values[0], found.values[1])
     assert not torch.equal(found.values[0], found.values[2])
 
@@ -198,15 +189,7 @@ def test_refuses_whole_numbers():
 
 
 def test_thinned_records_are_dense_at_the_start_and_keep_both_ends():
-    found = minimise(
-        beale,
-        START,
-        NORMAL,
-        learning_rate=0.01,
-        num_iterations=200,
-        seeds=[0, 1],
-        keep_trajectories=True,
-    )
+    found = minimise(beale, START, NORMAL, learning_rate=0.01, num_iterations=200, seeds=[0, 1], keep_trajectories=True)
     thinned = found.thinned(20)
     steps = thinned["steps"]
     assert (steps[:4], steps[-1]) == ([0, 1, 2, 3], 200)

@@ -167,10 +167,7 @@ def test_backprop_on_a_quadratic_diverges_from_two_over_the_largest_curvature_on
 def test_half_the_limit_is_safe_and_ten_times_the_limit_of_backprop_is_not(function, start, minimum):
     start, minimum = (torch.tensor(point, dtype=torch.float64) for point in (start, minimum))
     limits = limits_at(function, minimum)
-    for estimator, limit in (
-        (backprop_gradient, limits["backprop"]),
-        (NORMAL, limits["forward gradient"]),
-    ):
+    for estimator, limit in ((backprop_gradient, limits["backprop"]), (NORMAL, limits["forward gradient"])):
         rates = [limit / 2, 10 * limits["backprop"]]
         assert fractions_diverged(function, start, estimator, rates, seeds=range(6), num_iterations=200) == [0, 1]
 
@@ -178,22 +175,14 @@ def test_half_the_limit_is_safe_and_ten_times_the_limit_of_backprop_is_not(funct
 def test_forward_gradients_diverge_where_backprop_does_not():
     start = torch.tensor([0.0, 0.5], dtype=torch.float64)
     assert fractions_diverged(beale, start, backprop_gradient, [0.035]) == [0]
-    assert (
-        fractions_diverged(
-            beale, start, NORMAL, [0.035], seeds=range(10), num_iterations=400
-        )[0]
-        > 0.5
-    )
+    assert fractions_diverged(beale, start, NORMAL, [0.035], seeds=range(10), num_iterations=400)[0] > 0.5
 
 
 def test_parts_are_those_of_the_seeds_one_by_one():
     start, rates, seeds = torch.tensor([0.0, 0.5], dtype=torch.float64), [0.02, 0.03, 0.05], [0, 1, 2]
     how = {"num_iterations": 100}
     together = fractions_diverged(beale, start, NORMAL, rates, seeds=seeds, **how)
-    alone = [
-        fractions_diverged(beale, start, NORMAL, rates, seeds=[seed], **how)
-        for seed in seeds
-    ]
+    alone = [fractions_diverged(beale, start, NORMAL, rates, seeds=[seed], **how) for seed in seeds]
     assert together == torch.tensor(alone).mean(0).tolist()
 
 

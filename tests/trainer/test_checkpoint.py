@@ -139,10 +139,7 @@ def interrupting(after, base):
 CASES = {
     "backprop": {},
     "forward gradient": {"estimator": partial(forward_gradient, num_tangents=2, tangents="normal")},
-    "from factors": {
-        "estimator": partial(forward_gradient, num_tangents=2),
-        "optimizer": make_optimizer("SGD", 0.01),
-    },
+    "from factors": {"estimator": partial(forward_gradient, num_tangents=2), "optimizer": make_optimizer("SGD", 0.01)},
     "momentum, no scheduler": {"optimizer": sgd, "scheduler": None},
     "whole training part": {"batch_size": None, "augment": None},
 }
