@@ -37,6 +37,15 @@ def bare_machine(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def bare_account(bare_machine, monkeypatch, tmp_path):
+    """A bare machine without kernels of the user's own; results go to a folder that is not there."""
+    for name in ("FWDLIB_QUICK", "JUPYTER_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FWDLIB_RESULTS", str(tmp_path / "new" / "results"))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+
+
+@pytest.fixture
 def damaged(monkeypatch, tmp_path) -> Path:
     """FWDLIB_DATA with a penguin table that is not the published one."""
     path = tmp_path / "data" / data.PENGUIN_CSV.path
