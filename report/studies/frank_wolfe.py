@@ -110,9 +110,6 @@ def measure(settings: Settings, folder: Path, parts: Sequence[str]) -> dict[str,
 
     Returns:
         The content of the file: ``settings``, ``environment``, ``source``, and for each part its items by name.
-
-    Raises:
-        ValueError: if the file was made with other settings.
     """
     found = reopen(folder / FRANK_WOLFE, settings.kept())
     for part in parts:

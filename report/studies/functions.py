@@ -95,9 +95,6 @@ def measure(settings: Settings, folder: Path, parts: Sequence[str]) -> dict[str,
 
     Returns:
         The content of the file: ``settings``, ``environment``, and the parts.
-
-    Raises:
-        ValueError: if the file was made with other settings.
     """
     found = reopen(folder / FUNCTIONS, settings.kept())
     for part in tqdm([part for part in parts if part not in found or part == "steps"], desc="functions", unit="part"):

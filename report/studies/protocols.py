@@ -197,11 +197,7 @@ def as_published(settings: Settings, name: str) -> dict[str, dict[str, Training]
 
 
 def measure(settings: Settings, folder: Path, parts: Sequence[str] = PARTS) -> None:
-    """Train the models that ``parts`` name, and time the iterations if they name these.
-
-    Raises:
-        ValueError: if a file holds trainings with other settings.
-    """
+    """Train the models that ``parts`` name, and time the iterations if they name these."""
     for part in parts:
         if part in MODELS:
             measure_model(settings, folder, part)
@@ -217,9 +213,6 @@ def measure_model(settings: Settings, folder: Path, name: str) -> dict[str, Any]
         runs at the published rate; ``tuning``: method -> power -> cost; ``fair``: method -> runs at the best rate.
         Runs are lists, one item a seed: ``seed``, ``status``, ``iterations``, and first and last ``train_loss``,
         ``test_loss``, ``accuracy``; with the ``learning_rate``.
-
-    Raises:
-        ValueError: if the file holds trainings with other settings.
     """
     model, length, file = MODELS[name], settings.models[name], folder / PROTOCOLS / f"{name}.json"
     data = model.load()

@@ -38,9 +38,6 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     Returns:
         ``settings``, ``environment``, and ``rows``, as :func:`fwdlib.bench.sharing.measure_step` returns them;
         ``obstacle``: why links could not be slowed, empty if they could.
-
-    Raises:
-        ValueError: if the file was made with other settings.
     """
     file = folder / SCALING
     found = reopen(file, settings._asdict() | {"batch_size": sharing.BATCH_SIZE}, rows=[])

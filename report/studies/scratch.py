@@ -63,9 +63,6 @@ def measure(settings: Settings, folder: Path, parts: Sequence[str]) -> dict[str,
     Returns:
         The content of the file: ``settings``, ``environment``, ``source``, ``runs``, each with its ``key``, and
         ``steps``, number of threads -> as :func:`step_seconds` returns it.
-
-    Raises:
-        ValueError: if the file was made with other settings.
     """
     file, kept = folder / SCRATCH, {"num_epochs": settings.num_epochs, "agreement_steps": settings.agreement_steps}
     kept |= {"sizes": SIZES, "num_points": NUM_POINTS, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE}

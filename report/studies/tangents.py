@@ -100,9 +100,6 @@ def measure(settings: Settings, folder: Path, parts: Sequence[str]) -> dict[str,
         The content of the file: ``settings``, ``environment``; ``sizes``, those of each problem; and ``runs``, for each
         problem, n, method and power of the learning rate the last values above the minimum, with the tuning seeds and
         with the others, infinite where the descent has diverged.
-
-    Raises:
-        ValueError: if the file was made with other settings.
     """
     file, problems = folder / TANGENTS, settings.problems
     found = reopen(file, settings.kept(), runs=[]) | {"sizes": {name: problems[name].sizes for name in problems}}

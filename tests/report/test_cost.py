@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 
 import pytest
 import torch
@@ -12,14 +11,11 @@ from torch import nn
 
 from fwdlib.bench.compared import MODELS
 from fwdlib.data import Dataset, Source
-from fwdlib.results import write_json
-from report.names import BENCH, DESCENT
-from report.page import render
-from report.page.context import build_context, load_results
+from report.names import DESCENT
 from report.sections import cost
 from report.studies import descent as study
 from report.studies.common import RESULTS
-from tests.report.records import MACHINE, make_results, section
+from tests.report.records import MACHINE
 
 ROUNDS = 9
 
@@ -88,14 +84,6 @@ def descent(bench):
     return {"runs": runs, "settings": settings, "environment": bench["environment"]}
 
 
-@pytest.fixture
-def text(tmp_path, bench, descent):
-    folder = make_results(tmp_path)
-    write_json(folder / BENCH, bench)
-    write_json(folder / DESCENT, descent)
-    return render.markdown(build_context(load_results(folder)))
-
-
 def test_ratios_are_to_the_fastest_backprop_that_torch_offers_and_by_the_faster_form(bench):
     model, other = cost.context({"bench": bench, "descent": None})["bench"]
     assert model["structured"]["rank-one"]["ratio"].estimate == pytest.approx(0.75)
@@ -114,6 +102,10 @@ def test_the_verdicts_count_models_by_their_intervals(bench):
     assert {t["k"]: t["ratio"].estimate for t in found["tangents"]} == pytest.approx({4: 2.5, 16: 5.0})
 
 
+def test_figures_are_drawn_of_what_was_measured(bench):
+    assert list(cost.figures({"bench": bench})) == ["cost", "depth"]
+
+
 def test_time_to_the_loss_is_steps_times_the_fastest_step(bench, descent):
     first, second = cost.context({"bench": bench, "descent": descent})["descent"]["rows"]
     assert (first["reached"], first["num_seeds"], first["steps"].estimate) == (5, 5, 140)
@@ -129,18 +121,6 @@ def test_a_method_that_a_short_benchmark_did_not_time_has_no_row(bench, descent)
             run["method"] = "rank-one, K = 7"
     (row,) = cost.context({"bench": bench, "descent": descent})["descent"]["rows"]
     assert row["method"] == "backprop"
-
-
-def test_the_section_prints_it(text, bench):
-    said = section(text, "cost")
-    assert "| the MLP, 64 | 1234 |" in said.replace("1,234", "1234").replace("1 234", "1234")
-    assert "On 1 of the 2 models" in said
-    assert "3.00 MB" in said
-    assert "400 MB" in said
-    assert "0.75 % of backprop's" in said
-    assert "2 of 5, 3 diverged" in said
-    assert "more than" in said
-    assert re.findall(r"figures/(\w+).svg", said) == list(cost.figures({"bench": bench}))
 
 
 @pytest.mark.parametrize(("best", "start"), [(5, 2), (5, 7), (5, 5)])

@@ -80,12 +80,8 @@ def test_table_has_ends_intervals_and_what_was_published(load):
     text = text_of(load(content()))
     beale = "| Beale | 5.50 x 10^-5^ | 5.00 x 10^-5^ [4.00 x 10^-5^, 6.00 x 10^-5^] "
     assert beale + "| about 5 x 10^-5^ | 9 of 9 | 0.800 | 0.87 |" in text
-    assert "| about 5 x 10^-6^ | 9 of 9 | 1.30 | 0.75 |" in text
-    assert "Rosenbrock with a learning rate of 0.0005 for 25,000 iterations." in text
-    assert "Every seed converges, with both methods." in text
     assert "on Beale forward mode takes less time than backprop, on Rosenbrock forward mode takes more time" in text
     assert "with Rosenbrock's 100 as a factor the ratio is 3.00." in text
-    assert "the same machine and versions, 1 thread." in text
 
 
 @pytest.mark.parametrize(

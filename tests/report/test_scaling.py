@@ -8,14 +8,12 @@ import pytest
 
 from fwdlib.bench import links
 from fwdlib.bench.scaling import NUM_TANGENTS
-from fwdlib.results import write_json
 from report.names import SCALING
-from report.page import render
-from report.page.context import build_context, load_results
 from report.sections import scaling
 from report.studies import scaling as study
 from report.studies.common import RESULTS
-from tests.report.records import MACHINE, make_results, section
+from tests.report import printing
+from tests.report.records import MACHINE
 
 FEW, MANY = scaling.FEW, scaling.MANY
 SECONDS = {"BP": 0.010, FEW: 0.005, MANY: 0.020}
@@ -91,18 +89,8 @@ def test_one_process_alone_is_too_little_for_a_section(measured):
     assert scaling.context(measured | {"rows": [row(1)]}) is None
 
 
-def test_the_section_says_what_was_measured(tmp_path, measured):
-    make_results(tmp_path)
-    write_json(tmp_path / SCALING, measured)
-    text = section(render.markdown(build_context(load_results(tmp_path))), "scaling")
-    assert "| 4 | 100 | 624" in text.replace("\N{NARROW NO-BREAK SPACE}", " ")
-    assert "Then forward gradients are ahead over no link" in text
-
-
-def test_without_root_the_page_says_why_links_are_not_slow(tmp_path, measured):
-    make_results(tmp_path)
-    write_json(tmp_path / SCALING, measured | {"obstacle": "only root may", "rows": [row(1), row(2)]})
-    text = section(render.markdown(build_context(load_results(tmp_path))), "scaling")
+def test_without_root_the_page_says_why_links_are_not_slow(measured):
+    text = printing.text_of(scaling, measured | {"obstacle": "only root may", "rows": [row(1), row(2)]})
     assert "Links could not be slowed on this machine (only root may)" in text
     assert "A model with three numbers" not in text
 
