@@ -110,12 +110,7 @@ def check_code(stamp: Path) -> None:
 
 
 def study(words: list[str], results: Path) -> list[str]:
-    """Return the command that runs a study in short form.
-
-    Args:
-        words: its module, and the parts to measure.
-        results: folder to write to.
-    """
+    """Return the command that runs a study in short form."""
     module, *parts = words
     return [sys.executable, "-m", f"report.studies.{module}", *parts, "--short", "--folder", str(results)]
 
@@ -169,12 +164,7 @@ def verdicts_of(records: Path, studies: Path | None = None) -> dict[str, str]:
 
 
 def compare(committed: dict[str, str], short: dict[str, str]) -> Iterator[str]:
-    """Give a line for each claim, and a last one that sums up.
-
-    Args:
-        committed: outcomes by claim.
-        short: those of the short form.
-    """
+    """Give a line for each claim, and a last one that sums up."""
     num_reversed = 0
     for text, outcome in committed.items():
         again = short.get(text, "not judged")

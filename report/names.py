@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 SHORT_FORM = "short-form.txt"  # marks a folder whose studies were made with their short settings
 BENCH = "bench-cpu.json"  # written by `python -m fwdlib bench`
@@ -11,6 +13,12 @@ SCALING = "scaling.json"
 FEEDBACK = "feedback"  # a folder: a file for each task and mode, and one with the times of a step
 PROTOCOLS = "protocols"  # a folder: a file for each model, and one with the times of a step
 STEPS = "steps.json"
+
+
+def read(path: Path) -> Any:
+    """Return the content of a JSON file, None if it is not there."""
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
 
 # --- feedback: the modes of a task -----------------------------------------------------------------------------------
 

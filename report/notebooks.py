@@ -52,9 +52,6 @@ class Options:
 def main(options: Options) -> None:
     """Refresh the notebooks that ``options`` names.
 
-    Args:
-        options: see :class:`Options`.
-
     Raises:
         SystemExit: with a message, if a notebook fails or ran on substitute data. Its file is not changed then.
     """
@@ -136,11 +133,7 @@ def execute(notebook: NotebookNode, name: str, timeout: int) -> None:
 
 
 def clean(notebook: NotebookNode) -> None:
-    """Remove, in place, what a committed notebook should not contain.
-
-    Args:
-        notebook: executed.
-    """
+    """Remove, in place, what a committed notebook should not contain."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":

@@ -53,9 +53,6 @@ class Output:
     def claim(self, names: Iterable[str]) -> None:
         """Add files to the list, before they are written.
 
-        Args:
-            names: relative to the folder.
-
         Raises:
             OutputError: if one of them is there and no build has written it.
             OSError: if the list cannot be written.

@@ -37,6 +37,15 @@ def bare_machine(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def bare_account(bare_machine, monkeypatch, tmp_path):
+    """A bare machine without kernels of the user's own; results go to a folder that is not there."""
+    for name in ("FWDLIB_QUICK", "JUPYTER_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FWDLIB_RESULTS", str(tmp_path / "new" / "results"))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+
+
+@pytest.fixture
 def damaged(monkeypatch, tmp_path) -> Path:
     """FWDLIB_DATA with a penguin table that is not the published one."""
     path = tmp_path / "data" / data.PENGUIN_CSV.path
@@ -60,12 +69,17 @@ def svg() -> Callable[[Figure], bytes]:
 
 
 @pytest.fixture
-def check_drawing(svg) -> Callable[[Callable[[], Figure]], None]:
-    """Return a check of a function that draws: twice the same bytes, and the user's style is left alone."""
+def drawn(svg) -> Callable[..., Figure]:
+    """Return what calls a function that draws, checks it and returns the figure.
 
-    def check(draw: Callable[[], Figure]) -> None:
+    Drawn twice, a figure has the same bytes, and the user's style is left alone.
+    """
+
+    def check(draw: Callable[..., Figure], *args, **options) -> Figure:
         before = dict(matplotlib.rcParams)
-        assert svg(draw()) == svg(draw())
+        figure = draw(*args, **options)
+        assert svg(figure) == svg(draw(*args, **options))
         assert dict(matplotlib.rcParams) == before
+        return figure
 
     return check

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from fwdlib import children
+from tests.processes import runs, wait_until
 
 pytestmark = pytest.mark.slow  # starts processes, or trains large networks
 
@@ -47,17 +48,6 @@ time.sleep(100)"""
 @pytest.fixture(autouse=True)
 def this_fwdlib(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(children.__file__).parents[1]), prepend=os.pathsep)
-
-
-def wait_until(condition, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return bool(condition())
-
-
-def runs(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def group_of(child: children.Child) -> list[psutil.Process]:

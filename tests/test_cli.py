@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -19,15 +18,9 @@ import pytest
 import torch
 
 from fwdlib import archives, cli, data, runtime
+from tests.same import assert_same
 
-
-@pytest.fixture(autouse=True)
-def bare_machine(bare_machine, monkeypatch, tmp_path):
-    """Neither data nor cache nor network, no kernels of the user's own; results go to a folder that is not there."""
-    for name in ("FWDLIB_QUICK", "JUPYTER_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("FWDLIB_RESULTS", str(tmp_path / "new" / "results"))
-    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+pytestmark = pytest.mark.usefixtures("bare_account")
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
@@ -135,13 +128,9 @@ def test_fetch_unknown_lists_the_known_before_any_download(monkeypatch, capsys):
     assert cli.main(["data", "fetch", "penguins", "CIFAR11"]) == 1
     message = capsys.readouterr().err
     assert "'CIFAR11'" in message
-    assert all(name in message for name in data.FETCHABLE)
-
-
-def test_fetch_of_nothing_lists_the_known(capsys):
     assert cli.main(["data", "fetch"]) == 1
-    message = capsys.readouterr().err
-    assert all(name in message for name in data.FETCHABLE)
+    of_nothing = capsys.readouterr().err
+    assert all(name in message and name in of_nothing for name in data.FETCHABLE)
 
 
 def test_fetch_goes_on_after_one_that_cannot_be_had(monkeypatch, tmp_path, capsys):
@@ -258,14 +247,6 @@ def test_a_missing_data_set_is_named_with_what_fetches_it_and_has_no_substitute(
     assert not folder.parent.exists()
 
 
-def test_train_with_a_damaged_archive(folder, capsys, monkeypatch, tmp_path):
-    path = tmp_path / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"torn")
-    monkeypatch.setenv("FWDLIB_DATA", str(tmp_path / "data"))
-    assert f"{path} is damaged: its md5 is" in failing(["train", "--dataset", "MNIST"], capsys)
-
-
 def test_an_earlier_run_is_not_overwritten(folder, capsys):
     assert cli.main([*TINY, "--epochs", "1"]) == 0
     before = (folder / "checkpoint.pt").read_bytes()
@@ -281,9 +262,7 @@ def test_an_earlier_run_is_not_overwritten(folder, capsys):
     [
         (["--train-mode", "BP"], "train_mode is 'FDFA' there, 'BP' here"),
         (["--n-layers", "2"], "the shape of "),
-        (["--conv"], "the shape of "),
         (["--lr", "1e-2"], "the optimizer's lr is 0.001 there, 0.01 here"),
-        (["--gamma", "0.9"], "the scheduler's gamma is 0.95 there, 0.9 here"),
         (["--b-lr", "1e-2"], "b_lr is 0.0001 there, 0.01 here"),
     ],
 )
@@ -294,29 +273,6 @@ def test_a_checkpoint_of_a_different_run(words, difference, folder, capsys):
     assert "belongs to a different run: " in message
     assert difference in message
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_a_damaged_checkpoint(folder, capsys):
-    assert cli.main([*TINY, "--epochs", "1"]) == 0
-    path = folder / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:-1000])
-    assert f"{path} is damaged" in (message := failing([*TINY, "--resume"], capsys))
-    assert "delete it to start anew" in message
-
-
-def test_a_disk_that_is_full_when_a_checkpoint_is_written(folder, capsys, monkeypatch):
-    assert cli.main([*TINY, "--epochs", "1"]) == 0
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def no_space(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as full:
-        full.setattr(os, "fsync", no_space)
-        message = failing([*TINY, "--resume"], capsys)
-    assert f"could not write {folder / 'checkpoint.pt'}: No space left on device. To go on, free some space" in message
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert cli.main([*TINY, "--resume"]) == 0
 
 
 def test_a_learning_rate_that_diverges(folder, capsys):
@@ -348,9 +304,6 @@ def test_control_c_says_how_to_go_on(folder, capsys, monkeypatch):
     ("words", "message"),
     [
         (["--lr", "0"], "lr must be a finite number above 0, got 0.0"),
-        (["--n-layers", "0"], "n_layers must be a whole number of at least 1, got 0"),
-        (["--alpha", "2"], "alpha must be between 0 and 1, got 2.0"),
-        (["--weight-decay", "-1"], "weight_decay must be 0 or a finite number above it, got -1.0"),
         (["--batch-size", "1438"], "batch_size must be at most the 1437 training images, got 1438"),
         (["--device", "tpu"], "device must be one of 'cpu'"),
     ],
@@ -383,18 +336,6 @@ def test_a_killed_run_that_is_resumed_ends_with_the_same_weights(folder, tmp_pat
     assert [path.name for path in folder.glob(".*")] == []
 
 
-def assert_same(first, second) -> None:
-    if isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_same(first[key], second[key])
-    elif isinstance(first, list):
-        for one, other in zip(first, second, strict=True):
-            assert_same(one, other)
-    else:
-        assert torch.equal(torch.as_tensor(first), torch.as_tensor(second)) if first is not None else second is None
-
-
 # --- bench -----------------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +361,7 @@ def bench(monkeypatch, tmp_path) -> list[dict]:
         (["--no-depth"], "bench-cpu-partial.json"),
         (["--models", "mnist-mlp", "--quick"], "bench-cpu-partial-quick.json"),
         (["--batch", "4096"], "bench-cpu-batch4096.json"),
+        (["--device", "cuda:1"], "bench-cuda.json"),
     ],
 )
 def test_bench_writes_less_than_all_to_another_file(words, name, bench, tmp_path):
@@ -440,15 +382,6 @@ def test_bench_passes_its_options_on(bench, tmp_path):
         "quick": True,
     }
     assert (tmp_path / "x.json").is_file()
-
-
-def test_bench_of_an_unknown_model_lists_the_known(capsys):
-    from fwdlib.bench.compared import MODELS
-
-    assert cli.main(["bench", "--models", "mnist"]) == 1
-    message = capsys.readouterr().err
-    assert all(name in message for name in ("'mnist'", *MODELS))
-    assert "Traceback" not in message
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------

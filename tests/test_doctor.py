@@ -12,14 +12,7 @@ import torch
 
 from fwdlib import cli, doctor
 
-
-@pytest.fixture(autouse=True)
-def bare_machine(bare_machine, monkeypatch, tmp_path):
-    """Neither data nor cache nor network, no kernels of the user's own; results go to a folder that is not there."""
-    for name in ("FWDLIB_QUICK", "JUPYTER_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("FWDLIB_RESULTS", str(tmp_path / "new" / "results"))
-    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+pytestmark = pytest.mark.usefixtures("bare_account")
 
 
 def findings(check) -> list[doctor.Finding]:

@@ -48,30 +48,11 @@ def lines(axes):
     return [line for line in axes.lines if len(line.get_xdata())]
 
 
-def figures():
-    data = Dataset(torch.rand(30, 4), torch.arange(30) % 3, torch.rand(3, 4), torch.arange(3), tuple("abc"), None)
-    several = [make_record("backprop"), make_record("forward gradient", [run(0), diverged(1)])]
-    return {
-        "training": lambda: plot_training(several),
-        "quantity": lambda: plot_quantity(several, "test loss"),
-        "seeds": lambda: plot_seeds(several[1], threshold=0.3),
-        "losses": lambda: plot_losses({"a": [1.0, 0.5], "b": [1.0, INF]}, threshold=0.3),
-        "images": lambda: plot_images(torch.arange(2 * 28 * 28).reshape(2, 1, 28, 28) / 1568, ["u", "v"]),
-        "average": lambda: plot_average([1, 10], [4.0, 1.2], lambda k: 4 / k**0.5, "tangents averaged"),
-        "features": lambda: plot_features(data),
-    }
-
-
-@pytest.mark.parametrize("name", figures())
-def test_every_figure_is_drawn_twice_byte_for_byte_alike_and_leaves_the_style_alone(name, check_drawing):
-    check_drawing(figures()[name])
-
-
 # plot_training
 
 
-def test_training_has_three_panels_with_units_and_a_curve_for_each_record():
-    figure = plot_training([make_record("backprop"), make_record("forward gradient")])
+def test_training_has_three_panels_with_units_and_a_curve_for_each_record(drawn):
+    figure = drawn(plot_training, [make_record("backprop"), make_record("forward gradient")])
     loss, accuracy, errors = figure.axes
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Test loss", "Test accuracy", "Misclassifications"]
     assert (loss.get_ylabel(), loss.get_yscale()) == ("mean cross entropy [nats]", "log")
@@ -118,10 +99,10 @@ def test_the_axis_ends_when_19_of_20_seeds_have_stopped():
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_quantity_is_one_panel_of_training(index):
+def test_quantity_is_one_panel_of_training(index, drawn):
     records = [make_record("backprop"), make_record("forward gradient", source=SUBSTITUTE)]
     quantity = plotting.QUANTITIES[index]
-    (alone,), panel = plot_quantity(records, quantity).axes, plot_training(records).axes[index]
+    (alone,), panel = drawn(plot_quantity, records, quantity).axes, plot_training(records).axes[index]
     assert alone.get_title(loc="left") == panel.get_title(loc="left") == quantity.capitalize()
     assert alone.get_ylabel() == panel.get_ylabel()
     for line, other in zip(lines(alone), lines(panel), strict=True):
@@ -184,9 +165,9 @@ def test_the_source_of_a_data_set_is_what_the_stamp_reads():
 # plot_seeds
 
 
-def test_seeds_has_a_line_for_each_seed_and_counts_how_they_ended():
+def test_seeds_has_a_line_for_each_seed_and_counts_how_they_ended(drawn):
     runs = [run(0), run(1), run(2, "not reached", 9), diverged(3), run(4, "completed")]
-    axes = plot_seeds(make_record(runs=runs)).axes[0]
+    axes = drawn(plot_seeds, make_record(runs=runs)).axes[0]
     assert len(lines(axes)) == 5
     for line, seed in zip(lines(axes), runs, strict=True):
         finite = np.isfinite(seed.train_loss)
@@ -212,8 +193,9 @@ def test_seeds_draws_the_threshold_where_there_is_one():
 # the others
 
 
-def test_losses_draws_a_named_curve_each_and_a_cross_where_one_ends():
-    axes = plot_losses({"rate 1": [1.0, 0.5, 0.25], "rate 2": [1.0, 4.0, math.nan]}, threshold=0.3).axes[0]
+def test_losses_draws_a_named_curve_each_and_a_cross_where_one_ends(drawn):
+    losses = {"rate 1": [1.0, 0.5, 0.25], "rate 2": [1.0, 4.0, math.nan]}
+    axes = drawn(plot_losses, losses, threshold=0.3).axes[0]
     assert [text.get_text() for text in axes.get_legend().texts] == ["rate 1", "rate 2", "threshold"]
     curves = lines(axes)
     assert curves[0].get_ydata().tolist() == [1.0, 0.5, 0.25]
@@ -226,9 +208,9 @@ def test_losses_of_a_run_that_was_never_finite(svg):
     svg(plot_losses({"a": [1.0, 0.5], "b": [math.nan]}))
 
 
-def test_images_has_a_panel_for_each_with_its_title():
+def test_images_has_a_panel_for_each_with_its_title(drawn):
     images = torch.rand(3, 1, 8, 8)
-    figure = plot_images(images, ["u", "v", "w"])
+    figure = drawn(plot_images, images, ["u", "v", "w"])
     assert [axes.get_title() for axes in figure.axes] == ["u", "v", "w"]
     for axes, image in zip(figure.axes, images, strict=True):
         np.testing.assert_array_equal(np.asarray(axes.images[0].get_array()), image[0].numpy())
@@ -238,8 +220,8 @@ def test_images_has_a_panel_for_each_with_its_title():
         plot_images(images, ["u"])
 
 
-def test_average_draws_what_was_measured_beside_the_theory():
-    axes = plot_average([1, 4, 16], [3.9, 2.1, 0.9], lambda k: 4 / k**0.5, "tangents averaged").axes[0]
+def test_average_draws_what_was_measured_beside_the_theory(drawn):
+    axes = drawn(plot_average, [1, 4, 16], [3.9, 2.1, 0.9], lambda k: 4 / k**0.5, "tangents averaged").axes[0]
     theory, measured = lines(axes)
     assert list(theory.get_ydata()) == [4.0, 2.0, 1.0]
     assert list(measured.get_ydata()) == [3.9, 2.1, 0.9]
@@ -259,9 +241,9 @@ def test_average_draws_several_methods_and_the_theories_that_there_are():
     assert [text.get_text() for text in figure.legends[0].texts] == ["theory", *measured]
 
 
-def test_features_shows_every_row_once_in_each_panel():
+def test_features_shows_every_row_once_in_each_panel(drawn):
     inputs, targets = torch.rand(30, 4), torch.arange(30) % 3
-    figure = plot_features(Dataset(inputs, targets, inputs[:3], targets[:3], ("a", "b", "c"), None))
+    figure = drawn(plot_features, Dataset(inputs, targets, inputs[:3], targets[:3], ("a", "b", "c"), None))
     assert len(figure.axes) == 2
     for axes, columns in zip(figure.axes, ([0, 1], [2, 3]), strict=True):
         for index, points in enumerate(axes.collections):

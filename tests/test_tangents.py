@@ -51,16 +51,17 @@ def test_tangent_k_does_not_depend_on_how_many_there_are(name):
     assert torch.equal(few, many[:2])
 
 
-def test_every_replicate_of_a_stack_draws_what_it_draws_alone():
+@pytest.mark.parametrize("sample", [normal, orthonormal, rank_one])
+def test_every_replicate_of_a_stack_draws_what_it_draws_alone(sample):
     seeds = (5, 6, 7)
     stacked_params = {name: torch.zeros(3, *p.shape) for name, p in PARAMS.items()}
     replicates = Replicates([torch.Generator().manual_seed(seed) for seed in seeds])
-    draw = torch.func.vmap(lambda params, index: sample_tangents(params, 4, "normal", replicates.at(index)))
+    draw = torch.func.vmap(lambda params, index: sample_tangents(params, 4, sample, replicates.at(index)))
     first, second = (draw(stacked_params, replicates.indices) for _ in range(2))
     for i, seed in enumerate(seeds):
         alone = torch.Generator().manual_seed(seed)
         for stacked in (first, second):
-            expected = normal(PARAMS, 4, alone)
+            expected = sample(PARAMS, 4, alone)
             assert all(torch.equal(stacked[name][i], expected[name]) for name in PARAMS)
 
 
@@ -126,14 +127,6 @@ def test_one_orthonormal_tangent_is_uniform_over_directions():
     assert ((v**4).mean(0) - 3 * P / (P + 2)).abs().max() < 5 * math.sqrt(96 / num)
 
 
-def test_every_replicate_of_a_stack_draws_the_orthonormal_tangents_that_it_draws_alone():
-    replicates = Replicates([torch.Generator().manual_seed(seed) for seed in (5, 6)])
-    stacked = torch.func.vmap(lambda index: orthonormal(PARAMS, 3, replicates.at(index)))(replicates.indices)
-    for i, seed in enumerate((5, 6)):
-        expected = orthonormal(PARAMS, 3, torch.Generator().manual_seed(seed))
-        assert all(torch.equal(stacked[name][i], expected[name]) for name in PARAMS)
-
-
 def test_refuses_more_orthonormal_tangents_than_there_are_dimensions():
     with pytest.raises(ValueError, match=r"num_tangents must be at most 16, the number of parameters, .* got 17"):
         sample_tangents(PARAMS, 17, "orthonormal")
@@ -174,12 +167,3 @@ def test_rank_one_tangents_are_the_outer_products_of_their_factors():
     assert torch.equal(dense["kernel"], torch.einsum("ki,kjl->kijl", *factors["kernel"]))
     assert torch.equal(dense["scale"], factors["scale"].left)
     assert factors["scale"].right is None
-
-
-def test_every_replicate_of_a_stack_draws_the_signs_that_it_draws_alone():
-    seeds = (5, 6)
-    replicates = Replicates([torch.Generator().manual_seed(seed) for seed in seeds])
-    stacked = torch.func.vmap(lambda index: rank_one(PARAMS, 3, replicates.at(index)))(replicates.indices)
-    for i, seed in enumerate(seeds):
-        expected = rank_one(PARAMS, 3, torch.Generator().manual_seed(seed))
-        assert all(torch.equal(stacked[name][i], expected[name]) for name in PARAMS)

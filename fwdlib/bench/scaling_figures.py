@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.style
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
@@ -13,12 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fwdlib.bench.scaling import NUM_TANGENTS
-from fwdlib.plotting import STYLE, plain_ticks, style_of
+from fwdlib.plotting import legend_below, panels, plain_ticks, style_of, styled
 from fwdlib.statistics import median_interval
 
 UNLIMITED = "as it is"
 
 
+@styled
 def plot_links(rows: Sequence[dict[str, Any]], predicted: dict[tuple[int, float], dict[str, float]]) -> Figure:
     """Draw the time of a step over the rate of the link: dots as measured, lines by the model.
 
@@ -33,27 +33,25 @@ def plot_links(rows: Sequence[dict[str, Any]], predicted: dict[tuple[int, float]
     counts = sorted({row["count"] for row in rows if row["count"] > 1})
     rates = sorted({row["megabits"] for row in rows if row["megabits"]})
     positions: dict[float | None, float] = {rate: float(i) for i, rate in enumerate(rates)} | {None: float(len(rates))}
-    with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(0.8 + 3.6 * len(counts), 3.5))
-        panels = np.ravel(figure.subplots(1, len(counts), sharey=True))
-        for axes, count in zip(panels, counts, strict=True):
-            for number, name in enumerate(NUM_TANGENTS):
-                for row in rows:
-                    if row["count"] == count:
-                        _dot(axes, positions[row["megabits"]] + 0.12 * (number - 1), row["methods"][name], name)
-                where = [rate for rate in rates if (count, rate) in predicted]
-                lines = [1e3 * predicted[count, rate][name] for rate in where]
-                axes.plot([positions[rate] for rate in where], lines, **_look(name))
-            labels = [f"{rate:g}" for rate in rates] + [UNLIMITED]
-            axes.set(title=f"{count} processes", xlabel="link of each process [Mbit/s]", yscale="log")
-            axes.set_xticks(list(positions.values()), labels)
-            plain_ticks(axes)
-            axes.xaxis.set_minor_locator(ticker.NullLocator())
-        panels[0].set_ylabel("time of a step [ms]")
-        _legend(figure)
+    figure = Figure(figsize=(0.8 + 3.6 * len(counts), 3.5))
+    for axes, title, count in panels(figure, {f"{count} processes": count for count in counts}, sharey=True):
+        for number, name in enumerate(NUM_TANGENTS):
+            for row in rows:
+                if row["count"] == count:
+                    _dot(axes, positions[row["megabits"]] + 0.12 * (number - 1), row["methods"][name], name)
+            where = [rate for rate in rates if (count, rate) in predicted]
+            lines = [1e3 * predicted[count, rate][name] for rate in where]
+            axes.plot([positions[rate] for rate in where], lines, **_look(name))
+        axes.set(title=title, xlabel="link of each process [Mbit/s]", yscale="log")
+        axes.set_xticks(list(positions.values()), [f"{rate:g}" for rate in rates] + [UNLIMITED])
+        plain_ticks(axes)
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+    figure.axes[0].set_ylabel("time of a step [ms]")
+    legend_below(figure, [_handle(name) for name in NUM_TANGENTS])
     return figure
 
 
+@styled
 def plot_processes(rows: Sequence[dict[str, Any]]) -> Figure:
     """Draw the predicted time of a step over the number of processes.
 
@@ -64,24 +62,17 @@ def plot_processes(rows: Sequence[dict[str, Any]]) -> Figure:
         A figure with a panel for each rate of the link.
     """
     rates = sorted({row["gigabits"] for row in rows})
-    with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(0.8 + 3.6 * len(rates), 3.3))
-        panels = np.ravel(figure.subplots(1, len(rates), sharey=True))
-        for axes, rate in zip(panels, rates, strict=True):
-            of_rate = [row for row in rows if row["gigabits"] == rate]
-            for name in NUM_TANGENTS:
-                counts = [row["count"] for row in of_rate]
-                axes.plot(counts, [1e3 * row["seconds"][name] for row in of_rate], marker=_mark(name), **_look(name))
-            axes.set(title=f"{rate:g} Gbit/s", xlabel="processes", xscale="log", yscale="log")
-            plain_ticks(axes)
-        panels[0].set_ylabel("time of a step, by the model [ms]")
-        _legend(figure)
+    figure = Figure(figsize=(0.8 + 3.6 * len(rates), 3.3))
+    for axes, title, rate in panels(figure, {f"{rate:g} Gbit/s": rate for rate in rates}, sharey=True):
+        of_rate = [row for row in rows if row["gigabits"] == rate]
+        for name in NUM_TANGENTS:
+            counts = [row["count"] for row in of_rate]
+            axes.plot(counts, [1e3 * row["seconds"][name] for row in of_rate], marker=_mark(name), **_look(name))
+        axes.set(title=title, xlabel="processes", xscale="log", yscale="log")
+        plain_ticks(axes)
+    figure.axes[0].set_ylabel("time of a step, by the model [ms]")
+    legend_below(figure, [_handle(name) for name in NUM_TANGENTS])
     return figure
-
-
-def _legend(figure: Figure) -> None:
-    handles = [Line2D([], [], marker=_mark(name), label=name, **_look(name)) for name in NUM_TANGENTS]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
 def _dot(axes: Axes, where: float, found: dict[str, Any], name: str) -> None:
@@ -90,6 +81,10 @@ def _dot(axes: Axes, where: float, found: dict[str, Any], name: str) -> None:
         low, high = 1e3 * min(found["seconds"]), 1e3 * max(found["seconds"])
     bars = [[middle - low], [high - middle]]
     axes.errorbar([where], [middle], bars, color=_look(name)["color"], marker=_mark(name), linestyle="")
+
+
+def _handle(name: str) -> Line2D:
+    return Line2D([], [], marker=_mark(name), label=name, **_look(name))
 
 
 def _look(name: str) -> dict[str, Any]:

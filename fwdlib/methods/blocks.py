@@ -76,9 +76,6 @@ def _is_activation(module: nn.Module) -> bool:
 class Network:
     """The blocks of a model, and the recording of its kernels.
 
-    Args:
-        model: made of blocks.
-
     Raises:
         ValueError: as :func:`blocks_of`.
     """

@@ -49,19 +49,17 @@ def beale(point: Tensor) -> Tensor:
     return (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2
 
 
-def rosenbrock(point: Tensor, a: float = 1.0, b: float = 100.0) -> Tensor:
+def rosenbrock(point: Tensor) -> Tensor:
     r"""Evaluate the function of Rosenbrock (1960): a curved valley with a gentle floor and steep walls.
 
-    .. math:: f(x) = \sum_{i=1}^{n-1} b\,(x_{i+1} - x_i^2)^2 + (a - x_i)^2
+    .. math:: f(x) = \sum_{i=1}^{n-1} 100\,(x_{i+1} - x_i^2)^2 + (1 - x_i)^2
 
-    Minimum 0 at (1, ..., 1) for a = 1, in two dimensions at (a, a^2); from n = 4 on there is a second, local one near
-    (-1, 1, ..., 1). Usual domain -5 to 10 in each. Source: H. H. Rosenbrock 1960, *An automatic method for finding the
-    greatest or least value of a function*, The Computer Journal 3, for n = 2; chained to more as is common.
+    Minimum 0 at (1, ..., 1); from n = 4 on there is a second, local one near (-1, 1, ..., 1). Usual domain -5 to 10 in
+    each. Source: H. H. Rosenbrock 1960, *An automatic method for finding the greatest or least value of a function*,
+    The Computer Journal 3, for n = 2; chained to more as is common.
 
     Args:
         point: shape (n,), n at least 2.
-        a: where the minimum is.
-        b: the steepness of the walls.
 
     Returns:
         A scalar.
@@ -75,8 +73,8 @@ def rosenbrock(point: Tensor, a: float = 1.0, b: float = 100.0) -> Tensor:
     """
     _check_point("rosenbrock", point, at_least=2)
     x, following = point[:-1], point[1:]
-    # alpha=b, not b * ...: torch would wrap a factor in a tensor without a tangent, and that doubles the time of a jvp.
-    return torch.add((a - x) ** 2, (following - x**2) ** 2, alpha=b).sum()
+    # alpha, not 100 * ...: torch would wrap a factor in a tensor without a tangent, and that doubles the time of a jvp.
+    return torch.add((1 - x) ** 2, (following - x**2) ** 2, alpha=100).sum()
 
 
 def sphere(point: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def plot_paths(descents: Descents) -> Figure:
 
 
 @styled
-def animate_paths(descents: Descents, num_frames: int = 40, dpi: int = 72) -> bytes:
+def animate_paths(descents: Descents, num_frames: int = 40) -> bytes:
     """Draw the descents in motion: where each seed is, and its path so far.
 
     The result is an animated GIF, which plays in any ``<img>``: in Jupyter, and in a page without scripts.
@@ -101,7 +101,6 @@ def animate_paths(descents: Descents, num_frames: int = 40, dpi: int = 72) -> by
     Args:
         descents: see the module; titles of :data:`MAPS`, and of each method only ``steps`` and ``paths``.
         num_frames: how many, evenly spaced in the records; equal ones become one.
-        dpi: pixels per inch; the animation is about 8 inches wide.
 
     Returns:
         The file; the same descents give the same bytes.
@@ -110,7 +109,7 @@ def animate_paths(descents: Descents, num_frames: int = 40, dpi: int = 72) -> by
         ValueError: if there are less than 2 frames.
     """
     check_count("num_frames", num_frames, minimum=2)
-    figure = Figure(figsize=(0.4 + 3.9 * len(descents), 3.2), dpi=dpi)
+    figure = Figure(figsize=(0.4 + 3.9 * len(descents), 3.2), dpi=72)
     canvas, moving = FigureCanvasAgg(figure), []
     for axes, title, methods in panels(figure, descents):
         _draw_map(axes, title)
@@ -147,13 +146,13 @@ def _frames(figure: Figure, canvas: FigureCanvasAgg, moving: list[tuple], num_fr
     return images
 
 
-def _gif(images: list[Image.Image], colors: Sequence[str], milliseconds: int = 120, pause: int = 2500) -> bytes:
+def _gif(images: list[Image.Image], colors: Sequence[str]) -> bytes:
     # One palette for all frames, so that what does not move is stored once: black and the colours, each faded to white.
     shades = [1 - share * (1 - np.array(to_rgb(color))) for color in colors for share in np.linspace(0, 1, 12)]
     palette = Image.new("P", (1, 1))
     palette.putpalette(np.uint8(np.round(255 * np.array(shades))).tobytes())
     frames = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    times = [milliseconds] * (len(frames) - 1) + [pause]
+    times = [120] * (len(frames) - 1) + [2500]  # milliseconds
     buffer = io.BytesIO()
     frames[0].save(buffer, "gif", save_all=True, append_images=frames[1:], duration=times, loop=0)
     return buffer.getvalue()

@@ -17,19 +17,18 @@ from fwdlib.methods.functions import sphere
 from fwdlib.methods.minimise import minimise
 
 
-def limits_at(function: Callable[[Tensor], Tensor], minimum: Tensor, num_tangents: int = 1) -> dict[str, float]:
+def limits_at(function: Callable[[Tensor], Tensor], minimum: Tensor) -> dict[str, float]:
     """Return the largest stable learning rates, for the quadratic that approximates a function at its minimum.
 
     Args:
         function: point (n,) -> scalar.
         minimum: shape (n,); the Hessian there must be positive definite.
-        num_tangents: K, of the forward gradient.
 
     Returns:
         ``"backprop"``: 2 over the largest curvature; ``"forward gradient"``: :func:`mean_square_limit`.
 
     Raises:
-        ValueError: if a curvature is not above 0, or K is below 1.
+        ValueError: if a curvature is not above 0.
 
     Example:
         >>> from fwdlib.methods.functions import sphere
@@ -37,8 +36,7 @@ def limits_at(function: Callable[[Tensor], Tensor], minimum: Tensor, num_tangent
         {'backprop': 1.0, 'forward gradient': 0.25}
     """
     curvatures = torch.linalg.eigvalsh(hessian(function)(minimum))
-    limit = mean_square_limit(curvatures, num_tangents)
-    return {"backprop": 2 / curvatures.max().item(), "forward gradient": limit}
+    return {"backprop": 2 / curvatures.max().item(), "forward gradient": mean_square_limit(curvatures)}
 
 
 def mean_square_limit(curvatures: Sequence[float] | Tensor, num_tangents: int = 1) -> float:

@@ -81,9 +81,6 @@ class Module:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy values into the parameters, for example ``torch_model.state_dict()``: the names are the same.
 
-        Args:
-            state: a tensor for each parameter.
-
         Raises:
             ValueError: if the names or shapes differ.
         """

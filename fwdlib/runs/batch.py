@@ -112,12 +112,6 @@ def run_batch(
 def finished(jobs: list[Job], *, results: Path, executed: Path, fingerprint: str = "") -> list[Outcome]:
     """Return the jobs that :func:`run_batch` with the same arguments would reuse instead of running them.
 
-    Args:
-        jobs: of a batch.
-        results: folder for result files.
-        executed: folder for executed copies and stamps.
-        fingerprint: of the batch.
-
     Raises:
         FileNotFoundError: if a notebook does not exist.
         ValueError: if a notebook, its parameters or a name cannot be used.

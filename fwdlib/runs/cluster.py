@@ -241,9 +241,6 @@ _STARTING = threading.Lock()  # the jobs of a worker with several threads start 
 def run(order: Order) -> dict[str, Any]:
     """Run a job on this Dask worker, and return its files, or why the worker refuses it.
 
-    Args:
-        order: sent by :class:`Cluster`.
-
     Raises:
         RuntimeError: if nobody waits for the job any more. Nobody sees this error.
     """

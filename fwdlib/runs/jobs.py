@@ -57,9 +57,6 @@ class Outcome:
 def check_jobs(jobs: list[Job]) -> None:
     """Check the names, notebooks and parameters of jobs.
 
-    Args:
-        jobs: of a batch.
-
     Raises:
         FileNotFoundError: if a notebook does not exist.
         ValueError: if a name is not a file name or is given twice; if a notebook or its parameters cannot be used.
@@ -83,9 +80,6 @@ def failures(outcomes: list[Outcome]) -> str:
     """Return a text of all failures with notebook, cell, parameters and executed copy, and a count of each cause.
 
     It is empty if nothing failed.
-
-    Args:
-        outcomes: of a batch.
     """
     failed = [outcome for outcome in outcomes if outcome.error]
     lines = [f"{len(failed)} of {len(outcomes)} notebooks failed."] if failed else []

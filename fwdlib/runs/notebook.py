@@ -77,11 +77,9 @@ def _environment(folder: Path, one_thread: bool) -> dict[str, str]:
 
 
 def main(folder: Path, order: str) -> None:
-    """Run the notebook and write ``error.txt`` last: a process that left no such file was killed.
+    """Run the notebook that ``order`` names, with parameters and timeout, as JSON.
 
-    Args:
-        folder: see :func:`start`.
-        order: notebook, parameters and timeout, as JSON.
+    It writes ``error.txt`` last: a process that left no such file was killed.
     """
     tempfile.tempdir = str(folder)  # jupyter_client puts the kernel's connection file there
     ending = threading.Event()

@@ -29,9 +29,6 @@ BRACKETS = {"(": ")", "[": "]", "{": "}"}
 def defaults_of(notebook: Path) -> dict[str, Any]:
     """Return a notebook's parameters with their defaults, in the order of its cell; None for one that is no literal.
 
-    Args:
-        notebook: its path.
-
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no Python notebook with exactly one cell tagged ``parameters``.
@@ -64,10 +61,6 @@ def without_magics(code: str) -> str:
 
 def literal(source: str | ast.expr, otherwise: Any = None) -> Any:
     """Return the value of a Python literal, or ``otherwise`` if ``source`` is none.
-
-    Args:
-        source: for example ``"0.1"``, ``"'SGD'"``, ``"None"``.
-        otherwise: for everything else.
 
     Example:
         >>> literal("1e-3"), literal("2 * n"), literal("Adam", "Adam")
@@ -145,12 +138,6 @@ def check_parameter(notebook: Path, defaults: dict[str, Any], name: str, value: 
     A whole number is accepted for a float and converted. A parameter whose default is None takes everything that JSON
     can hold. papermill itself only warns of a name that the notebook does not know, and runs with the default; and the
     string "1e-3" in place of a number would fail somewhere deep inside the notebook, or not at all.
-
-    Args:
-        notebook: for the message.
-        defaults: its parameters, by :func:`defaults_of`.
-        name: of the parameter.
-        value: for it.
 
     Raises:
         ValueError: if there is no such parameter, or it takes another type.

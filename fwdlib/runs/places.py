@@ -49,13 +49,7 @@ class Place(Protocol):
 
 
 class RunningJob:
-    """A job that runs: its folder fills, and is collected when the notebook has ended.
-
-    Args:
-        job: to run.
-        results: folder for result files.
-        slot: of the progress bar.
-    """
+    """A job that runs: its folder fills, and is collected when the notebook has ended."""
 
     status: int | None = None  # that the process ended with
     is_lost = False  # with the machine that it was on
@@ -138,12 +132,7 @@ def remove_leftovers(results: Path) -> None:
 
 
 def replace_paths(path: Path, new: dict[Path | str, Path]) -> str:
-    """Return the text of a notebook in which paths are replaced by others.
-
-    Args:
-        path: of the notebook.
-        new: path by old path, in the order of the replacements.
-    """
+    """Return the text of a notebook in which paths are replaced by others: new by old, in this order."""
     text = path.read_text(encoding="utf-8")
     for pair in new.items():
         text = text.replace(*(json.dumps(str(path), ensure_ascii=False)[1:-1] for path in pair))

@@ -36,11 +36,8 @@ def fingerprints(jobs: list[Job], extra: str) -> dict[str, str]:
     """Return a hash of all that the results of each job depend on, by the job's name.
 
     That is the notebook's cells with their tags (but not their outputs), its parameters, the files of fwdlib that its
-    code can reach, the versions of Python and torch, quick mode, and ``extra``.
-
-    Args:
-        jobs: of a batch.
-        extra: text that stands for everything else, such as the data.
+    code can reach, the versions of Python and torch, quick mode, and ``extra``, which stands for everything else, such
+    as the data.
     """
     from fwdlib import runtime
 
@@ -72,7 +69,7 @@ def write(stamp: Path, fingerprint: str, seconds: float, results: Path, files: I
     """Write the stamp of a job.
 
     Args:
-        stamp: path of the stamp.
+        stamp: its path.
         fingerprint: of the job.
         seconds: that the job took.
         results: folder for result files.
@@ -97,15 +94,9 @@ def _lacked(files: Iterable[Path]) -> Iterator[str]:
 
 
 def valid_results(job: Job, fingerprint: str, results: Path, executed: Path) -> tuple[Path, ...] | None:
-    """Return the result files of an earlier batch if its stamp is valid, or None.
+    """Return the result files of an earlier batch if its stamp is valid for the job's present fingerprint, or None.
 
     Results on a substitute are valid for as long as the data set cannot be had.
-
-    Args:
-        job: of a batch.
-        fingerprint: of the job, now.
-        results: folder for result files.
-        executed: folder for executed copies and stamps.
     """
     try:
         stamp = json.loads((executed / f"{job.name}.json").read_text())

@@ -106,10 +106,6 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
 
     JSON has no infinity, so the file has the word "inf", as the records do.
 
-    Args:
-        frame: the table.
-        path: of the file.
-
     Raises:
         OSError: if it cannot be written. The old file is left in place.
         ValueError: as :func:`check_format`.

@@ -50,11 +50,7 @@ TIMEOUT = timedelta(minutes=5)  # for the slowest process to reach the same poin
 
 
 class ProcessGroup(Processes):
-    """The processes of torch.distributed's default group, see :func:`joined`.
-
-    Args:
-        device: where this process computes.
-    """
+    """The processes of torch.distributed's default group, see :func:`joined`."""
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()

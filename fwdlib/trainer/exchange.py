@@ -24,9 +24,6 @@ class Exchange:
     The processes stand in a grid whose sides are the prime factors of their number, and gather along one side after the
     other. With four processes, each sends two messages one after the other; the ring of gloo's all-reduce takes six.
     For a few numbers only the messages count. All processes add the same numbers in the same order.
-
-    Args:
-        device: of the tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -69,10 +66,6 @@ def mean_over_processes(values: Tensor, exchange: Exchange) -> Tensor:
     """Return the mean of ``values`` over all processes, differentiable in forward mode.
 
     The stacked engine exchanges value and derivatives together, torch's forward mode one after the other.
-
-    Args:
-        values: a small tensor.
-        exchange: between the processes.
 
     Raises:
         NotImplementedError: for tangents of examples, of which each process knows only its own.

@@ -332,10 +332,6 @@ def optimizer(name: str, learning_rate: float, weight_decay: float) -> MakeOptim
 def rows(run: Run, record: dict[str, Any]) -> list[dict[str, float]]:
     """Return a row for each complete epoch of a run.
 
-    Args:
-        run: the run so far.
-        record: of the run, without its epochs.
-
     Returns:
         Dicts with the keys ``COLUMNS``. Losses are means; the training loss is the mean over the epoch's batches. The
         accuracy is the fraction of the test images that are classified correctly. Seconds count the steps alone.

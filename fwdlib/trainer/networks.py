@@ -22,21 +22,19 @@ def fully_connected(
     return nn.Sequential(*layers, nn.Linear(width if num_hidden else num_inputs, num_classes))
 
 
-def shallow_cnn(
-    num_channels: int = 1, size: int = 28, num_classes: int = 10, *, pool_first: bool = False
-) -> nn.Sequential:
+def shallow_cnn(num_channels: int = 1, size: int = 28, num_classes: int = 10) -> nn.Sequential:
     """Return the CNN of Bacho & Chu 2024, 15C5-40C5-P2-128 with BatchNorm and ReLU after each layer but the last.
+
+    The paper's text has a max-pool after the first convolution, too; its code has none, and neither has this.
 
     Args:
         num_channels: channels of the images.
         size: height and width of the images.
         num_classes: logits.
-        pool_first: add a max-pool after the first convolution. The paper's text has one there, its code has none.
     """
-    pool: list[nn.Module] = [nn.MaxPool2d(2)] if pool_first else []
-    side = ((size - 4) // (2 if pool_first else 1) - 4) // 2
+    side = (size - 8) // 2
     return nn.Sequential(
-        *(nn.Conv2d(num_channels, 15, 5), nn.BatchNorm2d(15), nn.ReLU(), *pool),
+        *(nn.Conv2d(num_channels, 15, 5), nn.BatchNorm2d(15), nn.ReLU()),
         *(nn.Conv2d(15, 40, 5), nn.BatchNorm2d(40), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Flatten(), nn.Linear(40 * side * side, 128), nn.BatchNorm1d(128), nn.ReLU()),
         nn.Linear(128, num_classes),

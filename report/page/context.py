@@ -65,8 +65,8 @@ TASKS = {
 
 RECORDS = [*(f"{getattr(task, method)}.json" for task in TASKS.values() for method in METHODS), TIMINGS]
 
-# The sections with studies of their own. Each module has load(folder), context(found) and figures(found). Without its
-# study, context returns None and figures returns nothing. The text is sections/<name>.md.j2.
+# The sections with studies of their own, see report.sections. Without its study, a section has no figures, and its
+# context is None. The text is sections/<name>.md.j2.
 PARTS: dict[str, Any] = {
     "protocols": protocols,
     "cost": cost,
@@ -126,11 +126,7 @@ def load_results(folder: Path, studies: Path | None = None) -> Results:
 
 
 def build_context(results: Results) -> dict[str, Any]:
-    """Return what the template prints: numbers, intervals and verdicts, by name.
-
-    Args:
-        results: from :func:`load_results`.
-    """
+    """Return what the template prints: numbers, intervals and verdicts, by name."""
     quoted = published.load()
     for key in TASKS:
         for run in (quoted["predecessors"][key][method] for method in METHODS):  # published: only the times
@@ -297,15 +293,10 @@ def _settings(pair: dict[str, Record]) -> dict[str, Any]:
 def _comparisons(quoted: dict[str, Any], ratios: dict[str, Any], fixed: bool) -> list[dict[str, Any]]:
     """Return the published ratio of each quantity, ours, and whether both point the same way."""
     found = []
-    for name, ratio in ratios.items():
+    for name, key in (("iterations", "iterations"), ("step", "step_seconds"), ("total", "total_seconds")):
         if name == "iterations" and fixed:
             continue
-        over, under = (quoted[method] for method in ("forward", "backprop"))
-        published = {
-            "iterations": over["iterations"] / under["iterations"],
-            "step": over["step_seconds"] / under["step_seconds"],
-            "total": over["total_seconds"] / under["total_seconds"],
-        }[name]
+        ratio, published = ratios[name], quoted["forward"][key] / quoted["backprop"][key]
         ours, theirs = relation(ratio), "more" if published > 1 else "less"
         verdict = ours if ours in ("same", "unclear") else "agrees" if ours == theirs else "contradicts"
         found.append({"quantity": name, "published": published, "ours": ratio, "verdict": verdict})

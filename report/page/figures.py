@@ -30,10 +30,6 @@ MARKERS = {"backprop": "o", "forward": "D"}  # beside the colours of METHOD_STYL
 def draw(results: Results, folder: Path) -> list[Path]:
     """Draw every figure of the report into a folder, two at a time.
 
-    Args:
-        results: from :func:`report.page.context.load_results`.
-        folder: an existing one.
-
     Returns:
         The files: three for the summary, three for each model, and those of the sections whose studies were made.
     """
@@ -92,9 +88,6 @@ def _figures_of(results: Results, name: str) -> dict[str, Figure | bytes]:
 
 def plot_summary(results: Results) -> dict[str, Figure]:
     """Draw iterations, time of an iteration and total time of both methods on all models: each seed, and the median.
-
-    Args:
-        results: from :func:`report.page.context.load_results`.
 
     Returns:
         Three figures of one panel: ``iterations``, ``step`` and ``total``.

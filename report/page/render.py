@@ -58,9 +58,6 @@ def render(results: Results, output: Output) -> list[Path]:
 def markdown(context: dict[str, Any]) -> str:
     """Return the text of the report as pandoc's Markdown.
 
-    Args:
-        context: from :func:`report.page.context.build_context`.
-
     Raises:
         jinja2.UndefinedError: if the template uses a name that the context does not have.
     """
@@ -98,12 +95,7 @@ def to_html(text: str, folder: Path) -> str:
 
 
 def to_pdf(text: str, folder: Path) -> bytes:
-    """Return the PDF. typst sets it in the fonts that it brings, so it is the same on every machine.
-
-    Args:
-        text: Markdown.
-        folder: holds ``figures/``.
-    """
+    """Return the PDF. typst sets it in the fonts that it brings, so it is the same on every machine."""
     options = ["--standalone", f"--template={HERE / 'page.typ'}", "--shift-heading-level-by=-1", "--wrap=none", *CITE]
     source = pypandoc.convert_text(text, "typst-citations", MARKDOWN, extra_args=options)
     return typst.compile(source.encode(), root=folder, ignore_system_fonts=True, format="pdf", timestamp=0)

@@ -22,23 +22,14 @@ class RoundedLayout(ConstrainedLayoutEngine):
     """
 
     def execute(self, figure: Figure) -> None:
-        """Place the axes of a figure, once: later calls leave them where they are.
-
-        Args:
-            figure: to lay out.
-        """
+        """Place the axes of a figure, once: later calls leave them where they are."""
         super().execute(figure)
         for axes in figure.axes:
             axes.set_position(np.round(axes.get_position().bounds, 6))
 
 
 def write_svg(figure: Figure, path: Path) -> None:
-    """Write a figure to a file.
-
-    Args:
-        figure: to write.
-        path: of the file.
-    """
+    """Write a figure to a file."""
     with matplotlib.style.context(STYLE):  # its hash salt and fonts are used when the file is written
         if figure.get_layout_engine():
             figure.set_layout_engine(RoundedLayout())

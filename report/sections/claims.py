@@ -11,7 +11,7 @@ from typing import Any
 from report import published
 from report.names import AS_PUBLISHED, MODELS
 from report.sections import lookups
-from report.sections.verdicts import Claim, Finding, above, below, compatible, judge, made, within
+from report.sections.verdicts import Claim, Finding, Rule, above, below, compatible, judge, made, within
 from report.wording import number
 
 
@@ -33,6 +33,18 @@ def findings(context: dict[str, Any]) -> list[Finding]:
     return [judge(claim, context) for claim in CLAIMS]
 
 
+def _ratio(place: str, text: str, model: str, name: str, rule: Rule, reasons: dict[str, str]) -> Claim:
+    # A claim on a ratio of the trainings at the published settings.
+    measure = f"{RATIOS[name]}, {OVER}"
+    return Claim(f"{SEED}, {place}", text, measure, lookups.ratio(model, name), rule, reasons)
+
+
+def _fdfa(text: str, worse: str, rule: Rule, reasons: dict[str, str]) -> Claim:
+    # A claim that FDFA is more accurate than another mode.
+    measure = f"test accuracy, FDFA ahead of {worse} by [points], MNIST"
+    return Claim(f"{FDFA}, abstract", text, measure, lookups.accuracy_gap("FDFA", worse), rule, reasons)
+
+
 # --- the claims ------------------------------------------------------------------------------------------------------
 
 PUBLISHED = published.load()
@@ -42,6 +54,7 @@ ADAM = f"{CNN['steps_per_iteration']} steps"
 SEED, PAPER, FRAMEWORK = "[@predecessors2023]", "[@baydin2022]", "[@bouvet2019]"
 FDFA, SEVERAL, FRANK_WOLFE = "[@bacho2024]", "[@fluegel2024]", "[@rostami2024]"
 OVER = "forward gradient over backprop"
+RATIOS = {"iterations": "number of iterations", "step": "time of an iteration", "total": "time of a training"}
 
 CLAIMS = [
     Claim(
@@ -63,27 +76,27 @@ CLAIMS = [
             f"1/{number(LOGISTIC['learning_rate'] / LOGISTIC['learning_rate_used'], 2)} of what the text says",
         },
     ),
-    Claim(
-        f"{SEED}, logistic regression",
+    _ratio(
+        "logistic regression",
         "It takes fewer iterations.",
-        f"number of iterations, {OVER}",
-        lookups.ratio("logistic", "iterations"),
+        "logistic",
+        "iterations",
         below(1),
         {"inconclusive": "they are equal up to the noise of the seeds", "fails": "they are not fewer"},
     ),
-    Claim(
-        f"{SEED}, logistic regression",
+    _ratio(
+        "logistic regression",
         "Each iteration takes longer.",
-        f"time of an iteration, {OVER}",
-        lookups.ratio("logistic", "step"),
+        "logistic",
+        "step",
         above(1),
         {"holds": "two jvps, one for each tensor, through a model in which calls cost more than arithmetic"},
     ),
-    Claim(
-        f"{SEED}, multilayer network",
+    _ratio(
+        "multilayer network",
         "A training takes fewer iterations with forward gradients.",
-        f"number of iterations, {OVER}",
-        lookups.ratio("mlp", "iterations"),
+        "mlp",
+        "iterations",
         below(1),
         {
             "inconclusive": "one run each was compared; the seeds differ by more than the methods",
@@ -91,19 +104,19 @@ CLAIMS = [
             "fails": "they are not fewer",
         },
     ),
-    Claim(
-        f"{SEED}, multilayer network",
+    _ratio(
+        "multilayer network",
         "Each iteration takes longer.",
-        f"time of an iteration, {OVER}",
-        lookups.ratio("mlp", "step"),
+        "mlp",
+        "step",
         above(1),
         {"holds": "six jvps, one for each tensor, against one pass back"},
     ),
-    Claim(
-        f"{SEED}, multilayer network",
+    _ratio(
+        "multilayer network",
         "The whole training takes longer.",
-        f"time of a training, {OVER}",
-        lookups.ratio("mlp", "total"),
+        "mlp",
+        "total",
         above(1),
         {"holds": "about as many iterations, each of them longer"},
     ),
@@ -388,35 +401,27 @@ CLAIMS = [
         below(1),
         {"holds": "its feedback learns the mean Jacobian"},
     ),
-    Claim(
-        f"{FDFA}, abstract",
+    _fdfa(
         "FDFA is better than feedback that is random and fixed.",
-        "test accuracy, FDFA ahead of DFA by [points], MNIST",
-        lookups.accuracy_gap("FDFA", "DFA"),
+        "DFA",
         above(0),
         {"inconclusive": "on two hidden layers with BatchNorm DFA is as good", "fails": "not here"},
     ),
-    Claim(
-        f"{FDFA}, abstract",
+    _fdfa(
         "FDFA is better than the feedback of Kolen and Pollack.",
-        "test accuracy, FDFA ahead of DKP by [points], MNIST",
-        lookups.accuracy_gap("FDFA", "DKP"),
+        "DKP",
         above(0),
         {"inconclusive": "three seeds show no difference", "fails": "not here"},
     ),
-    Claim(
-        f"{FDFA}, abstract",
+    _fdfa(
         "FDFA is far better than forward gradients of the weights.",
-        "test accuracy, FDFA ahead of FG by [points], MNIST",
-        lookups.accuracy_gap("FDFA", "FG"),
+        "FG",
         above(1),
         {"holds": "its noise is averaged over steps, and is not in the gradient"},
     ),
-    Claim(
-        f"{FDFA}, abstract",
+    _fdfa(
         "FDFA is far better than forward gradients of the activities.",
-        "test accuracy, FDFA ahead of FG-A by [points], MNIST",
-        lookups.accuracy_gap("FDFA", "FG-A"),
+        "FG-A",
         above(1),
         {"holds": "its noise is averaged over steps, and is not in the gradient"},
     ),

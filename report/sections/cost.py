@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from fwdlib.bench import figures as bench_figures
 from fwdlib.statistics import Interval, median_interval, paired_ratio
 from report import published
-from report.names import BENCH, DESCENT
+from report.names import BENCH, DESCENT, read
 
 TEXTBOOK = "forward gradient, eager"
 ONE_GRAPH = "backprop one graph, compiled"
@@ -21,21 +20,12 @@ MODEL_OF_DESCENT = "mnist-mlp"
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Return what was measured, ``bench`` and ``descent``, each None if it was not.
-
-    Args:
-        folder: of the results.
-    """
-    files = {"bench": folder / BENCH, "descent": folder / DESCENT}
-    return {key: json.loads(path.read_text("utf-8")) if path.is_file() else None for key, path in files.items()}
+    """Return what was measured, ``bench`` and ``descent``, each None if it was not."""
+    return {"bench": read(folder / BENCH), "descent": read(folder / DESCENT)}
 
 
 def context(measured: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what the template prints of it, None without a bench.
-
-    Args:
-        measured: as :func:`load` returns it.
-    """
+    """Return what the template prints of it, None without a bench."""
     bench = measured["bench"]
     if bench is None:
         return None
@@ -52,11 +42,7 @@ def context(measured: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def figures(measured: dict[str, Any]) -> dict[str, Figure]:
-    """Return the figures of the section by name.
-
-    Args:
-        measured: as :func:`load` returns it.
-    """
+    """Return the figures of the section by name."""
     if not (bench := measured["bench"]):
         return {}
     found = {"cost": bench_figures.plot_cost(bench)}

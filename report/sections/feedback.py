@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from matplotlib.figure import Figure
 
 from fwdlib.methods.feedback_figures import plot_test_errors
 from fwdlib.statistics import Interval, paired_ratio, t_interval
-from report.names import FEEDBACK, LEARNS, MODES, PLAIN, RECORDED, STEPS, TASKS, feedback_file
+from report.names import FEEDBACK, LEARNS, MODES, PLAIN, RECORDED, STEPS, TASKS, feedback_file, read
 
 TITLES = {
     "MNIST-2x800": "MNIST, 2 x 800",
@@ -21,20 +20,14 @@ METHODS = {"BP": "backprop", "FG": "forward gradient", "FG-RANK1": "rank-one", "
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Return what was measured: ``studies``, task -> mode -> the content of its file, and ``steps``, which may be None.
-
-    Args:
-        folder: of the results.
-    """
+    """Return ``studies``, task -> mode -> the content of its file, and ``steps``; None for what was not measured."""
     studies: dict[str, Any] = {}
     for task, modes in TASKS.items():
-        files = {mode: folder / FEEDBACK / feedback_file(task, mode) for mode in modes}
-        found = {mode: json.loads(path.read_text("utf-8")) for mode, path in files.items() if path.is_file()}
-        found = {mode: content for mode, content in found.items() if measured(content)}
+        files = {mode: read(folder / FEEDBACK / feedback_file(task, mode)) for mode in modes}
+        found = {mode: content for mode, content in files.items() if content and measured(content)}
         if found:
             studies[task] = found
-    steps = folder / FEEDBACK / STEPS
-    return {"studies": studies, "steps": json.loads(steps.read_text("utf-8")) if steps.is_file() else None}
+    return {"studies": studies, "steps": read(folder / FEEDBACK / STEPS)}
 
 
 def measured(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -43,11 +36,7 @@ def measured(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def curves(studies: dict[str, Any]) -> dict[str, dict[str, list[list[float]]]]:
-    """Return the errors over the epochs as ``plot_test_errors`` takes them, without runs that diverged.
-
-    Args:
-        studies: as :func:`load` returns them.
-    """
+    """Return the errors over the epochs as ``plot_test_errors`` takes them, without runs that diverged."""
     found: dict[str, dict[str, list[list[float]]]] = {}
     for task, modes in studies.items():
         panel = found[TITLES[task]] = {}
@@ -60,11 +49,7 @@ def curves(studies: dict[str, Any]) -> dict[str, dict[str, list[list[float]]]]:
 
 
 def context(found: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what the template prints of it, None where nothing was measured.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return what the template prints of it, None where nothing was measured."""
     if not found["studies"]:
         return None
     studies = [_study(task, modes) for task, modes in found["studies"].items()]
@@ -80,11 +65,7 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def figures(found: dict[str, Any]) -> dict[str, Figure]:
-    """Return the figure of the section, by name.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return the figure of the section, by name."""
     return {"feedback": plot_test_errors(curves(found["studies"]))} if found["studies"] else {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from fwdlib.methods.frank_wolfe_figures import VARIANTS, plot_decay, plot_sparsity
 from fwdlib.statistics import Interval, median_interval, t_interval
 from report import published
-from report.names import FRANK_WOLFE
+from report.names import FRANK_WOLFE, read
 
 NUM_PARAMS = 784 * 10 + 10  # of the trained model
 SOLVED = 1e-9  # of the gap at the start: the exact gradient can be at the optimum after one step
@@ -22,21 +21,12 @@ LESS = 0.9  # of backprop's memory
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """Return what was measured, None where nothing was.
-
-    Args:
-        folder: of the results.
-    """
-    file = folder / FRANK_WOLFE
-    return json.loads(file.read_text("utf-8")) if file.is_file() else None
+    """Return what was measured, None where nothing was."""
+    return read(folder / FRANK_WOLFE)
 
 
 def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what the template prints of it, None where no convergence was measured.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return what the template prints of it, None where no convergence was measured."""
     if not found or not found.get("convergence"):
         return None
     settings, runs = found["settings"], found["convergence"]
@@ -67,11 +57,7 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def figures(found: dict[str, Any] | None) -> dict[str, Figure]:
-    """Return the figures of what was measured, by the name of their file.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return the figures of what was measured, by the name of their file."""
     drawn: dict[str, Figure] = {}
     if not found:
         return drawn

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from fwdlib.methods.stability_figures import plot_divergence, plot_growth
 from fwdlib.statistics import Interval, median_interval, paired_ratio
 from report import published
-from report.names import FUNCTIONS, WRITTEN_OUT
+from report.names import FUNCTIONS, WRITTEN_OUT, read
 from report.wording import scientific
 
 NEEDED = {"descents", "divergence", "growth", "steps"}
@@ -24,22 +23,13 @@ ENOUGH = 0.9  # of the seeds
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """Return what was measured, None where a part is missing.
-
-    Args:
-        folder: of the results.
-    """
-    file = folder / FUNCTIONS
-    found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    """Return what was measured, None where a part is missing."""
+    found = read(folder / FUNCTIONS) or {}
     return found if found.keys() >= NEEDED else None
 
 
 def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what the template prints of it, None where nothing was measured.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return what the template prints of it, None where nothing was measured."""
     if found is None:
         return None
     quoted = published.load()["functions"]
@@ -70,11 +60,7 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def figures(found: dict[str, Any] | None) -> dict[str, Figure | bytes]:
-    """Return the figures by name, and the animation by the name of its file.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return the figures by name, and the animation by the name of its file."""
     if found is None:
         return {}
     from fwdlib.methods.minimise_figures import plot_descents, plot_paths  # with torch, for the maps
@@ -90,11 +76,7 @@ def figures(found: dict[str, Any] | None) -> dict[str, Figure | bytes]:
 
 
 def animation(found: dict[str, Any]) -> bytes:
-    """Return the animated GIF; the same results give the same bytes.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return the animated GIF; the same results give the same bytes."""
     from fwdlib.methods.minimise_figures import animate_paths
 
     return animate_paths(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib.style
 import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from fwdlib import plotting
 from fwdlib.statistics import Interval, median_interval, paired_ratio, t_interval
-from report.names import AS_PUBLISHED, METHODS, MODELS, PROTOCOLS, STEPS
+from report.names import AS_PUBLISHED, METHODS, MODELS, PROTOCOLS, STEPS, read
 
 THEIR_TIMER = "their timer"
 JOINT = "one tangent for all tensors"
@@ -25,23 +23,14 @@ def load(folder: Path) -> dict[str, Any]:
     """Return what was measured: ``models``, name -> the content of its file, and ``steps``, which may be None.
 
     A model whose fair protocol is not complete is left out.
-
-    Args:
-        folder: of the results.
     """
-    files = {name: folder / PROTOCOLS / f"{name}.json" for name in MODELS}
-    models = {name: json.loads(path.read_text("utf-8")) for name, path in files.items() if path.is_file()}
-    steps = folder / PROTOCOLS / STEPS
-    complete = {name: found for name, found in models.items() if set(found.get("fair", {})) == set(METHODS)}
-    return {"models": complete, "steps": json.loads(steps.read_text("utf-8")) if steps.is_file() else None}
+    models = {name: read(folder / PROTOCOLS / f"{name}.json") for name in MODELS}
+    complete = {name: found for name, found in models.items() if found and set(found.get("fair", {})) == set(METHODS)}
+    return {"models": complete, "steps": read(folder / PROTOCOLS / STEPS)}
 
 
 def context(found: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what the template prints of it, None where nothing was measured.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return what the template prints of it, None where nothing was measured."""
     if not found["models"] or not found["steps"]:
         return None
     models = {name: _model(name, content, found["steps"]["seconds"][name]) for name, content in found["models"].items()}
@@ -61,55 +50,43 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def figures(found: dict[str, Any]) -> dict[str, Figure]:
-    """Return the figure of the report's first screen, by name; no figure where nothing was measured.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return the figure of the report's first screen, by name; no figure where nothing was measured."""
     measured = context(found)
     return {"answer": plot_tuned(measured["models"])} if measured else {}
 
 
+@plotting.styled
 def plot_tuned(models: dict[str, Any]) -> Figure:
     """Draw the times of a step and of a training at tuned learning rates over backprop's, a panel for each model.
 
     Args:
         models: of :func:`context`. Only those that train to a threshold are drawn.
     """
-    models = {name: model for name, model in models.items() if model["threshold"] is not None}
+    models = {model["title"]: model for model in models.values() if model["threshold"] is not None}
     methods = [method for method in METHODS if method != "backprop"]
-    with matplotlib.style.context(plotting.STYLE):
-        figure = Figure(figsize=(7.2, 2.1))
-        panels = figure.subplots(1, len(models), sharex=True, sharey=True, squeeze=False)[0]
-        for axes, model in zip(panels, models.values(), strict=True):
-            axes.axvline(1, **plotting.METHOD_STYLES["backprop"], linewidth=1.2)
-            for place, method in enumerate(methods):
-                color = plotting.METHOD_STYLES[method.partition(",")[0]]["color"]
-                row = model["fair"][method]
-                for ratio, face in ((row["step"], "white"), (row["against"]["total"], color)):
-                    axes.plot([ratio.low, ratio.high], [place, place], color=color, linewidth=2.2, zorder=2)
-                    axes.plot(ratio.estimate, place, "o", color=color, markerfacecolor=face, markersize=6, zorder=3)
-            axes.set_title(model["title"])
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.xaxis.set_minor_locator(ticker.NullLocator())
-            axes.grid(visible=False, axis="y")
-            axes.annotate(
-                "backprop",
-                (1, 1),
-                (-4, -2),
-                ("data", "axes fraction"),
-                "offset points",
-                ha="right",
-                va="top",
-                fontsize=8,
-                color=plotting.METHOD_STYLES["backprop"]["color"],
-            )
-        panels[0].set_yticks(range(len(methods)), methods)
-        panels[0].set_ylim(len(methods) - 0.5, -0.7)
-        panels[0].set_xlim(left=0.45)
-        figure.supxlabel("time over backprop's: of a step (hollow), of the training (filled)", fontsize=9)
+    figure = Figure(figsize=(7.2, 2.1))
+    for axes, title, model in plotting.panels(figure, models, sharex=True, sharey=True):
+        axes.axvline(1, **plotting.METHOD_STYLES["backprop"], linewidth=1.2)
+        for place, method in enumerate(methods):
+            color = plotting.METHOD_STYLES[method.partition(",")[0]]["color"]
+            row = model["fair"][method]
+            for ratio, face in ((row["step"], "white"), (row["against"]["total"], color)):
+                axes.plot([ratio.low, ratio.high], [place, place], color=color, linewidth=2.2, zorder=2)
+                axes.plot(ratio.estimate, place, "o", color=color, markerfacecolor=face, markersize=6, zorder=3)
+        axes.set_title(title)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.grid(visible=False, axis="y")
+        where = {"xytext": (-4, -2), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        look = {"ha": "right", "va": "top", "fontsize": 8, "color": plotting.METHOD_STYLES["backprop"]["color"]}
+        axes.annotate("backprop", (1, 1), **where, **look)
+    first = figure.axes[0]
+    first.set_yticks(range(len(methods)), methods)
+    first.set_ylim(len(methods) - 0.5, -0.7)
+    first.set_xlim(left=0.45)
+    figure.supxlabel("time over backprop's: of a step (hollow), of the training (filled)", fontsize=9)
     return figure
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 
 from fwdlib.bench import scaling, scaling_figures
 from fwdlib.statistics import Interval, median_interval, paired_ratio
-from report.names import DESCENT, SCALING
+from report.names import DESCENT, SCALING, read
 
 FEW = "FG-RANK1, K = 1"
 MANY = "FG-RANK1, K = 16"
@@ -23,24 +22,13 @@ PAPER_LATENCY = 50e-6  # seconds: assumed, that of a good network; the page stat
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """Return the measurements together with those of :mod:`report.studies.descent`, None where nothing was measured.
-
-    Args:
-        folder: of the results.
-    """
-    path, descent = folder / SCALING, folder / DESCENT
-    if not path.is_file():
-        return None
-    beside = json.loads(descent.read_text("utf-8")) if descent.is_file() else None
-    return json.loads(path.read_text("utf-8")) | {"descent": beside}
+    """Return the measurements together with those of :mod:`report.studies.descent`, None where nothing was measured."""
+    found = read(folder / SCALING)
+    return found and found | {"descent": read(folder / DESCENT)}
 
 
 def context(measured: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what the template prints of it, None where too little was measured.
-
-    Args:
-        measured: as :func:`load` returns it.
-    """
+    """Return what the template prints of it, None where too little was measured."""
     if not _is_enough(measured):
         return None
     predicted = scaling.predictions(measured["rows"])
@@ -88,11 +76,7 @@ def context(measured: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def figures(measured: dict[str, Any] | None) -> dict[str, Figure]:
-    """Return the figures of the section by name.
-
-    Args:
-        measured: as :func:`load` returns it.
-    """
+    """Return the figures of the section by name."""
     if not _is_enough(measured):
         return {}
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from pathlib import Path
@@ -15,27 +14,18 @@ from scipy import special
 from fwdlib.methods.tinynet_figures import plot_epochs_until, plot_validation
 from fwdlib.statistics import Interval, median_interval, paired_ratio, t_interval
 from report import published
-from report.names import CELLS, COMPARED, SCRATCH
+from report.names import CELLS, COMPARED, SCRATCH, read
 
 Trainings = dict[tuple[str, str], dict[int, dict[str, Any]]]  # framework and cell -> seed -> training
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """Return what was measured, None where nothing was.
-
-    Args:
-        folder: of the results.
-    """
-    file = folder / SCRATCH
-    return json.loads(file.read_text("utf-8")) if file.is_file() else None
+    """Return what was measured, None where nothing was."""
+    return read(folder / SCRATCH)
 
 
 def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what the template prints of it, None where no training was measured.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return what the template prints of it, None where no training was measured."""
     trainings = _trainings(found)
     if not trainings:
         return None
@@ -69,11 +59,7 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def figures(found: dict[str, Any] | None) -> dict[str, Figure]:
-    """Return the figures by name, none where no training was measured.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return the figures by name, none where no training was measured."""
     trainings = {cell: runs for (framework, cell), runs in _trainings(found).items() if framework == "tinynet"}
     if not trainings:
         return {}
@@ -93,13 +79,7 @@ def figures(found: dict[str, Any] | None) -> dict[str, Figure]:
 
 
 def normal_interval(mean: float, deviation: float, number: int) -> Interval:
-    """Return Student's 95 % interval of a mean, from the standard deviation of single runs.
-
-    Args:
-        mean: of the runs.
-        deviation: of the runs.
-        number: of runs.
-    """
+    """Return Student's 95 % interval of a mean, from the standard deviation of single runs."""
     half = float(special.stdtrit(number - 1, 0.975)) * deviation / math.sqrt(number)
     return Interval(mean - half, mean, mean + half)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from statistics import median
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from fwdlib.methods.tangents_figures import plot_dimensions
 from report import published
 from report.grids import best, runs_of
-from report.names import STYBLINSKI_TANG, TANGENTS
+from report.names import STYBLINSKI_TANG, TANGENTS, read
 from report.wording import enumerated, scientific
 
 TITLES = {"sphere": "Sphere", "styblinski_tang": "Styblinski-Tang", "rosenbrock": "Rosenbrock"}
@@ -24,21 +23,12 @@ Cases = dict[str, dict[int, dict[str, dict[str, Any]]]]  # problem -> n -> metho
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """Return what was measured, None where nothing was.
-
-    Args:
-        folder: of the results.
-    """
-    file = folder / TANGENTS
-    return json.loads(file.read_text("utf-8")) if file.is_file() else None
+    """Return what was measured, None where nothing was."""
+    return read(folder / TANGENTS)
 
 
 def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what the template prints of it, None where nothing was measured.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return what the template prints of it, None where nothing was measured."""
     if found is None or not found["runs"]:
         return None
     cases, problems, quoted = chosen(found), found["settings"]["problems"], published_values()
@@ -70,9 +60,6 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
 def figures(found: dict[str, Any] | None) -> dict[str, Figure]:
     """Draw where the descents end over the number of dimensions.
 
-    Args:
-        found: as :func:`load` returns it.
-
     Returns:
         One figure, ``tangents``; none where nothing was measured.
     """
@@ -97,11 +84,7 @@ def methods_of(found: dict[str, Any]) -> list[str]:
 
 
 def chosen(found: dict[str, Any]) -> Cases:
-    """Return the run with the best learning rate of each case, with its values as sorted numbers.
-
-    Args:
-        found: as :func:`load` returns it.
-    """
+    """Return the run with the best learning rate of each case, with its values as sorted numbers."""
     cases: Cases = {}
     for name in TITLES:
         for n in sorted({run["n"] for run in found["runs"] if run["problem"] == name}):

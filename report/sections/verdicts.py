@@ -43,9 +43,9 @@ def below(bound: float, words: str = "") -> Rule:
     return Rule(words or f"below {bound:g}", lambda i: i.high < bound, lambda i: i.low >= bound)
 
 
-def above(bound: float, words: str = "") -> Rule:
+def above(bound: float) -> Rule:
     """Return the rule that the whole interval is above ``bound``."""
-    return Rule(words or f"above {bound:g}", lambda i: i.low > bound, lambda i: i.high <= bound)
+    return Rule(f"above {bound:g}", lambda i: i.low > bound, lambda i: i.high <= bound)
 
 
 def within(low: float, high: float) -> Rule:
@@ -96,10 +96,6 @@ class Finding(NamedTuple):
 
 def judge(claim: Claim, context: dict[str, Any]) -> Finding:
     """Return the verdict on a claim.
-
-    Args:
-        claim: one of :data:`report.sections.claims.CLAIMS`.
-        context: of the page.
 
     Raises:
         ClaimError: if the context lacks something that the claim looks up; the message names both.

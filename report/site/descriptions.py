@@ -15,12 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "fwdlib"
 
 
 def describe_figures(app: Sphinx, document: nodes.document) -> None:
-    """Give every figure of a notebook that has no alternative text one.
-
-    Args:
-        app: Sphinx.
-        document: a page that has been read; changed in place.
-    """
+    """Give every figure of a notebook that has no alternative text one."""
     said = docstrings(PACKAGE)
     for cell in document.findall(lambda node: node.get("nb_element") == "cell_code" if hasattr(node, "get") else False):
         figures = [image for image in cell.findall(nodes.image) if not image.get("alt")]
@@ -69,11 +64,7 @@ def description(heading: str, call: str | None, said: dict[str, str]) -> str:
 
 @functools.cache
 def docstrings(folder: Path) -> dict[str, str]:
-    """Return the first lines of the docstrings of all functions ``plot_...``, by module and name; nothing is imported.
-
-    Args:
-        folder: with Python files, at any depth.
-    """
+    """Return the first line of the docstring of each function ``plot_...``, by module and name; nothing is imported."""
     found = {}
     for path in sorted(folder.rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -83,10 +74,6 @@ def docstrings(folder: Path) -> dict[str, str]:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Connect :func:`describe_figures` to Sphinx's build.
-
-    Args:
-        app: Sphinx.
-    """
+    """Connect :func:`describe_figures` to Sphinx's build."""
     app.connect("doctree-read", describe_figures)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

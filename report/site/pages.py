@@ -78,13 +78,7 @@ def public_names() -> dict[str, str]:
 
 
 def fill(app: Sphinx, document: str, source: list[str]) -> None:
-    """Render a page that is a template.
-
-    Args:
-        app: Sphinx.
-        document: the page's name.
-        source: its text, as a list of one; changed in place.
-    """
+    """Render a page that is a template."""
     if not document.startswith("notebooks/"):
         names: dict[str, Any] = {"notebooks": notebooks, "reference": reference, "public_names": public_names}
         source[0] = jinja2.Template(source[0], undefined=jinja2.StrictUndefined).render(names)
@@ -94,10 +88,6 @@ def mend_links(app: Sphinx, document: nodes.document) -> None:
     """Make links between notebooks lead to their pages.
 
     MyST resolves the symbolic link ``report/site/notebooks``, and so looks for the pages outside the site's sources.
-
-    Args:
-        app: Sphinx.
-        document: a page that has been read; changed in place.
     """
     for link in document.findall(addnodes.pending_xref):
         if Path(link["reftarget"]).is_relative_to(ROOT):
@@ -105,27 +95,13 @@ def mend_links(app: Sphinx, document: nodes.document) -> None:
 
 
 def keep_colons(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    """Keep napoleon from reading an attribute's docstring ``"Seeds: one each."`` as a type and a description.
-
-    Args:
-        app: Sphinx.
-        what: the kind of thing documented.
-        name: of it.
-        value: it.
-        options: of the directive.
-        lines: the docstring; changed in place.
-    """
+    """Keep napoleon from reading an attribute's docstring ``"Seeds: one each."`` as a type and a description."""
     if what in {"attribute", "data", "property"}:
         lines.insert(0, "\\")  # reads as nothing, and is a first line without a colon
 
 
 def keep_bars(parser: Inliner, match: re.Match[str], line: int) -> tuple[str, list, str, list]:
     """Read ``|`` as itself. To reStructuredText ``|x|`` is a name to be substituted; in our docstrings it is a norm.
-
-    Args:
-        parser: of the text within a paragraph.
-        match: the bar, in its text.
-        line: its number.
 
     Returns:
         The text up to the bar and with it, the nodes made of it, the text to go on with, and the parser's complaints.
@@ -134,12 +110,7 @@ def keep_bars(parser: Inliner, match: re.Match[str], line: int) -> tuple[str, li
 
 
 def copy_report(app: Sphinx, error: Exception | None) -> None:
-    """Put the committed report beside the pages. It gets a link to them, and links to notebooks lead to their pages.
-
-    Args:
-        app: Sphinx.
-        error: what has stopped the build, if anything.
-    """
+    """Put the committed report beside the pages. It gets a link to them, and links to notebooks lead to their pages."""
     if error is None:
         text = (REPORT / "report.html").read_text(encoding="utf-8")
         text = NOTEBOOK_LINK.sub(r'href="notebooks/\1.html"', text)
@@ -149,11 +120,7 @@ def copy_report(app: Sphinx, error: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Connect the steps above to Sphinx's build.
-
-    Args:
-        app: Sphinx.
-    """
+    """Connect the steps above to Sphinx's build."""
     Inliner.dispatch["|"] = keep_bars
     app.connect("source-read", fill)
     app.connect("doctree-read", mend_links)

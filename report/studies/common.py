@@ -2,7 +2,8 @@
 
 A study is a module with a NamedTuple ``Settings``, two instances of it, ``FULL`` for the report and ``SHORT`` for
 ``make evidence``, and a function ``measure(settings, folder, parts)``; a study that is all of one piece has no parts.
-The function measures what ``folder`` does not hold yet, and saves each result as soon as it has it.
+The function measures what ``folder`` does not hold yet, and saves each result as soon as it has it. It raises a
+ValueError if a file in ``folder`` was made with other settings.
 """
 # No `from __future__ import annotations` here: tyro must see the annotations of the local function in main().
 
@@ -16,6 +17,8 @@ import tyro
 
 from fwdlib import runtime
 from fwdlib.data import Dataset
+from fwdlib.results import write_json
+from report.names import read
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -67,7 +70,7 @@ def reopen(file: Path, settings: dict[str, Any], **begin: Any) -> dict[str, Any]
         ValueError: if the file was made with other settings.
     """
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-    found = json.loads(file.read_text("utf-8")) if file.is_file() else begin
+    found = read(file) or begin
     kept = found.setdefault("settings", settings)
     if kept != settings:
         missing = "not there"
@@ -78,6 +81,16 @@ def reopen(file: Path, settings: dict[str, Any], **begin: Any) -> dict[str, Any]
             f"file to start anew."
         )
     return found | {"environment": runtime.environment()}
+
+
+def once(found: dict[str, Any], file: Path, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the run of this key from ``found["runs"]``; if there is none, make it, add it, and save the file."""
+    for done in found["runs"]:
+        if key.items() <= done.items():
+            return done
+    found["runs"].append(key | make())
+    write_json(file, found)
+    return found["runs"][-1]
 
 
 def climb(cost: Callable[[int], tuple[float, ...]], power: int) -> int:
@@ -98,12 +111,7 @@ def climb(cost: Callable[[int], tuple[float, ...]], power: int) -> int:
 
 
 def held_out(data: Dataset, number: int) -> Dataset:
-    """Return the data with the last examples of the training set as its test set.
-
-    Args:
-        data: a data set.
-        number: how many examples to hold out.
-    """
+    """Return the data with the last examples of the training set as its test set."""
     train_inputs, test_inputs = data.train_inputs.tensor_split([-number])
     train_targets, test_targets = data.train_targets.tensor_split([-number])
     return data._replace(

@@ -17,10 +17,9 @@ from tqdm import tqdm
 
 from fwdlib.data import Dataset, load_images
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
-from fwdlib.results import write_json
 from fwdlib.training import train
 from report.names import DESCENT
-from report.studies.common import climb, main, reopen
+from report.studies.common import climb, main, once, reopen
 
 METHODS: dict[str, tuple[Estimator, int]] = {  # with the power of the first guess of the learning rate
     "backprop": (backprop_gradient, 11),
@@ -64,18 +63,10 @@ def build() -> nn.Module:
 def measure(settings: Settings, folder: Path, methods: Sequence[str] = PARTS) -> dict[str, Any]:
     """Tune and train with each of ``methods``, and return everything that the file then holds.
 
-    Args:
-        settings: ``FULL`` or ``SHORT``.
-        folder: of the results.
-        methods: some of ``METHODS``.
-
     Returns:
         ``settings``, ``environment``, and ``runs``: for each training its method, learning rate, seed, purpose
         (``"tuning"`` or ``"measured"``), status, number of iterations, and training losses: the mean over each
         ``evaluate_every`` batches.
-
-    Raises:
-        ValueError: if the file holds trainings with other settings.
     """
     data, file = load_images("MNIST", num_test=200), folder / DESCENT
     kept = {name: value for name, value in settings._asdict().items() if name not in ("seeds", "tuning_seed")}
@@ -83,13 +74,7 @@ def measure(settings: Settings, folder: Path, methods: Sequence[str] = PARTS) ->
 
     def run(method: str, power: int, seed: int, purpose: str, max_iterations: int) -> dict[str, Any]:
         key = {"method": method, "power": power, "seed": seed, "purpose": purpose}
-        for done in found["runs"]:
-            if key.items() <= done.items():
-                return done
-        done = key | _train(settings, data, method, power, seed, max_iterations)
-        found["runs"].append(done)
-        write_json(file, found)
-        return done
+        return once(found, file, key, lambda: _train(settings, data, method, power, seed, max_iterations))
 
     for method in tqdm(methods, desc="descent", unit="method"):
         power = tune(partial(run, method), METHODS[method][1], settings) - 1

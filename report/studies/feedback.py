@@ -35,7 +35,7 @@ from fwdlib.tangents import Params
 from fwdlib.trainer import experiment
 from fwdlib.trainer.settings import Settings as TrainerSettings
 from report.names import FEEDBACK, LEARNS, MAIN_MODES, PLAIN, RECORDED, STEPS, TASKS, feedback_file
-from report.studies.common import climb, held_out, main, reopen
+from report.studies.common import climb, held_out, main, once, reopen
 
 BASE_RATE = 1e-4  # times a power of two
 OPTIONS: dict[str, dict[str, Any]] = {  # of the tasks
@@ -105,16 +105,7 @@ PARTS = (
 
 
 def measure(settings: Settings, folder: Path, parts: Sequence[str] = PARTS) -> None:
-    """Train the modes that ``parts`` name, and time the steps if they name these.
-
-    Args:
-        settings: ``FULL`` or ``SHORT``.
-        folder: of the results.
-        parts: tasks, files of single modes without ``.json``, and ``"steps"``.
-
-    Raises:
-        ValueError: if a file holds trainings with other settings.
-    """
+    """Train the modes that ``parts`` name, and time the steps if they name these."""
     jobs = [
         (task, mode)
         for task, length in settings.tasks.items()
@@ -130,18 +121,9 @@ def measure(settings: Settings, folder: Path, parts: Sequence[str] = PARTS) -> N
 def measure_mode(settings: Settings, folder: Path, task: str, mode: str) -> dict[str, Any]:
     """Tune and train one mode of a task, and return everything that its file then holds.
 
-    Args:
-        settings: of the study.
-        folder: of the results.
-        task: one of the tasks of the settings.
-        mode: one of ``MODES``.
-
     Returns:
         ``task``, ``mode``, ``settings``, ``source``, ``environment``, and ``runs``: for each training the powers of its
         learning rates, seed, purpose (``"tuning"`` or ``"measured"``), status, and the series of the run.
-
-    Raises:
-        ValueError: if the file holds trainings with other settings.
     """
     length, options = settings.tasks[task], dict(MODES[mode])
     start, feedback_start = options.pop("power"), options.pop("feedback_power", 0)
@@ -154,14 +136,8 @@ def measure_mode(settings: Settings, folder: Path, task: str, mode: str) -> dict
 
     def run(power: int, feedback_power: int, seed: int, purpose: str) -> dict[str, Any]:
         key = {"power": power, "feedback_power": feedback_power, "seed": seed, "purpose": purpose}
-        for done in found["runs"]:
-            if key.items() <= done.items():
-                return done
         num_held_out = settings.num_held_out if purpose == "tuning" else 0
-        done = key | _train(given, whole, length, key, num_held_out)
-        found["runs"].append(done)
-        write_json(file, found)
-        return done
+        return once(found, file, key, lambda: _train(given, whole, length, key, num_held_out))
 
     def cost(power: int, feedback_power: int) -> tuple[float, ...]:
         done = run(power, feedback_power, settings.tuning_seed, "tuning")
@@ -208,10 +184,6 @@ def measure_steps(settings: Settings, folder: Path) -> dict[str, Any]:
 
     The feedback rules replay what they have recorded, as in ``python -m fwdlib train``. For a fair comparison FDFA is
     also timed without recording, and backprop with it.
-
-    Args:
-        settings: of the study.
-        folder: of the results.
 
     Returns:
         ``seconds``: net -> mode -> seconds per step, one number a round; ``environment``.

@@ -108,16 +108,8 @@ SHORT = Settings(
 def measure(settings: Settings, folder: Path, parts: Sequence[str]) -> dict[str, Any]:
     """Measure what the file in ``folder`` does not hold yet.
 
-    Args:
-        settings: ``FULL`` or ``SHORT``.
-        folder: of the results.
-        parts: of :data:`PARTS`. The trainings need the tuning.
-
     Returns:
         The content of the file: ``settings``, ``environment``, ``source``, and for each part its items by name.
-
-    Raises:
-        ValueError: if the file was made with other settings.
     """
     found = reopen(folder / FRANK_WOLFE, settings.kept())
     for part in parts:
@@ -142,12 +134,6 @@ def converge(ball: str, form: str, num_steps: int, seeds: Sequence[int]) -> dict
     """Run Frank-Wolfe for all places and seeds at once.
 
     A seed draws the direction of the goal and the tangents. All places of a ball share both.
-
-    Args:
-        ball: one of :data:`BALLS`.
-        form: one of :data:`FORMS`.
-        num_steps: how many.
-        seeds: of goals and tangents.
 
     Returns:
         ``steps``, those that are recorded, and place -> ``gap`` and ``error``, with a list for each seed: the

@@ -93,16 +93,8 @@ SHORT = Settings(seeds_of_divergence=tuple(range(20)), seconds=10)
 def measure(settings: Settings, folder: Path, parts: Sequence[str]) -> dict[str, Any]:
     """Measure the parts that the file in ``folder`` does not hold yet, and ``"steps"`` again if it is asked for.
 
-    Args:
-        settings: ``FULL`` or ``SHORT``.
-        folder: of the results.
-        parts: of :data:`PARTS`.
-
     Returns:
         The content of the file: ``settings``, ``environment``, and the parts.
-
-    Raises:
-        ValueError: if the file was made with other settings.
     """
     found = reopen(folder / FUNCTIONS, settings.kept())
     for part in tqdm([part for part in parts if part not in found or part == "steps"], desc="functions", unit="part"):

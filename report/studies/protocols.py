@@ -162,10 +162,6 @@ def as_published(settings: Settings, name: str) -> dict[str, dict[str, Training]
     """Return the trainings at the published settings: method -> form -> training.
 
     The first form of each method is the text's; each other form has one departure of the code.
-
-    Args:
-        settings: of the study.
-        name: of the model.
     """
     model, theirs = MODELS[name], PUBLISHED[name]
     rate, blocks = model.learning_rate, model.blocks
@@ -201,16 +197,7 @@ def as_published(settings: Settings, name: str) -> dict[str, dict[str, Training]
 
 
 def measure(settings: Settings, folder: Path, parts: Sequence[str] = PARTS) -> None:
-    """Train the models that ``parts`` name, and time the iterations if they name these.
-
-    Args:
-        settings: ``FULL`` or ``SHORT``.
-        folder: of the results.
-        parts: models, and ``"steps"``.
-
-    Raises:
-        ValueError: if a file holds trainings with other settings.
-    """
+    """Train the models that ``parts`` name, and time the iterations if they name these."""
     for part in parts:
         if part in MODELS:
             measure_model(settings, folder, part)
@@ -221,19 +208,11 @@ def measure(settings: Settings, folder: Path, parts: Sequence[str] = PARTS) -> N
 def measure_model(settings: Settings, folder: Path, name: str) -> dict[str, Any]:
     """Train a model by both protocols and return everything that its file then holds.
 
-    Args:
-        settings: of the study.
-        folder: of the results.
-        name: of the model.
-
     Returns:
         ``settings``, ``source``, ``environment``, and ``published``: method -> form -> runs; ``equal``: method ->
         runs at the published rate; ``tuning``: method -> power -> cost; ``fair``: method -> runs at the best rate.
         Runs are lists, one item a seed: ``seed``, ``status``, ``iterations``, and first and last ``train_loss``,
         ``test_loss``, ``accuracy``; with the ``learning_rate``.
-
-    Raises:
-        ValueError: if the file holds trainings with other settings.
     """
     model, length, file = MODELS[name], settings.models[name], folder / PROTOCOLS / f"{name}.json"
     data = model.load()
@@ -334,10 +313,6 @@ def _train(
 
 def measure_steps(settings: Settings, folder: Path) -> dict[str, Any]:
     """Time an iteration of each model in every form, and save the times. The forms take turns.
-
-    Args:
-        settings: of the study.
-        folder: of the results.
 
     Returns:
         ``seconds``: model -> form -> seconds per iteration, one number a round; ``environment``. The forms are those of

@@ -35,16 +35,9 @@ SHORT = Settings((1, 2), (None, 100), 3)
 def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     """Measure what the file does not hold yet, and return everything that it then holds.
 
-    Args:
-        settings: ``FULL`` or ``SHORT``.
-        folder: of the results.
-
     Returns:
         ``settings``, ``environment``, and ``rows``, as :func:`fwdlib.bench.sharing.measure_step` returns them;
         ``obstacle``: why links could not be slowed, empty if they could.
-
-    Raises:
-        ValueError: if the file was made with other settings.
     """
     file = folder / SCALING
     found = reopen(file, settings._asdict() | {"batch_size": sharing.BATCH_SIZE}, rows=[])

@@ -60,17 +60,9 @@ SHORT = Settings(seeds=(1, 2), seconds=5.0)
 def measure(settings: Settings, folder: Path, parts: Sequence[str]) -> dict[str, Any]:
     """Measure what the file in ``folder`` does not hold yet, and take the times again if ``parts`` name ``"steps"``.
 
-    Args:
-        settings: ``FULL`` or ``SHORT``.
-        folder: of the results.
-        parts: of :data:`PARTS`.
-
     Returns:
         The content of the file: ``settings``, ``environment``, ``source``, ``runs``, each with its ``key``, and
         ``steps``, number of threads -> as :func:`step_seconds` returns it.
-
-    Raises:
-        ValueError: if the file was made with other settings.
     """
     file, kept = folder / SCRATCH, {"num_epochs": settings.num_epochs, "agreement_steps": settings.agreement_steps}
     kept |= {"sizes": SIZES, "num_points": NUM_POINTS, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE}
@@ -114,11 +106,7 @@ class DividingLinear(tinynet.Linear):
     """The published linear layer: its own gradients are means over the batch, but not those that it passes on."""
 
     def backward(self, grad: Tensor) -> Tensor:
-        """Add the gradients of weight and bias, divided by the batch size, and return that of the inputs.
-
-        Args:
-            grad: of the outputs.
-        """
+        """Add the gradients of weight and bias, divided by the batch size, and return that of the inputs."""
         return super().backward(grad / len(grad)) * len(grad)
 
 
@@ -162,15 +150,7 @@ Step = Callable[[Tensor, Tensor], object]
 def tinynet_step(
     net: tinynet.Sequential, lr: float, loss: str = "MSELoss", reduction: str = "sum", momentum: float = 0.0
 ) -> Step:
-    """Return a training step by tinynet.
-
-    Args:
-        net: to train.
-        lr: the learning rate.
-        loss: name of a loss.
-        reduction: of the loss.
-        momentum: of SGD.
-    """
+    """Return a training step by tinynet."""
     criterion, optimizer = getattr(tinynet, loss)(reduction), tinynet.SGD(net, lr, momentum)
 
     def step(inputs: Tensor, targets: Tensor) -> None:
@@ -185,16 +165,7 @@ def tinynet_step(
 def torch_step(
     net: nn.Module, lr: float, loss: str = "MSELoss", reduction: str = "sum", momentum: float = 0.0, **options: Any
 ) -> Step:
-    """Return the same step in PyTorch, as its documentation writes it.
-
-    Args:
-        net: to train.
-        lr: the learning rate.
-        loss: name of a loss.
-        reduction: of the loss.
-        momentum: of SGD.
-        options: of ``torch.optim.SGD``, to choose its implementation.
-    """
+    """Return the same step in PyTorch, as its documentation writes it."""
     criterion = getattr(nn, loss)(reduction=reduction)
     optimizer = torch.optim.SGD(net.parameters(), lr, momentum, **options)
 
@@ -256,15 +227,7 @@ def epochs_recorded(num_epochs: int) -> list[int]:
 
 
 def agreement(activation: str, loss: str, reduction: str, momentum: float, num_steps: int) -> float:
-    """Return the largest difference of any parameter from PyTorch's after the same steps, in float64.
-
-    Args:
-        activation: name of one.
-        loss: name of one.
-        reduction: of the loss.
-        momentum: of SGD.
-        num_steps: how many.
-    """
+    """Return the largest difference of any parameter from PyTorch's after the same steps, in float64."""
     net = build(0, activation=activation, dtype=torch.float64)
     twin = twin_of(net)
     lr = (0.1 if reduction == "mean" else LEARNING_RATE) * (1 - momentum)
@@ -322,9 +285,6 @@ def derivative_errors() -> dict[str, list[float]]:
 
 def step_seconds(seconds: float) -> dict[str, list[float]]:
     """Time an epoch of each implementation, in turns on the same batches.
-
-    Args:
-        seconds: for all of the timing.
 
     Returns:
         Implementation -> the seconds of a step, a number for each round.

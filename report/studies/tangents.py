@@ -97,18 +97,10 @@ SHORT = Settings(
 def measure(settings: Settings, folder: Path, parts: Sequence[str]) -> dict[str, Any]:
     """Tune and measure all methods on the problems that the file in ``folder`` does not hold yet.
 
-    Args:
-        settings: ``FULL`` or ``SHORT``.
-        folder: of the results.
-        parts: names of problems.
-
     Returns:
         The content of the file: ``settings``, ``environment``; ``sizes``, those of each problem; and ``runs``, for each
         problem, n, method and power of the learning rate the last values above the minimum, with the tuning seeds and
         with the others, infinite where the descent has diverged.
-
-    Raises:
-        ValueError: if the file was made with other settings.
     """
     file, problems = folder / TANGENTS, settings.problems
     found = reopen(file, settings.kept(), runs=[]) | {"sizes": {name: problems[name].sizes for name in problems}}
@@ -128,15 +120,7 @@ def in_turn(problems: dict[str, Problem], names: Sequence[str]) -> Iterator[tupl
 
 
 def tune(settings: Settings, name: str, n: int, method: str, runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the runs of a case that are missing, until the best learning rate is not at an end of the grid.
-
-    Args:
-        settings: with the problem.
-        name: of the problem.
-        n: numbers in a point.
-        method: of :data:`METHODS`.
-        runs: those that exist.
-    """
+    """Yield the runs of a case that are missing, until the best learning rate is not at an end of the grid."""
     powers, runs = {*POWERS, *(run["power"] for run in runs)}, list(runs)
     while True:
         missing = sorted(powers - {run["power"] for run in runs})

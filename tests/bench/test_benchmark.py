@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fwdlib import cli, runtime
+from fwdlib import cli
 from fwdlib.bench import benchmark, measuring, table
 from fwdlib.bench.compared import COMPARED, SWEPT
 
@@ -54,24 +54,6 @@ def test_wrong_options_are_refused_before_anything_is_measured(options, named, m
     monkeypatch.setattr(benchmark, "measure_time", lambda *args, **timing: pytest.fail("measured"))
     with pytest.raises(ValueError, match=named):
         benchmark.run(**options)
-
-
-def test_only_a_whole_result_gets_the_committed_name():
-    names = [
-        benchmark.default_path("cpu").name,
-        benchmark.default_path("cuda:1").name,
-        benchmark.default_path("cpu", quick=True).name,
-        benchmark.default_path("cuda", batch=4096).name,
-        benchmark.default_path("cpu", partial=True, quick=True).name,
-    ]
-    assert names == [
-        "bench-cpu.json",
-        "bench-cuda.json",
-        "bench-cpu-quick.json",
-        "bench-cuda-batch4096.json",
-        "bench-cpu-partial-quick.json",
-    ]
-    assert benchmark.default_path("cpu").parent == runtime.project_root() / "build"
 
 
 def test_the_command_saves_and_prints(tiny, tmp_path, capsys):

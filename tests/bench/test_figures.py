@@ -43,22 +43,9 @@ def lines(axes):
     return [line for line in axes.lines if len(line.get_xdata())]
 
 
-FIGURES = {
-    "cost": lambda: plot_cost(make_bench()),
-    "depth": lambda: plot_depth(make_bench(), PUBLISHED),
-    "over time": lambda: plot_over_time({"rank-one": (0.1, make_run())}),
-    "durations": lambda: plot_durations({"backprop": [0.011, 0.012], "FDFA": [0.013, 0.015]}),
-}
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_drawn_twice_byte_for_byte_alike_and_leaves_the_style_alone(name, check_drawing):
-    check_drawing(FIGURES[name])
-
-
 @pytest.mark.parametrize(("slowest", "has_minor"), [(0.016, True), (0.1, False)])
-def test_durations_have_numbers_on_the_axis_also_where_they_span_no_decade(slowest, has_minor):
-    figure = plot_durations({"backprop": [0.011, 0.011, 0.012], "FDFA": [slowest] * 3})
+def test_durations_have_numbers_on_the_axis_also_where_they_span_no_decade(slowest, has_minor, drawn):
+    figure = drawn(plot_durations, {"backprop": [0.011, 0.011, 0.012], "FDFA": [slowest] * 3})
     figure.canvas.draw()
     (axes,) = figure.axes
     assert bool("".join(label.get_text() for label in axes.get_xticklabels(minor=True))) == has_minor
@@ -66,8 +53,8 @@ def test_durations_have_numbers_on_the_axis_also_where_they_span_no_decade(slowe
     assert lines(axes)[1].get_color() == METHOD_STYLES["backprop"]["color"]
 
 
-def test_cost_has_a_panel_for_each_model_and_a_row_for_each_method():
-    figure = plot_cost(make_bench(num_models=4))
+def test_cost_has_a_panel_for_each_model_and_a_row_for_each_method(drawn):
+    figure = drawn(plot_cost, make_bench(num_models=4))
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert len(panels) == 4
     for axes in panels:
@@ -102,8 +89,8 @@ def test_cost_draws_the_ratio_hollow_where_eager():
         assert dots[place] == (pytest.approx(ratio), METHOD_STYLES[method]["color"])
 
 
-def test_depth_draws_time_in_forward_passes_and_memory_in_megabytes():
-    time, memory = plot_depth(make_bench(), PUBLISHED).axes
+def test_depth_draws_time_in_forward_passes_and_memory_in_megabytes(drawn):
+    time, memory = drawn(plot_depth, make_bench(), PUBLISHED).axes
     drawn = {line.get_label(): line for line in lines(time) if not line.get_label().startswith("_")}
     for label, ratio in (("backprop, $R_b$", 4), ("forward gradient, $R_f$", 8), ("rank-one, $R_f$", 2.5)):
         assert list(drawn[label].get_xdata()) == [1, 10, 100]
@@ -117,14 +104,13 @@ def test_depth_draws_time_in_forward_passes_and_memory_in_megabytes():
     assert "width 1024, batch 64" in time.get_xlabel()
 
 
-def test_depth_without_the_paper_or_the_memory(svg):
+def test_depth_without_the_paper_or_the_memory(drawn):
     bench = make_bench()
     for entry in bench["depth"].values():
         del entry["memory"]
-    time, memory = plot_depth(bench).axes
+    time, memory = drawn(plot_depth, bench).axes
     assert not time.texts
     assert not lines(memory)
-    svg(plot_depth(bench))
 
 
 def test_depth_that_was_not_measured():
@@ -138,9 +124,9 @@ def test_figures_of_a_quick_benchmark_are_stamped(draw):
     assert draw(make_bench(quick=True)).get_suptitle() == "quick mode: not a result"
 
 
-def test_losses_over_time_are_at_the_seconds_that_the_steps_took():
+def test_losses_over_time_are_at_the_seconds_that_the_steps_took(drawn):
     run = make_run()
-    (axes,) = plot_over_time({"backprop": (0.1, run), "rank-one": (0.2, run)}).axes
+    (axes,) = drawn(plot_over_time, {"backprop": (0.1, run), "rank-one": (0.2, run)}).axes
     first, second = lines(axes)
     assert list(first.get_xdata()) == pytest.approx([0.5, 1.0, 1.2])
     assert list(second.get_xdata()) == pytest.approx([1.0, 2.0, 2.4])

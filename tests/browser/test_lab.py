@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.chromium import FLAGS, MARKS, ROOT, chromedriver, wait_until
+from tests.browser.chromium import MARKS, ROOT, wait_until
 
 pytestmark = MARKS
 
@@ -115,28 +115,11 @@ def lab(folder) -> Iterator[str]:
             server.wait()
 
 
-@pytest.fixture
-def browser(folder) -> Iterator:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    for flag in (*FLAGS.split(), f"--user-data-dir={folder / 'profile'}"):
-        options.add_argument(flag)
-    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    service = webdriver.ChromeService(executable_path=chromedriver())
-    driver = webdriver.Chrome(options=options, service=service)
-    try:
-        yield driver
-    finally:
-        driver.quit()
-
-
 def click(browser, css: str, text: str) -> None:
     """Click the element that shows exactly ``text``, once it is there."""
-    from selenium.webdriver.common.by import By
 
     def find():
-        shown = [item for item in browser.find_elements(By.CSS_SELECTOR, css) if item.is_displayed()]
+        shown = [item for item in browser.find_elements("css selector", css) if item.is_displayed()]
         return next((item for item in shown if item.text.strip() == text), None)
 
     wait_until(f"{text!r} in {css}", find).click()
@@ -172,7 +155,7 @@ def screenshot(browser, path: Path) -> None:
 
 def test_run_all_cells_as_a_student_does(folder, request):
     num_code, path = prepare(folder / "notebooks"), folder / "notebooks" / NAME
-    address, browser = request.getfixturevalue("lab"), request.getfixturevalue("browser")
+    address, browser = request.getfixturevalue("lab"), request.getfixturevalue("driver")
     browser.get(f"{address}/lab/tree/{NAME}")
 
     def status() -> str:

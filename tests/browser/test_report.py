@@ -60,10 +60,8 @@ def table(driver, tmp_path):
 
 @pytest.mark.parametrize("column", ORDERS)
 def test_a_table_sorts_by_keyboard_up_down_and_back(table, column):
-    from selenium.webdriver.common.by import By
-
-    headers = table.find_elements(By.CSS_SELECTOR, "thead th")
-    button, (up, down) = headers[column].find_element(By.TAG_NAME, "button"), ORDERS[column]
+    headers = table.find_elements("css selector", "thead th")
+    button, (up, down) = headers[column].find_element("tag name", "button"), ORDERS[column]
     before = [text.replace("\N{RIGHT DOUBLE QUOTATION MARK}", '"') for text in table.execute_script(FIRST_CELLS)]
     for state, expected in (("ascending", up), ("descending", down), (None, None)):
         press(table, button)
@@ -72,25 +70,21 @@ def test_a_table_sorts_by_keyboard_up_down_and_back(table, column):
         assert plain == (expected or [text.translate({0x201C: '"'}) for text in before])
         assert [header.get_attribute("aria-sort") for header in headers].count(state) == (5 if state is None else 1)
         assert headers[column].get_attribute("aria-sort") == state
-        said = table.find_element(By.CSS_SELECTOR, "[role=status]").get_attribute("textContent")
+        said = table.find_element("css selector", "[role=status]").get_attribute("textContent")
         assert (state or "original") in said
 
 
 def test_axe_finds_nothing_serious_in_a_sortable_table(table, axe):
-    from selenium.webdriver.common.by import By
-
     find_nothing_serious(table, axe)
-    button = table.find_elements(By.CSS_SELECTOR, "thead button")[2]
+    button = table.find_elements("css selector", "thead button")[2]
     assert button.accessible_name == "n_k"  # a formula alone would be no name
 
 
 def test_a_second_column_takes_over(table):
-    from selenium.webdriver.common.by import By
-
-    first, second, *_ = table.find_elements(By.CSS_SELECTOR, "thead button")
+    first, second, *_ = table.find_elements("css selector", "thead button")
     press(table, first)
     press(table, second)
-    sorted_by = [header.get_attribute("aria-sort") for header in table.find_elements(By.TAG_NAME, "th")]
+    sorted_by = [header.get_attribute("aria-sort") for header in table.find_elements("tag name", "th")]
     assert sorted_by[:3] == [None, "ascending", None]
     assert table.execute_script(FIRST_CELLS)[0] == "a9"
 
@@ -104,9 +98,7 @@ def download(driver, button, folder: Path) -> Path:
 
 
 def test_a_table_is_saved_as_csv(table, tmp_path):
-    from selenium.webdriver.common.by import By
-
-    path = download(table, table.find_element(By.CSS_SELECTOR, ".tools button"), tmp_path)
+    path = download(table, table.find_element("css selector", ".tools button"), tmp_path)
     assert path.name == "page-results.csv"
     rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
     assert rows[0] == ["model", "time", "n_k", "share", "R_f"]
@@ -116,24 +108,20 @@ def test_a_table_is_saved_as_csv(table, tmp_path):
 
 
 def test_a_figure_is_saved_as_it_was_drawn(driver, tmp_path):
-    from selenium.webdriver.common.by import By
-
     show(driver, PAGE)
-    button = driver.find_element(By.CSS_SELECTOR, "#fig-summary-total .tools button")
+    button = driver.find_element("css selector", "#fig-summary-total .tools button")
     path = download(driver, button, tmp_path)
     assert path.read_bytes() == (REPORT / "figures" / "summary-total.svg").read_bytes()
 
 
 def test_all_tables_of_the_report_sort_and_keep_their_rows(driver):
-    from selenium.webdriver.common.by import By
-
     show(driver, PAGE)
-    tables = driver.find_elements(By.CSS_SELECTOR, "main table")
+    tables = driver.find_elements("css selector", "main table")
     assert len(tables) >= 6
     for table in tables:
         rows = "return [...arguments[0].tBodies[0].rows].map(row => row.textContent)"
         before = driver.execute_script(rows, table)
-        buttons = table.find_elements(By.CSS_SELECTOR, "thead button")
+        buttons = table.find_elements("css selector", "thead button")
         assert buttons or len(before) < 2
         moved = False
         for button in buttons:

@@ -30,13 +30,11 @@ def test_the_first_tab_skips_to_the_text(driver):
 
 
 def test_a_folded_solution_opens_by_keyboard(driver):
-    from selenium.webdriver.common.by import By
-
     show(driver, NOTEBOOK)
-    details = driver.find_element(By.CSS_SELECTOR, "main details")
-    code = details.find_element(By.TAG_NAME, "pre")
+    details = driver.find_element("css selector", "main details")
+    code = details.find_element("tag name", "pre")
     assert not code.is_displayed()
-    press(driver, details.find_element(By.TAG_NAME, "summary"))
+    press(driver, details.find_element("tag name", "summary"))
     assert code.is_displayed()
 
 
@@ -51,8 +49,6 @@ def test_search_finds_pages_without_a_server(driver):
 
 @pytest.mark.parametrize(("scheme", "other"), [("light", "dark"), ("dark", "light")])
 def test_the_reader_can_choose_the_other_scheme(driver, scheme, other):
-    from selenium.webdriver.common.by import By
-
     def background() -> str:
         return driver.execute_script("return getComputedStyle(document.body).backgroundColor")
 
@@ -60,8 +56,8 @@ def test_the_reader_can_choose_the_other_scheme(driver, scheme, other):
     expected = background()
     show(driver, NOTEBOOK, scheme=scheme)
     assert background() != expected
-    press(driver, driver.find_element(By.CSS_SELECTOR, ".theme-switch-button"))
-    entry = driver.find_element(By.CSS_SELECTOR, f".theme-change-button[data-mode={other}]")
+    press(driver, driver.find_element("css selector", ".theme-switch-button"))
+    entry = driver.find_element("css selector", f".theme-change-button[data-mode={other}]")
     wait_until("the choice of schemes", entry.is_displayed, 10)
     press(driver, entry)
     wait_until("the other scheme", lambda: background() == expected, 10)
@@ -69,12 +65,10 @@ def test_the_reader_can_choose_the_other_scheme(driver, scheme, other):
 
 
 def test_the_menu_of_a_phone_opens_by_keyboard(driver):
-    from selenium.webdriver.common.by import By
-
     show(driver, NOTEBOOK, "phone")
-    entry = driver.find_element(By.CSS_SELECTOR, ".bd-sidebar-primary a.current, #pst-primary-sidebar a.current")
+    entry = driver.find_element("css selector", ".bd-sidebar-primary a.current, #pst-primary-sidebar a.current")
     assert not entry.is_displayed()
-    buttons = driver.find_elements(By.CSS_SELECTOR, "button.primary-toggle, .primary-toggle")
+    buttons = driver.find_elements("css selector", "button.primary-toggle, .primary-toggle")
     press(driver, next(button for button in buttons if button.is_displayed()))
     wait_until(
         "the menu", lambda: driver.execute_script("return !!document.querySelector('dialog[open] a.current')"), 10

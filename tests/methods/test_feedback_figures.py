@@ -10,20 +10,9 @@ def make_cosines(*values):
     return [{"step": 10 * i, "first": value, "second": 1.0} for i, value in enumerate(values)]
 
 
-FIGURES = {
-    "cosines": lambda: plot_cosines({"FDFA": make_cosines(0.1, 0.9)}, ["first", "second"]),
-    "test errors": lambda: plot_test_errors({"MNIST": {"backprop": [[0.9, 0.05, 0.02]]}}),
-}
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_drawn_twice_byte_for_byte_alike_and_leaves_the_style_alone(name, check_drawing):
-    check_drawing(FIGURES[name])
-
-
-def test_cosines_have_a_panel_for_each_title_and_one_legend():
+def test_cosines_have_a_panel_for_each_title_and_one_legend(drawn):
     runs = {"FDFA": make_cosines(0.1, 0.9), "mean Jacobian": make_cosines(-0.4, 0.95)}
-    figure = plot_cosines(runs, ["first", "second"])
+    figure = drawn(plot_cosines, runs, ["first", "second"])
     first, second = figure.axes
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["first", "second"]
     assert [list(line.get_ydata()) for line in first.lines] == [[0.1, 0.9], [-0.4, 0.95]]
@@ -39,9 +28,9 @@ def test_cosines_of_what_is_no_method_have_colours_of_their_own():
     assert [line.get_color() for line in axes.lines] == list(CURVES)
 
 
-def test_errors_have_a_panel_for_each_study_and_a_thick_line_for_each_method():
+def test_errors_have_a_panel_for_each_study_and_a_thick_line_for_each_method(drawn):
     seeds = [[0.9, 0.05, 0.02], [0.9, 0.07, 0.04]]
-    figure = plot_test_errors({"MNIST": {"backprop": seeds, "FDFA": seeds[:1]}, "digits": {"FDFA": seeds}})
+    figure = drawn(plot_test_errors, {"MNIST": {"backprop": seeds, "FDFA": seeds[:1]}, "digits": {"FDFA": seeds}})
     first, second = figure.axes
     assert [axes.get_title(loc="left") or axes.get_title() for axes in (first, second)] == ["MNIST", "digits"]
     named = {line.get_label(): line for line in first.get_lines() if not line.get_label().startswith("_")}

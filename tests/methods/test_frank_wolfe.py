@@ -31,11 +31,8 @@ from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.trainer.session import TrainerSession
 from fwdlib.training import train
 
-ESTIMATORS = {
-    "backprop": backprop_gradient,
-    "forward": partial(forward_gradient, tangents="normal"),
-    "stacked": forward_gradient,
-}
+NORMAL = partial(forward_gradient, tangents="normal")
+ESTIMATORS = {"backprop": backprop_gradient, "forward": NORMAL, "stacked": forward_gradient}
 FORMS = {"plain": False, "averaged": True}
 
 # few values, so that there are ties and zeros
@@ -78,8 +75,7 @@ def run(gradient, start, num_steps, **options):
 
 
 @pytest.mark.parametrize(
-    ("ball", "expected"),
-    [("l1", [0.0, 2.0, 0.0]), ("l2", [-2 / 3, 4 / 3, -4 / 3]), ("linf", [-2.0, 2.0, -2.0])],
+    ("ball", "expected"), [("l1", [0.0, 2.0, 0.0]), ("l2", [-2 / 3, 4 / 3, -4 / 3]), ("linf", [-2.0, 2.0, -2.0])]
 )
 def test_minimisers_of_vectors(ball, expected):
     direction = torch.tensor([1.0, -2.0, 2.0 - 1e-3 * (ball == "l1")])
@@ -475,24 +471,10 @@ def test_trains_with_every_kind_of_estimator(blobs, estimator):
 
 def test_a_checkpoint_resumes_bit_for_bit(blobs, tmp_path):
     options = {"optimizer": partial(FrankWolfe, ball="l1", radius=20.0), "evaluate_every": 10, "progress": None}
-    whole = train(build, blobs, partial(forward_gradient, tangents="normal"), max_iterations=40, **options)
+    whole = train(build, blobs, NORMAL, max_iterations=40, **options)
     file = tmp_path / "checkpoint.pt"
-    train(
-        build,
-        blobs,
-        partial(forward_gradient, tangents="normal"),
-        max_iterations=20,
-        session=TrainerSession(file),
-        **options,
-    )
-    resumed = train(
-        build,
-        blobs,
-        partial(forward_gradient, tangents="normal"),
-        max_iterations=40,
-        session=TrainerSession(file, resume=True),
-        **options,
-    )
+    train(build, blobs, NORMAL, max_iterations=20, session=TrainerSession(file), **options)
+    resumed = train(build, blobs, NORMAL, max_iterations=40, session=TrainerSession(file, resume=True), **options)
     assert all(torch.equal(p, resumed.params[0][name]) for name, p in whole.params[0].items())
 
 
@@ -528,10 +510,7 @@ def test_refuses_bad_options_and_keeps_no_bad_group():
     for options, message in (
         ({"ball": "l3", "radius": 1.0}, "ball must be one of"),
         ({"radius": -1.0}, "radius must be a finite number above 0, got -1.0"),
-        (
-            {"radius": 1.0, "offset": 1.0},
-            "offset must be at least 2, .* 2/offset of the way, got 1",
-        ),
+        ({"radius": 1.0, "offset": 1.0}, "offset must be at least 2, .* 2/offset of the way, got 1"),
         ({"radius": 1.0, "power": 1.5}, "power must be at most 1, got 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -553,9 +532,7 @@ def test_generators_of_the_project_drive_it_reproducibly():
         optimizer = FrankWolfe([weight], ball="l2", radius=2.0)
         draw = runtime.generator(3)
         for _ in range(5):
-            weight.grad = forward_gradient(objective, {"x": weight.detach()}, generator=draw, tangents="normal").grads[
-                "x"
-            ]
+            weight.grad = NORMAL(objective, {"x": weight.detach()}, generator=draw).grads["x"]
             optimizer.step()
         ends.append(weight.detach().clone())
     assert torch.equal(*ends)

@@ -14,22 +14,10 @@ def make_sweep():
     return {10.0: [(0.02, 0.6), (0.04, 0.7)], 100.0: [(0.05, 0.8), (0.05, 0.9)]}
 
 
-FIGURES = {
-    "decay": lambda: plot_decay({"l1": make_decay("plain", "averaged")}, [10, 100], "gap"),
-    "paths": lambda: plot_paths({"plain": np.zeros((3, 2))}, [1.0, 1.0], [0.5, 0.5]),
-    "reach": lambda: plot_reach([0.1, 2.0], {"plain": np.ones((3, 2))}, 0.2),
-    "sparsity": lambda: plot_sparsity({"backprop": make_sweep()}, "parameters", 1000),
-}
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_drawn_twice_byte_for_byte_alike_and_leaves_the_style_alone(name, check_drawing):
-    check_drawing(FIGURES[name])
-
-
-def test_decay_is_a_median_in_a_band_and_zero_is_left_out():
+def test_decay_is_a_median_in_a_band_and_zero_is_left_out(drawn):
     solved = {"exact gradient": np.array([[1.0, 0.0]] * 3)}
-    figure = plot_decay({"l1": make_decay("plain", "averaged"), "l2": make_decay("plain") | solved}, [10, 100], "gap")
+    balls = {"l1": make_decay("plain", "averaged"), "l2": make_decay("plain") | solved}
+    figure = drawn(plot_decay, balls, [10, 100], "gap")
     first, second = figure.axes
     assert [list(line.get_ydata()) for line in first.lines] == [[1.0, 0.2]] * 2
     assert list(first.lines[0].get_xdata()) == [10, 100]
@@ -43,9 +31,10 @@ def test_decay_is_a_median_in_a_band_and_zero_is_left_out():
     assert len(plot_decay({"l2": already}, [10, 100], "gap").axes[0].lines) == 1
 
 
-def test_paths_lie_in_the_ball_with_goal_and_optimum():
+def test_paths_lie_in_the_ball_with_goal_and_optimum(drawn):
     points = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 0.4]])
-    figure = plot_paths({"exact gradient": points, "plain, one tangent": points}, [1.2, 0.8], [0.7, 0.3])
+    paths = {"exact gradient": points, "plain, one tangent": points}
+    figure = drawn(plot_paths, paths, [1.2, 0.8], [0.7, 0.3])
     for axes, name in zip(figure.axes, VARIANTS, strict=False):
         path, goal, optimum = axes.lines
         assert path.get_xydata().tolist() == points.tolist()
@@ -54,9 +43,9 @@ def test_paths_lie_in_the_ball_with_goal_and_optimum():
         assert axes.get_aspect() == 1
 
 
-def test_reach_has_the_theory_and_the_spread_of_the_seeds():
+def test_reach_has_the_theory_and_the_spread_of_the_seeds(drawn):
     ends = {"plain": np.array([[0.1, 0.2], [0.1, 0.3], [0.1, 0.1]]), "averaged": np.ones((3, 2))}
-    figure = plot_reach([0.1, 2.0], ends, 0.2)
+    figure = drawn(plot_reach, [0.1, 2.0], ends, 0.2)
     (axes,) = figure.axes
     best, theory = axes.lines[:2]
     assert (best.get_ydata().max(), theory.get_ydata().max()) == (1.0, 0.2)
@@ -68,9 +57,9 @@ def test_reach_has_the_theory_and_the_spread_of_the_seeds():
     assert list(averaged.lines[0].get_ydata()) == [1.0, 1.0]
 
 
-def test_sparsity_has_lines_through_the_means_over_radius_and_over_share():
+def test_sparsity_has_lines_through_the_means_over_radius_and_over_share(drawn):
     curves = {"backprop": make_sweep() | {None: [(0.7, 0.92)]}, "activity": make_sweep()}
-    figure = plot_sparsity(curves, "parameters", 1000)
+    figure = drawn(plot_sparsity, curves, "parameters", 1000)
     over_radius, over_share = figure.axes
     np.testing.assert_allclose(over_radius.lines[0].get_xydata(), [[10.0, 65.0], [100.0, 85.0]])  # percent
     np.testing.assert_allclose(over_share.lines[0].get_xydata(), [[3.0, 65.0], [5.0, 85.0]])

@@ -46,11 +46,6 @@ def test_rosenbrock_and_beale_are_those_of_scipy_and_of_the_books(values):
     assert beale(point[:2]).item() == pytest.approx(books)
 
 
-def test_rosenbrock_takes_other_constants():
-    assert rosenbrock(torch.tensor([3.0, 9.0]), a=3.0, b=5.0) == 0
-    assert rosenbrock(torch.tensor([2.0, 5.0]), a=3.0, b=5.0) == 5 * 1 + 1
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_go_through_vmap_row_by_row(name):
     points = torch.randn(7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

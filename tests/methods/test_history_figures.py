@@ -1,7 +1,5 @@
 """What is drawn: the number of panels and lines, their data, labels and units; not what it looks like."""
 
-import pytest
-
 from fwdlib.history import History, Run
 from fwdlib.methods.history_figures import plot_histories
 from fwdlib.plotting import METHOD_STYLES
@@ -23,18 +21,8 @@ def lines(axes):
     return [line for line in axes.lines if len(line.get_xdata())]
 
 
-FIGURES = {
-    "histories": lambda: plot_histories({"backprop": make_history(), "FG-CV, no feedback": make_history()}),
-}
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_drawn_twice_byte_for_byte_alike_and_leaves_the_style_alone(name, check_drawing):
-    check_drawing(FIGURES[name])
-
-
-def test_histories_draw_each_seed_thin_and_their_mean_where_they_were_evaluated():
-    figure = plot_histories({"backprop": make_history(2), "FG-CV, no feedback": make_history(2)})
+def test_histories_draw_each_seed_thin_and_their_mean_where_they_were_evaluated(drawn):
+    figure = drawn(plot_histories, {"backprop": make_history(2), "FG-CV, no feedback": make_history(2)})
     loss, error = figure.axes
     for axes in figure.axes:
         assert [list(line.get_xdata()) for line in lines(axes)] == [[5, 10, 12]] * 6

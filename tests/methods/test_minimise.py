@@ -15,6 +15,7 @@ from fwdlib.methods.functions import as_objective, beale, rosenbrock, sphere, st
 from fwdlib.methods.minimise import minimise, step_of
 
 minimise = partial(minimise, progress=None)
+NORMAL = partial(forward_gradient, tangents="normal")
 START = torch.tensor([0.0, 0.5], dtype=torch.float64)
 
 
@@ -35,9 +36,7 @@ def test_with_backprop_it_is_gradient_descent():
 
 
 def test_with_forward_gradients_it_is_the_loop_of_the_paper():
-    found = minimise(
-        beale, START, partial(forward_gradient, tangents="normal"), learning_rate=0.01, num_iterations=30, seeds=[7]
-    )
+    found = minimise(beale, START, NORMAL, learning_rate=0.01, num_iterations=30, seeds=[7])
     x, draw = START, runtime.generator(7)
     for _ in range(30):
         x = x - 0.01 * forward_gradient(as_objective(beale), {"x": x}, generator=draw, tangents="normal").grads["x"]
@@ -49,9 +48,9 @@ def test_with_forward_gradients_it_is_the_loop_of_the_paper():
 def test_replicates_of_a_stack_are_single_runs(function, dtype):
     how = {"learning_rate": 1e-4, "num_iterations": 40, "every": 7, "keep_trajectories": True}
     start = START.to(dtype)
-    stack = minimise(function, start, partial(forward_gradient, tangents="normal"), seeds=[3, 1, 4], **how)
+    stack = minimise(function, start, NORMAL, seeds=[3, 1, 4], **how)
     for i, seed in enumerate([3, 1, 4]):
-        alone = minimise(function, start, partial(forward_gradient, tangents="normal"), seeds=[seed], **how)
+        alone = minimise(function, start, NORMAL, seeds=[seed], **how)
         assert stack.values.dtype == alone.values.dtype == dtype
         torch.testing.assert_close(stack.values[i], alone.values[0])
         torch.testing.assert_close(stack.trajectories[i], alone.trajectories[0])
@@ -64,8 +63,8 @@ def test_a_start_may_be_part_of_another_tensor(of_each):
     how = {"learning_rate": 0.01, "num_iterations": 2, "seeds": [0, 1]}
     table = torch.stack([-START, START])
     start = table[1].expand(2, 2) if of_each else table[1]
-    expected = minimise(beale, START, partial(forward_gradient, tangents="normal"), **how).points
-    assert torch.equal(minimise(beale, start, partial(forward_gradient, tangents="normal"), **how).points, expected)
+    expected = minimise(beale, START, NORMAL, **how).points
+    assert torch.equal(minimise(beale, start, NORMAL, **how).points, expected)
     assert torch.equal(table, torch.stack([-START, START]))
 
 
@@ -77,14 +76,7 @@ def test_each_replicate_may_have_a_learning_rate_and_a_start_of_its_own():
 
 
 def test_the_same_seed_draws_the_same_tangents_at_every_learning_rate():
-    found = minimise(
-        sphere,
-        START,
-        partial(forward_gradient, tangents="normal"),
-        learning_rate=[0.1, 0.1, 0.1],
-        num_iterations=9,
-        seeds=[5, 5, 6],
-    )
+    found = minimise(sphere, START, NORMAL, learning_rate=[0.1, 0.1, 0.1], num_iterations=9, seeds=[5, 5, 6])
     assert torch.equal(found.values[0], found.values[1])
     assert not torch.equal(found.values[0], found.values[2])
 
@@ -197,15 +189,7 @@ def test_refuses_whole_numbers():
 
 
 def test_thinned_records_are_dense_at_the_start_and_keep_both_ends():
-    found = minimise(
-        beale,
-        START,
-        partial(forward_gradient, tangents="normal"),
-        learning_rate=0.01,
-        num_iterations=200,
-        seeds=[0, 1],
-        keep_trajectories=True,
-    )
+    found = minimise(beale, START, NORMAL, learning_rate=0.01, num_iterations=200, seeds=[0, 1], keep_trajectories=True)
     thinned = found.thinned(20)
     steps = thinned["steps"]
     assert (steps[:4], steps[-1]) == ([0, 1, 2, 3], 200)

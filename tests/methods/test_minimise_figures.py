@@ -21,17 +21,6 @@ def make_descents(*titles):
     return dict.fromkeys(titles, methods)
 
 
-FIGURES = {
-    "descents": lambda: plot_descents(make_descents("Beale", "Rosenbrock")),
-    "paths": lambda: plot_paths(make_descents("Beale", "Rosenbrock")),
-}
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_drawn_twice_byte_for_byte_alike_and_leaves_the_style_alone(name, check_drawing):
-    check_drawing(FIGURES[name])
-
-
 @pytest.mark.parametrize("name", MAPS)
 def test_the_minimum_is_on_the_map(name):
     x, y = MAPS[name].minimum
@@ -40,8 +29,8 @@ def test_the_minimum_is_on_the_map(name):
     assert bottom < y < top
 
 
-def test_descents_are_drawn_over_iterations_and_over_seconds():
-    figure = plot_descents(make_descents("Beale", "Rosenbrock"))
+def test_descents_are_drawn_over_iterations_and_over_seconds(drawn):
+    figure = drawn(plot_descents, make_descents("Beale", "Rosenbrock"))
     assert len(figure.axes) == 4
     by_step, by_second = figure.axes[2:]
     assert by_step.get_title(loc="left") == "Rosenbrock"
@@ -61,8 +50,8 @@ def test_descents_that_diverge_can_be_drawn(svg):
     svg(plot_descents(descents))
 
 
-def test_paths_have_a_line_for_each_seed_and_backprop_on_top():
-    figure = plot_paths(make_descents("Rosenbrock", "Beale"))
+def test_paths_have_a_line_for_each_seed_and_backprop_on_top(drawn):
+    figure = drawn(plot_paths, make_descents("Rosenbrock", "Beale"))
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Rosenbrock", "Beale"]
     star, *lines, ring = figure.axes[1].lines
     assert star.get_xydata().tolist() == [[3.0, 0.5]]

@@ -22,6 +22,7 @@ from fwdlib.methods.stability import (
 )
 from fwdlib.tangents import Replicates
 
+NORMAL = partial(forward_gradient, tangents="normal")
 fractions_diverged = partial(fractions_diverged, progress=None)
 
 
@@ -69,13 +70,7 @@ def test_second_moments_of_a_step_are_those_of_the_docstring(num_tangents):
 
     def step(params, index):
         draw = replicates.at(index)
-        return (
-            point
-            - rate
-            * forward_gradient(quadratic, params, num_tangents=num_tangents, generator=draw, tangents="normal").grads[
-                "x"
-            ]
-        )
+        return point - rate * NORMAL(quadratic, params, num_tangents=num_tangents, generator=draw).grads["x"]
 
     squares = torch.func.vmap(step)(params, replicates.indices).square()
     expected = second_moments(curvatures.tolist(), rate, num_tangents) @ point.square()
@@ -172,10 +167,7 @@ def test_backprop_on_a_quadratic_diverges_from_two_over_the_largest_curvature_on
 def test_half_the_limit_is_safe_and_ten_times_the_limit_of_backprop_is_not(function, start, minimum):
     start, minimum = (torch.tensor(point, dtype=torch.float64) for point in (start, minimum))
     limits = limits_at(function, minimum)
-    for estimator, limit in (
-        (backprop_gradient, limits["backprop"]),
-        (partial(forward_gradient, tangents="normal"), limits["forward gradient"]),
-    ):
+    for estimator, limit in ((backprop_gradient, limits["backprop"]), (NORMAL, limits["forward gradient"])):
         rates = [limit / 2, 10 * limits["backprop"]]
         assert fractions_diverged(function, start, estimator, rates, seeds=range(6), num_iterations=200) == [0, 1]
 
@@ -183,22 +175,14 @@ def test_half_the_limit_is_safe_and_ten_times_the_limit_of_backprop_is_not(funct
 def test_forward_gradients_diverge_where_backprop_does_not():
     start = torch.tensor([0.0, 0.5], dtype=torch.float64)
     assert fractions_diverged(beale, start, backprop_gradient, [0.035]) == [0]
-    assert (
-        fractions_diverged(
-            beale, start, partial(forward_gradient, tangents="normal"), [0.035], seeds=range(10), num_iterations=400
-        )[0]
-        > 0.5
-    )
+    assert fractions_diverged(beale, start, NORMAL, [0.035], seeds=range(10), num_iterations=400)[0] > 0.5
 
 
 def test_parts_are_those_of_the_seeds_one_by_one():
     start, rates, seeds = torch.tensor([0.0, 0.5], dtype=torch.float64), [0.02, 0.03, 0.05], [0, 1, 2]
     how = {"num_iterations": 100}
-    together = fractions_diverged(beale, start, partial(forward_gradient, tangents="normal"), rates, seeds=seeds, **how)
-    alone = [
-        fractions_diverged(beale, start, partial(forward_gradient, tangents="normal"), rates, seeds=[seed], **how)
-        for seed in seeds
-    ]
+    together = fractions_diverged(beale, start, NORMAL, rates, seeds=seeds, **how)
+    alone = [fractions_diverged(beale, start, NORMAL, rates, seeds=[seed], **how) for seed in seeds]
     assert together == torch.tensor(alone).mean(0).tolist()
 
 

@@ -18,20 +18,8 @@ def make_grid():
     return {"rates": [0.01, 0.1], "diverged": diverged, "limits": LIMITS}
 
 
-FIGURES = {
-    "growth": lambda: plot_growth(*make_growth()),
-    "divergence": lambda: plot_divergence({"Beale": make_grid(), "sphere": make_grid()}),
-}
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_drawn_twice_byte_for_byte_alike_and_leaves_the_style_alone(name, check_drawing):
-    check_drawing(FIGURES[name])
-
-
-def test_growth_has_the_theory_as_lines_and_five_standard_errors():
-    figure = plot_growth(*make_growth())
-    (axes,) = figure.axes
+def test_growth_has_the_theory_as_lines_and_five_standard_errors(drawn):
+    (axes,) = drawn(plot_growth, *make_growth()).axes
     named = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
     assert list(named["forward gradient,\nmean of the runs"].get_ydata()) == [1.0, 2.0]
     assert list(named["forward gradient,\ntypical run"].get_ydata()) == [1.0, 0.5]
@@ -41,8 +29,8 @@ def test_growth_has_the_theory_as_lines_and_five_standard_errors():
     assert [list(line.get_ydata()) for line in axes.lines if line.get_markerfacecolor() == "white"] == [[0.8, 0.6]]
 
 
-def test_divergence_has_a_panel_for_each_function_with_the_limits_of_both_methods():
-    figure = plot_divergence({"Beale": make_grid(), "sphere": make_grid()})
+def test_divergence_has_a_panel_for_each_function_with_the_limits_of_both_methods(drawn):
+    figure = drawn(plot_divergence, {"Beale": make_grid(), "sphere": make_grid()})
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Beale", "sphere"]
     at_limit, backprop, forward_limit, forward = figure.axes[0].lines
     assert list(backprop.get_ydata()) == [0.0, 100.0]

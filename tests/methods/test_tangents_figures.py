@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pytest
 
 from fwdlib.methods.tangents_figures import plot_closed_forms, plot_dimensions, plot_values
 from fwdlib.plotting import METHOD_STYLES
@@ -17,20 +16,8 @@ def make_ends(*values):
     return {4: values, 2: [1.0, 3.0, 2.0]}
 
 
-FIGURES = {
-    "closed forms": lambda: plot_closed_forms({"error": make_forms()}, [1, 4], "relative"),
-    "values": lambda: plot_values({"sphere": {"backprop": np.array([[2.0, 1.0]])}}, "f"),
-    "dimensions": lambda: plot_dimensions({"sphere": {"projection, K = 4": make_ends(1.0, 2.0, 0.0)}}, "f"),
-}
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_drawn_twice_byte_for_byte_alike_and_leaves_the_style_alone(name, check_drawing):
-    check_drawing(FIGURES[name])
-
-
-def test_closed_forms_are_lines_and_what_was_measured_dots():
-    figure = plot_closed_forms({"error": make_forms(), "length": make_forms()}, [1, 4], "relative")
+def test_closed_forms_are_lines_and_what_was_measured_dots(drawn):
+    figure = drawn(plot_closed_forms, {"error": make_forms(), "length": make_forms()}, [1, 4], "relative")
     first, second = figure.axes
     theory, measured, _, hollow = first.lines
     assert theory.get_ydata()[0] == 0.75
@@ -47,10 +34,10 @@ def test_closed_forms_are_lines_and_what_was_measured_dots():
     assert (first.get_ylabel(), second.get_xlabel()) == ("relative", "tangents K")
 
 
-def test_values_are_a_median_in_the_range_of_the_seeds():
+def test_values_are_a_median_in_the_range_of_the_seeds(drawn):
     seeds = np.array([[4.0, 1.0, 0.0], [4.0, 3.0, math.inf], [4.0, 2.0, 1e-9]])
     curves = {"backprop": np.array([[4.0, 1.0, 0.5]]), "projection, K = 4": seeds, "projection, K = 8": seeds}
-    figure = plot_values({"sphere": curves}, "f", floor=1e-6)
+    figure = drawn(plot_values, {"sphere": curves}, "f", floor=1e-6)
     (axes,) = figure.axes
     _, few, many = axes.lines
     assert list(few.get_ydata()[:2]) == [4.0, 2.0]
@@ -62,9 +49,9 @@ def test_values_are_a_median_in_the_range_of_the_seeds():
     assert (axes.get_ylabel(), axes.get_yscale()) == ("f", "log")
 
 
-def test_dimensions_are_in_order_with_the_range_of_the_seeds_and_without_what_diverged():
+def test_dimensions_are_in_order_with_the_range_of_the_seeds_and_without_what_diverged(drawn):
     ends = {"backprop": make_ends(math.inf, math.inf, math.inf), "projection, K = 4": make_ends(0.0, 1.0, math.inf)}
-    figure = plot_dimensions({"sphere": ends}, "f", floor=1e-3)
+    figure = drawn(plot_dimensions, {"sphere": ends}, "f", floor=1e-3)
     (axes,) = figure.axes
     backprop, projection = axes.lines
     assert list(projection.get_xdata()) == [2, 4]

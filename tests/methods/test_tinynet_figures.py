@@ -20,22 +20,8 @@ def make_validation():
     }
 
 
-FIGURES = {
-    "derivatives": lambda: plot_derivatives({"Tanh": make_derivatives()}, [0.0, 1.0]),
-    "validation": lambda: plot_validation(make_validation(), 1000, "squared error"),
-    "epochs until": lambda: plot_epochs_until(
-        {"own": [30, 40, 50], "divided": [900, math.inf, math.inf]}, 1001, "95 %"
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_drawn_twice_byte_for_byte_alike_and_leaves_the_style_alone(name, check_drawing):
-    check_drawing(FIGURES[name])
-
-
-def test_derivatives_are_lines_and_finite_differences_dots():
-    figure = plot_derivatives({"Sigmoid": make_derivatives(), "Tanh": make_derivatives()}, [0.0, 1.0])
+def test_derivatives_are_lines_and_finite_differences_dots(drawn):
+    figure = drawn(plot_derivatives, {"Sigmoid": make_derivatives(), "Tanh": make_derivatives()}, [0.0, 1.0])
     for axes, title in zip(figure.axes, ("Sigmoid", "Tanh"), strict=True):
         assert axes.get_title(loc="left") == title
         dots, *lines = axes.lines
@@ -52,8 +38,8 @@ def test_finite_differences_of_many_points_are_thinned_out():
     assert list(dots.get_xdata()) == list(dots.get_ydata())
 
 
-def test_validation_has_medians_by_epoch_and_by_way():
-    figure = plot_validation(make_validation(), 1000, "squared error")
+def test_validation_has_medians_by_epoch_and_by_way(drawn):
+    figure = drawn(plot_validation, make_validation(), 1000, "squared error")
     accuracy, by_epoch, by_way = figure.axes
     assert [list(line.get_xdata()) for line in by_epoch.lines] == [[1, 100], [1, 100]]
     assert [list(line.get_xdata()) for line in by_way.lines] == [[0.02, 2.0], [0.0004, 0.04]]
@@ -67,9 +53,9 @@ def test_validation_has_medians_by_epoch_and_by_way():
     assert [text.get_text() for text in figure.legends[0].texts] == ["own", "divided"]
 
 
-def test_epochs_until_a_goal_have_a_median_where_there_is_one_and_count_who_never_reached_it():
+def test_epochs_until_a_goal_have_a_median_where_there_is_one_and_count_who_never_reached_it(drawn):
     rows = {"own": [30, 40, 50, 60, 70, 80], "divided": [900] + [math.inf] * 5}
-    (axes,) = plot_epochs_until(rows, 1001, "95 %").axes
+    (axes,) = drawn(plot_epochs_until, rows, 1001, "95 %").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == list(rows)
     (median,) = [line for line in axes.lines if line.get_marker() == "D"]
     assert (median.get_xdata()[0], median.get_ydata()[0]) == (55, 0)

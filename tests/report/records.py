@@ -14,6 +14,8 @@ from report.output import HIDDEN, hold
 from report.page import render
 from report.page.context import METHODS, TASKS, build_context, load_results
 
+VERSIONS = {"python": "3.11.7", "torch": "2.15.0"}
+MACHINE = {"versions": VERSIONS, "system": "Linux x86_64", "processor": "a CPU", "cores": 2, "threads": 1}
 MODELS = {"logistic": LogisticRegression, "mlp": MLP, "cnn": CNN}
 
 
@@ -27,9 +29,7 @@ def make_run(seed: int, iterations: int, status: str = "reached") -> Run:
 
 def make_results(folder: Path) -> Path:
     """Write the six records and the timings: seed s takes 30 + s steps with backprop, 33 + s with forward gradients."""
-    versions = {"python": "3.11.7", "torch": "2.15.0"}
-    environment = {"versions": versions, "system": "Linux x86_64", "processor": "a CPU", "cores": 2, "threads": 1}
-    timings = {"environment": {**environment, "threads": 2}, "tasks": {}}
+    timings = {"environment": {**MACHINE, "threads": 2}, "tasks": {}}
     for key, task in TASKS.items():
         data = "KMNIST" if key == "cnn" else "penguins/processed"
         source = {
@@ -66,7 +66,7 @@ def make_results(folder: Path) -> Path:
                 stack_size=8,
                 runs=runs,
                 alone=runs[0],
-                environment=environment,
+                environment=MACHINE,
                 quick=False,
             )
             save(record, folder)

@@ -13,7 +13,6 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import nbformat
 import psutil
 import pytest
 
@@ -21,6 +20,8 @@ from report import __main__ as program
 from report.output import HIDDEN, MANIFEST
 from report.page import render
 from report.page.context import METHODS, RECORDS, TASKS, TIMINGS, load_results
+from tests.notebook_files import write_notebook
+from tests.processes import wait_until
 from tests.report.records import change, contents, draw
 
 pytestmark = pytest.mark.slow  # starts processes, or trains large networks
@@ -96,21 +97,11 @@ def test_drawing_ends_with_the_process_that_asked_for_it(tmp_path):
     with subprocess.Popen([sys.executable, tmp_path / "script.py"], env=environment, stdout=subprocess.PIPE) as process:
         child = int(process.stdout.readline())
         process.send_signal(signal.SIGKILL)
-    end = time.monotonic() + 10
-    while psutil.pid_exists(child) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not psutil.pid_exists(child)
-
-
-def write_notebook(folder: Path, name: str, source: str) -> None:
-    cells = [nbformat.v4.new_code_cell("steps = 1", metadata={"tags": ["parameters"]})]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    cells += [nbformat.v4.new_code_cell(source)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / f"{name}.ipynb")
+    assert wait_until(lambda: not psutil.pid_exists(child), 10)
 
 
 def test_a_failing_notebook_stops_the_report(built, monkeypatch, capsys):
-    write_notebook(built.parent, "broken", "raise ValueError('no such luck')")
+    write_notebook(built.parent / "broken.ipynb", "steps = 1", "raise ValueError('no such luck')")
     (built.parent / "plan.toml").write_text("[notebooks.broken]\n[timings]\nlogistic = 1\n")
     monkeypatch.setattr(program, "NOTEBOOKS", built.parent)
     monkeypatch.setattr(program, "PLAN", built.parent / "plan.toml")
@@ -215,7 +206,7 @@ def fake(saved, measured, tmp_path, monkeypatch) -> list:
     """Notebooks that "train" by copying the saved records, and the timing pass's stand-in, whose calls are returned."""
     for name in NAMES:
         copy_it = f"import os, shutil\nshutil.copy({str(saved / name)!r} + '.json', os.environ['FWDLIB_RESULTS'])"
-        write_notebook(tmp_path, name, copy_it)
+        write_notebook(tmp_path / f"{name}.ipynb", "steps = 1", copy_it)
     monkeypatch.setattr(program, "NOTEBOOKS", tmp_path)
     return measured
 
@@ -338,7 +329,7 @@ def test_a_build_leaves_the_checkout_alone(tmp_path):
     for name in NAMES:
         source = str(ROOT / "report" / "results" / f"{name}.json")
         copy_it = f"import os, shutil\nshutil.copy({source!r}, os.environ['FWDLIB_RESULTS'])"
-        write_notebook(copy / "notebooks", name, copy_it)
+        write_notebook(copy / "notebooks" / f"{name}.ipynb", "steps = 1", copy_it)
     taken = str(copy / "report" / "results" / TIMINGS)
     code = f"import json\ndef measure(*_, **__):\n    return json.load(open({taken!r}))\n"
     (copy / "report" / "studies" / "timings.py").write_text(code)

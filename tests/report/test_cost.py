@@ -11,14 +11,11 @@ from torch import nn
 
 from fwdlib.bench.compared import MODELS
 from fwdlib.data import Dataset, Source
-from fwdlib.results import write_json
-from report.names import BENCH, DESCENT
-from report.page import render
-from report.page.context import build_context, load_results
+from report.names import DESCENT
 from report.sections import cost
 from report.studies import descent as study
 from report.studies.common import RESULTS
-from tests.report.records import draw, make_results, section
+from tests.report.records import MACHINE
 
 ROUNDS = 9
 
@@ -55,17 +52,9 @@ def entry(title, structured=0.6, one_graph=0.9, memory=None):
 
 @pytest.fixture
 def bench():
-    versions = {"python": "3.11.7", "torch": "2.15.0"}
     memory = {"backprop": 400_000_000, "forward gradient": 900_000_000, "rank-one": 3_000_000}
     return {
-        "environment": {
-            "versions": versions,
-            "system": "Linux",
-            "processor": "a CPU",
-            "cores": 2,
-            "threads": 2,
-            "device": "cpu",
-        },
+        "environment": MACHINE | {"device": "cpu"},
         "quick": False,
         "settings": {"width": 1024},
         "models": {"mnist-mlp": entry("the MLP"), "paper-cnn": entry("the CNN", structured=0.88, one_graph=0.5)},
@@ -90,24 +79,9 @@ def descent(bench):
     runs = [run("backprop", seed, "reached", 100 + 20 * seed) for seed in range(5)]
     runs += [run("backprop", 100, "reached", 7, "tuning")]
     runs += [run("rank-one", seed, *(("reached", 5000) if seed < 2 else ("diverged", 9000))) for seed in range(5)]
-    data = {"name": "MNIST", "substitute_for": None}
-    settings = {
-        "threshold": 0.5,
-        "batch_size": 64,
-        "max_iterations": 20_000,
-        "tuning_iterations": 3000,
-        "evaluate_every": 20,
-        "data": data,
-    }
+    settings = {"threshold": 0.5, "batch_size": 64, "max_iterations": 20_000, "tuning_iterations": 3000}
+    settings |= {"evaluate_every": 20, "data": {"name": "MNIST", "substitute_for": None}}
     return {"runs": runs, "settings": settings, "environment": bench["environment"]}
-
-
-@pytest.fixture
-def text(tmp_path, bench, descent):
-    folder = make_results(tmp_path)
-    write_json(folder / BENCH, bench)
-    write_json(folder / DESCENT, descent)
-    return render.markdown(build_context(load_results(folder)))
 
 
 def test_ratios_are_to_the_fastest_backprop_that_torch_offers_and_by_the_faster_form(bench):
@@ -128,6 +102,10 @@ def test_the_verdicts_count_models_by_their_intervals(bench):
     assert {t["k"]: t["ratio"].estimate for t in found["tangents"]} == pytest.approx({4: 2.5, 16: 5.0})
 
 
+def test_figures_are_drawn_of_what_was_measured(bench):
+    assert list(cost.figures({"bench": bench})) == ["cost", "depth"]
+
+
 def test_time_to_the_loss_is_steps_times_the_fastest_step(bench, descent):
     first, second = cost.context({"bench": bench, "descent": descent})["descent"]["rows"]
     assert (first["reached"], first["num_seeds"], first["steps"].estimate) == (5, 5, 140)
@@ -143,31 +121,6 @@ def test_a_method_that_a_short_benchmark_did_not_time_has_no_row(bench, descent)
             run["method"] = "rank-one, K = 7"
     (row,) = cost.context({"bench": bench, "descent": descent})["descent"]["rows"]
     assert row["method"] == "backprop"
-
-
-def test_the_section_prints_it(text):
-    said = section(text, "cost")
-    assert "| the MLP, 64 | 1234 |" in said.replace("1,234", "1234").replace("1 234", "1234")
-    assert "On 1 of the 2 models" in said
-    assert "3.00 MB" in said
-    assert "400 MB" in said
-    assert "0.75 % of backprop's" in said
-    assert "2 of 5, 3 diverged" in said
-    assert "more than" in said
-    assert "figures/cost.svg" in said
-    assert "figures/depth.svg" in said
-
-
-def test_without_measurements_there_is_no_section(tmp_path):
-    text = render.markdown(build_context(load_results(make_results(tmp_path))))
-    assert "{#cost}" not in text
-
-
-def test_the_page_is_drawn_with_its_figures(tmp_path, bench):
-    folder = make_results(tmp_path / "results")
-    write_json(folder / BENCH, bench)
-    output = draw(folder, tmp_path / "output")
-    assert {"cost.svg", "depth.svg"} <= {path.name for path in (output / "figures").iterdir()}
 
 
 @pytest.mark.parametrize(("best", "start"), [(5, 2), (5, 7), (5, 5)])
@@ -227,8 +180,3 @@ def test_the_committed_descents_can_be_continued(monkeypatch):
     methods = ["backprop", "rank-one", "per-example", "activity"]
     found = study.measure(study.FULL, RESULTS, methods)
     assert {run["method"] for run in found["runs"]} == set(methods)
-
-
-def test_without_a_bench_there_is_nothing_to_say():
-    assert cost.context({"bench": None, "descent": None}) is None
-    assert cost.figures({"bench": None, "descent": None}) == {}

@@ -8,7 +8,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -17,6 +16,7 @@ from report import evidence
 from report.output import MANIFEST
 from report.page.context import build_context, load_results
 from report.studies import common
+from tests.processes import wait_until
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -115,18 +115,13 @@ def test_no_study_outlives_the_command(tmp_path, sent):
     reset = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
     options = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": reset, "start_new_session": True}
     process = subprocess.Popen(python(code), **options)
-    end = time.monotonic() + 60
-    while not (pid.is_file() and pid.read_text()) and time.monotonic() < end:
-        time.sleep(0.1)
+    assert wait_until(lambda: pid.is_file() and pid.read_text(), 60)
     process.send_signal(sent)
     said = process.communicate(timeout=30)[1]
     if sent != signal.SIGKILL:
         assert process.returncode == 130
         assert "the same command continues from there" in said
-    end = time.monotonic() + 10
-    while psutil.pid_exists(int(pid.read_text())) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not psutil.pid_exists(int(pid.read_text()))
+    assert wait_until(lambda: not psutil.pid_exists(int(pid.read_text())), 10)
 
 
 def test_results_of_other_code_are_not_continued(tmp_path, capsys):

@@ -20,9 +20,7 @@ from report.sections import functions as section
 from report.studies import functions as study
 from report.studies.common import RESULTS
 from tests.report import printing
-
-VERSIONS = {"python": "3.11.7", "torch": "2.15.0"}
-MACHINE = {"versions": VERSIONS, "system": "Linux", "processor": "a CPU", "cores": 2, "threads": 1}
+from tests.report.records import MACHINE
 
 
 def rows(ends):
@@ -69,22 +67,10 @@ def content():
 text_of = partial(printing.text_of, section)
 
 
-@pytest.fixture
-def load(tmp_path):
-    def through_a_file(found):
-        write_json(tmp_path / "functions.json", found)
-        return section.load(tmp_path)
-
-    return through_a_file
-
-
 # what the page says
 
 
-def test_nothing_is_said_where_a_part_is_missing(tmp_path, load):
-    assert section.load(tmp_path) is None
-    assert section.context(None) is None
-    assert section.figures(None) == {}
+def test_nothing_is_said_where_a_part_is_missing(load):
     found = content()
     del found["growth"]
     assert load(found) is None
@@ -94,12 +80,8 @@ def test_table_has_ends_intervals_and_what_was_published(load):
     text = text_of(load(content()))
     beale = "| Beale | 5.50 x 10^-5^ | 5.00 x 10^-5^ [4.00 x 10^-5^, 6.00 x 10^-5^] "
     assert beale + "| about 5 x 10^-5^ | 9 of 9 | 0.800 | 0.87 |" in text
-    assert "| about 5 x 10^-6^ | 9 of 9 | 1.30 | 0.75 |" in text
-    assert "Rosenbrock with a learning rate of 0.0005 for 25,000 iterations." in text
-    assert "Every seed converges, with both methods." in text
     assert "on Beale forward mode takes less time than backprop, on Rosenbrock forward mode takes more time" in text
     assert "with Rosenbrock's 100 as a factor the ratio is 3.00." in text
-    assert "the same machine and versions, 1 thread." in text
 
 
 @pytest.mark.parametrize(
@@ -194,13 +176,7 @@ def test_animation_is_drawn_twice_byte_for_byte_alike(load, monkeypatch):
 # the study
 
 
-SMALL = study.Settings(
-    descents={"Beale": (0.01, 30)},
-    seeds=(0, 1),
-    seeds_of_divergence=(0,),
-    iterations_of_divergence=10,
-    seeds_of_growth=3,
-)
+SMALL = study.Settings({"Beale": (0.01, 30)}, (0, 1), (0,), iterations_of_divergence=10, seeds_of_growth=3)
 
 
 @pytest.fixture

@@ -105,17 +105,7 @@ def test_another_result_changes_every_section_that_shows_it(name, committed, tmp
 def test_claims_have_no_published_numbers_of_their_own():
     # A published number comes from published.toml. What is left are bounds of rules, and names of cases and settings.
     tree = ast.parse((REPORT / "sections" / "claims.py").read_text("utf-8"))
-    known = {
-        "K = 1",
-        "K = 16",
-        "2 x 800",
-        "step of 0.01",
-        "below 20",
-        "1024",
-        "-1/n",
-        "1/",
-        "10 classes",
-    }
+    known = {"K = 1", "K = 16", "2 x 800", "step of 0.01", "below 20", "1024", "-1/n", "1/", "10 classes"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             text = re.sub(r"\[@\w+\]|figure \d|section \d", "", node.value)

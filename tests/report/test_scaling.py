@@ -8,14 +8,12 @@ import pytest
 
 from fwdlib.bench import links
 from fwdlib.bench.scaling import NUM_TANGENTS
-from fwdlib.results import write_json
 from report.names import SCALING
-from report.page import render
-from report.page.context import build_context, load_results
 from report.sections import scaling
 from report.studies import scaling as study
 from report.studies.common import RESULTS
-from tests.report.records import make_results, section
+from tests.report import printing
+from tests.report.records import MACHINE
 
 FEW, MANY = scaling.FEW, scaling.MANY
 SECONDS = {"BP": 0.010, FEW: 0.005, MANY: 0.020}
@@ -39,8 +37,7 @@ def row(count, megabits=None, slower=1.0):
 def measured():
     rows = [row(1), row(2), row(4), row(4, 100, 60.0), row(2, 100, 40.0)]
     settings = {"counts": [1, 2, 4], "rates": [None, 100], "num_rounds": 9, "batch_size": 64}
-    environment = {"versions": {"python": "3.11"}, "system": "Linux", "processor": "a CPU", "cores": 2, "threads": 1}
-    return {"settings": settings, "environment": environment, "rows": rows, "obstacle": "", "descent": None}
+    return {"settings": settings, "environment": MACHINE, "rows": rows, "obstacle": "", "descent": None}
 
 
 def descent(losses):
@@ -88,25 +85,12 @@ def test_without_trainings_of_both_there_is_no_measured_ratio(measured, curves):
     assert scaling.context(measured | {"descent": descent(curves)})["descent"] is None
 
 
-def test_without_measurements_there_is_no_section_and_no_figure(tmp_path, measured):
-    assert scaling.load(tmp_path) is None
-    assert scaling.context(None) is None
-    assert scaling.figures(None) == {}
+def test_one_process_alone_is_too_little_for_a_section(measured):
     assert scaling.context(measured | {"rows": [row(1)]}) is None
 
 
-def test_the_section_says_what_was_measured(tmp_path, measured):
-    make_results(tmp_path)
-    write_json(tmp_path / SCALING, measured)
-    text = section(render.markdown(build_context(load_results(tmp_path))), "scaling")
-    assert "| 4 | 100 | 624" in text.replace("\N{NARROW NO-BREAK SPACE}", " ")
-    assert "Then forward gradients are ahead over no link" in text
-
-
-def test_without_root_the_page_says_why_links_are_not_slow(tmp_path, measured):
-    make_results(tmp_path)
-    write_json(tmp_path / SCALING, measured | {"obstacle": "only root may", "rows": [row(1), row(2)]})
-    text = section(render.markdown(build_context(load_results(tmp_path))), "scaling")
+def test_without_root_the_page_says_why_links_are_not_slow(measured):
+    text = printing.text_of(scaling, measured | {"obstacle": "only root may", "rows": [row(1), row(2)]})
     assert "Links could not be slowed on this machine (only root may)" in text
     assert "A model with three numbers" not in text
 

@@ -11,13 +11,13 @@ import torch
 from torch.nn import functional as F
 
 from fwdlib.methods import tinynet
-from fwdlib.results import write_json
 from fwdlib.statistics import t_interval
 from report.names import CELLS, COMPARED
 from report.sections import scratch as section
 from report.studies import scratch as study
 from report.studies.common import RESULTS
 from tests.report import printing
+from tests.report.records import MACHINE
 
 ARRIVALS = {  # of six seeds
     ("tinynet", "as PyTorch"): (40, 42, 44, 46, 48, 50),
@@ -43,15 +43,9 @@ def content(arrivals=ARRIVALS, **changes):
     runs += [{"key": ["derivatives"], "errors": {"Tanh": [0.42, 0.0], "Sigmoid": [0.18, 0.0]}}]
     runs += [{"key": ["ratio"], "ratios": [50.0, 50.0]}]
     runs += [{"key": ["agreement", "ReLU", "MSELoss", "sum", m], "difference": 3e-13 * (1 + m)} for m in (0.0, 0.9)]
-    versions = {"python": "3.11.7", "torch": "2.15.0"}
-    machine = {"versions": versions, "system": "Linux", "processor": "a CPU", "cores": 2, "threads": 2}
-    seconds = {
-        "tinynet": [1e-4] * 9,
-        "PyTorch": [4e-4] * 9,
-        "PyTorch, foreach": [2e-4] * 9,
-        "PyTorch, fused": [3e-4] * 9,
-    }
-    found = {"settings": _settings(), "environment": machine, "runs": runs, "steps": {"1": seconds}}
+    milliseconds = {"tinynet": 0.1, "PyTorch": 0.4, "PyTorch, foreach": 0.2, "PyTorch, fused": 0.3}
+    seconds = {name: [value / 1e3] * 9 for name, value in milliseconds.items()}
+    found = {"settings": _settings(), "environment": MACHINE, "runs": runs, "steps": {"1": seconds}}
     return found | changes
 
 
@@ -65,23 +59,11 @@ def _settings():
 text_of = partial(printing.text_of, section)
 
 
-@pytest.fixture
-def load(tmp_path):
-    def through_a_file(found):
-        write_json(tmp_path / "scratch.json", found)
-        return section.load(tmp_path)
-
-    return through_a_file
-
-
 # what the page prints
 
 
-def test_nothing_measured_is_nothing_shown(tmp_path, load):
-    assert section.load(tmp_path) is None
-    assert section.context(None) is None
+def test_without_a_training_nothing_is_shown(load):
     assert section.context(load(content(runs=[]))) is None
-    assert section.figures(None) == {}
 
 
 def test_the_cells_follow_the_trainings(load):
@@ -93,9 +75,7 @@ def test_the_cells_follow_the_trainings(load):
     accuracies = [100 * (1 - errors / 1000) for errors in range(26, 32)]
     assert cells["Xavier"]["accuracy"] == pytest.approx(t_interval(accuracies))
     assert cells["Xavier"]["loss"] == 23.5
-    text = text_of(load(content()))
-    assert "| sum, as PyTorch | PyTorch's | 45 [40, 50] | 0 | 23.5 | 97.15 [" in text
-    assert "| divided by the batch | PyTorch's | never | 6 |" in text
+    assert "| divided by the batch | PyTorch's | never | 6 |" in text_of(load(content()))
 
 
 def test_the_cause_is_named_if_the_data_name_it(load):
@@ -107,9 +87,6 @@ def test_the_cause_is_named_if_the_data_name_it(load):
     assert context["factors"]["xavier_divided"].high == 0
     text = text_of(found)
     assert "**The division is the cause.**" in text
-    assert "20.0 [20.0, 40.0] times as many with Xavier's, seed by seed" in text
-    assert "with PyTorch's 6 of 6 seeds never reach the goal" in text
-    assert "it takes 10.0 [10.0, 20.0] times as many." in text
     assert "they made up for some of the division" in text
 
 
@@ -185,9 +162,7 @@ def test_times_are_of_a_whole_training_and_ratios_by_round(load):
     assert (row["threads"], row["rounds"]) == (1, 9)
     assert row["own"].estimate == pytest.approx(20_020 * 1e-4)
     assert [ratio.estimate for ratio in row["ratios"].values()] == pytest.approx([1 / 4, 1 / 2, 1 / 3])
-    text = text_of(load(content()))
-    assert "| 1 | 2.00 s | 8.01 s | 0.250 | 0.500 | 0.333 |" in text
-    assert "a ratio of 1.02. Ours takes less time than PyTorch" in text
+    assert "Ours takes less time than PyTorch" in text_of(load(content()))
     slow = content()
     slow["steps"]["1"]["PyTorch, fused"] = [0.5e-4] * 9
     assert "Ours does not take less time than PyTorch." in text_of(load(slow))

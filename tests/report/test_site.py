@@ -12,8 +12,6 @@ import pkgutil
 import re
 import subprocess
 import sys
-from functools import cached_property
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -22,6 +20,7 @@ import pytest
 
 import fwdlib
 from report.site import descriptions, pages
+from tests.report.pages import Page, squeezed
 
 pytestmark = pytest.mark.slow
 
@@ -31,38 +30,6 @@ NOTEBOOKS = [
     *sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")),
     *sorted((ROOT / "notebooks/beyond").glob("[0-9]*.ipynb"), key=lambda path: int(path.stem.split("_")[0])),
 ]
-
-
-class Page(HTMLParser):
-    """The tags of a page, and its text."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.words: list[str] = []
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    def all(self, *names: str) -> list[dict]:
-        return [attributes for tag, attributes in self.tags if tag in names]
-
-    @cached_property
-    def text(self) -> str:
-        return squeezed("".join(self.words))
-
-    @cached_property
-    def ids(self) -> set[str]:
-        return {attributes["id"] for _, attributes in self.tags if "id" in attributes}
-
-
-def squeezed(text: str) -> str:
-    return " ".join(text.split())
 
 
 @pytest.fixture(scope="module")
@@ -242,16 +209,6 @@ def test_search_knows_the_text(folder):
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_claim_is_its_paragraph_without_links():
-    assert pages.claim("# 1b\n\n**Claim.** As [1a](1a.ipynb),\nbut *new*.\n\nMore.") == "As 1a,\nbut *new*."
-    assert pages.claim("# 1b\n\nNo claim.") == ""
-
-
-def test_calls_that_draw_are_found_in_their_order():
-    source = "%matplotlib inline\nshow(table, plotting.plot_training(run))\nplotting.plot_seeds(run)\nmine(1)"
-    assert descriptions.drawing_calls(source) == ["plotting.plot_training", "plotting.plot_seeds"]
-
-
 def test_functions_that_draw_are_found_without_importing_them(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "shapes.py").write_text(
@@ -261,10 +218,5 @@ def test_functions_that_draw_are_found_without_importing_them(tmp_path):
 
 
 def test_a_figure_without_a_known_function_is_described_by_its_section():
-    said = {"plotting.plot_seeds": "Draw every seed's loss."}
-    assert descriptions.description("Late", "plotting.plot_seeds", said) == (
-        "Figure of the section “Late”: every seed's loss."
-    )
-    assert descriptions.description("Late", None, said) == (
-        "Figure of the section “Late”, described in the text around it."
-    )
+    said = "Figure of the section “Late”, described in the text around it."
+    assert descriptions.description("Late", None, {"plotting.plot_seeds": "Draw every seed's loss."}) == said

@@ -12,13 +12,12 @@ import torch
 from fwdlib.estimators import backprop_gradient
 from fwdlib.methods.functions import rosenbrock, sphere
 from fwdlib.methods.minimise import minimise
-from fwdlib.results import write_json
 from report.grids import best
 from report.sections import tangents as section
 from report.studies import tangents as study
 from report.studies.common import RESULTS
-from report.wording import scientific
 from tests.report import printing
+from tests.report.records import MACHINE
 
 METHODS = ("backprop", "mean, K = 1", "mean, K = 16", "projection, K = 16")
 
@@ -29,11 +28,9 @@ def run(problem, n, method, *, power=0, tuning=1.0, measured=(3.0, 1.0, 2.0)):
 
 
 def content(*runs):
-    versions = {"python": "3.11.7", "torch": "2.15.0"}
-    machine = {"versions": versions, "system": "Linux", "processor": "a CPU", "cores": 2, "threads": 1}
     settings = json.loads(json.dumps(study.FULL._replace(seeds=(1, 2, 3)).kept()))
     sizes = {name: list(problem.sizes) for name, problem in study.FULL.problems.items()}
-    return {"settings": settings, "environment": machine, "sizes": sizes, "runs": list(runs)}
+    return {"settings": settings, "environment": MACHINE, "sizes": sizes, "runs": list(runs)}
 
 
 def on_sphere(n=1024, **values):
@@ -46,32 +43,17 @@ def on_sphere(n=1024, **values):
 text_of = partial(printing.text_of, section)
 
 
-@pytest.fixture
-def load(tmp_path):
-    def through_a_file(found):
-        write_json(tmp_path / "tangents.json", found)
-        return section.load(tmp_path)
-
-    return through_a_file
-
-
 # what the page says
 
 
-def test_nothing_is_said_where_nothing_was_measured(tmp_path, load):
-    assert section.load(tmp_path) is None
-    assert section.context(None) is None
+def test_nothing_is_said_where_nothing_was_measured(load):
     assert section.context(load(content())) is None
 
 
 def test_cells_are_median_range_and_what_was_published(load):
     text = text_of(load(content(*on_sphere())))
-    assert "| Sphere, n = | 1,024 |" in text
-    assert "| backprop | 0 (0) |" in text
     assert "| mean, K = 1 | 386 [193, 773] (433) |" in text
     assert "| projection, K = 16 | 1.50 x 10^-4^ [7.50 x 10^-5^, 3.00 x 10^-4^] (2.00 x 10^-4^) |" in text
-    assert "Sphere after 1,000 steps: median and range of 3 seeds" in text
-    assert "a CPU, 2 cores" in text
 
 
 def test_of_the_rates_only_the_best_by_the_tuning_seeds_counts(load):
@@ -130,21 +112,6 @@ def test_figure_has_a_panel_for_each_function(load):
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Sphere", "Styblinski-Tang"]
     assert len(first.lines) == 4
     assert list(second.lines[0].get_ydata()) == [2.0]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.0, "0"),
-        (433.0, "433"),
-        (-40106.2, "\N{MINUS SIGN}40,106"),
-        (1.7e-7, "1.70 \N{MULTIPLICATION SIGN} 10^\N{MINUS SIGN}7^"),
-        (2e9, "2.00 \N{MULTIPLICATION SIGN} 10^9^"),
-        (math.inf, "diverged"),
-    ],
-)
-def test_numbers_have_a_power_of_ten_where_they_need_one(value, text):
-    assert scientific(value) == text
 
 
 # the study

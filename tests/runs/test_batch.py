@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -23,6 +22,8 @@ from fwdlib.locks import held
 from fwdlib.runs import places, stamps
 from fwdlib.runs.batch import run_batch
 from fwdlib.runs.jobs import Job, Outcome, failures
+from tests import notebook_files
+from tests.processes import wait_until
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -48,17 +49,17 @@ Path("litter.txt").write_text("")
 print("saved", folder / "seen.json")
 def draw():
     from fwdlib import plotting"""
+DEFAULTS = 'learning_rate = 0.1\nsteps: int = 3  # of the optimizer\nflag = False\ndataset = "digits"'
 LOCAL_JOB = places.LocalJob  # before a test puts another in its place
 ONE_FILE = "import os\nfrom pathlib import Path\n(Path(os.environ['FWDLIB_RESULTS']) / {name!r}).write_text('one')"
 
 
-def write_notebook(path: Path, *sources: str, tags: tuple[str, ...] = ("parameters",)) -> Path:
-    defaults = 'learning_rate = 0.1\nsteps: int = 3  # of the optimizer\nflag = False\ndataset = "digits"'
-    cells = [nbformat.v4.new_markdown_cell("# Title"), nbformat.v4.new_code_cell(defaults, metadata={"tags": [*tags]})]
-    cells += [nbformat.v4.new_code_cell(source) for source in sources]
+def write_notebook(path: Path, *sources: str) -> Path:
     # The author's kernel has another name, as it does in practice.
     kernel = {"name": "my-env", "display_name": "Mine", "language": "python"}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    notebook = nbformat.read(notebook_files.write_notebook(path, DEFAULTS, *sources, kernel=kernel), 4)
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell("# Title"))
+    nbformat.write(notebook, path)
     return path
 
 
@@ -76,13 +77,6 @@ def processes_of(folder: Path) -> list[psutil.Process]:
         if any(str(folder) in word for word in process.info["cmdline"] or []):
             found.append(process)
     return found
-
-
-def wait_until(condition, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return bool(condition())
 
 
 class Terminal(io.StringIO):
@@ -299,17 +293,16 @@ def test_another_notebook_runs_again(again, change):
 
 
 @pytest.mark.parametrize("name", ["results/seen.json", "results/deep/extra.txt", "executed/writer.json"])
-def test_a_file_that_is_altered_or_gone_is_made_again(again, name):
+def test_a_file_that_is_altered_is_made_again(again, name):
     folder, status = again
     (folder / name).write_text("{}")
     assert status() == "run"
-    (folder / name).unlink()
-    assert status() == "run"
 
 
-def test_a_lost_copy_is_made_again(again):
+@pytest.mark.parametrize("name", ["results/seen.json", "executed/writer.json", "executed/writer.ipynb"])
+def test_a_file_that_is_gone_is_made_again(again, name):
     folder, status = again
-    (folder / "executed" / "writer.ipynb").unlink()
+    (folder / name).unlink()
     assert status() == "run"
 
 
@@ -416,9 +409,9 @@ def test_folders_of_dead_batches_are_removed_and_those_of_living_ones_are_not(tm
 def refuse(tmp_path, monkeypatch):
     """Run a batch that must be refused before anything runs; return the message."""
 
-    def run(*jobs: Job, error: type[Exception] = ValueError, **options) -> str:
+    def run(*jobs: Job, **options) -> str:
         monkeypatch.setattr(places, "LocalJob", None)
-        with pytest.raises(error) as caught:
+        with pytest.raises(ValueError, match=r".") as caught:
             run_batch(list(jobs), results=tmp_path / "results", executed=tmp_path / "executed", **options)
         assert not (tmp_path / "results").exists()
         return str(caught.value)
@@ -426,37 +419,11 @@ def refuse(tmp_path, monkeypatch):
     return run
 
 
-def test_an_unknown_parameter_is_refused_with_the_known_ones(tmp_path, refuse):
+def test_parameters_are_checked(tmp_path, refuse):  # test_parameters.py has the other ways in which they can be wrong
     notebook = write_notebook(tmp_path / "n.ipynb")
     message = refuse(Job(notebook, {"lr": 0.1}))
     assert message == f"{notebook} has no parameter 'lr'; it has learning_rate, steps, flag, dataset"
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("learning_rate", "1e-3"), ("steps", "7"), ("flag", "true"), ("dataset", Path("x")), ("steps", 1j)],
-)
-def test_a_value_of_the_wrong_type_is_refused(tmp_path, refuse, name, value):
-    message = refuse(Job(write_notebook(tmp_path / "n.ipynb"), {name: value}))
-    assert f"parameter {name!r} of " in message
-    assert repr(value) in message
-
-
-@pytest.mark.parametrize("tags", [(), ("other",)])
-def test_a_notebook_without_parameters_cell_is_refused(tmp_path, refuse, tags):
-    notebook = write_notebook(tmp_path / "n.ipynb", tags=tags)
-    assert refuse(Job(notebook)) == f"{notebook} has 0 cells tagged 'parameters'; a batch needs exactly one"
-
-
-def test_two_parameters_cells_are_refused(tmp_path, refuse):
-    notebook = nbformat.read(write_notebook(tmp_path / "n.ipynb"), 4)
-    notebook.cells.append(nbformat.v4.new_code_cell("a = 1", metadata={"tags": ["parameters"]}))
-    nbformat.write(notebook, tmp_path / "n.ipynb")
-    assert "has 2 cells tagged" in refuse(Job(tmp_path / "n.ipynb"))
-
-
-def test_a_missing_notebook_is_refused(tmp_path, refuse):
-    assert str(tmp_path / "no.ipynb") in refuse(Job(tmp_path / "no.ipynb"), error=FileNotFoundError)
+    assert "parameter 'steps' of " in refuse(Job(notebook, {"steps": "7"}))
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden"])

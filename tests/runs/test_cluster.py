@@ -24,6 +24,8 @@ from fwdlib.runs import cluster, stamps
 from fwdlib.runs.batch import finished, run_batch
 from fwdlib.runs.jobs import Job, failures
 from fwdlib.runs.places import PlaceError
+from tests import notebook_files
+from tests.processes import wait_until
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -54,19 +56,7 @@ def light(tmp_path_factory):
 
 
 def write_notebook(path: Path, *sources: str) -> Path:
-    cells = [nbformat.v4.new_code_cell("seed = 0\ngate = ''", metadata={"tags": ["parameters"]})]
-    cells += [nbformat.v4.new_code_cell(source) for source in sources]
-    cells[-1].outputs = [nbformat.v4.new_output("stream", text="of another day")]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
-    return path
-
-
-def wait_until(condition, seconds: float = 60) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.1)
-    return bool(condition())
+    return notebook_files.write_notebook(path, "seed = 0\ngate = ''", *sources)
 
 
 def runs_in(folder: Path) -> list[psutil.Process]:
@@ -91,7 +81,7 @@ class Dask:
         file = folder / "scheduler.json"
         at = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--protocol", protocol]
         self.scheduler = self.start("scheduler", *at, "--scheduler-file", str(file))
-        assert wait_until(lambda: file.is_file() and file.read_text().endswith("}"))
+        assert wait_until(lambda: file.is_file() and file.read_text().endswith("}"), 60)
         self.address = json.loads(file.read_text())["address"]
         assert self.address.startswith(f"{protocol}://127.0.0.1:")
 
@@ -180,7 +170,7 @@ def story(shared, tmp_path_factory):
         told["listens"] = listens_at([psutil.Process(p.pid) for p in (client, shared.scheduler, *shared.workers)])
         client.send_signal(sent)
         _, said = client.communicate(timeout=60)
-        assert wait_until(lambda: not runs_in(shared.folder)), "the workers run on for nobody"
+        assert wait_until(lambda: not runs_in(shared.folder), 60), "the workers run on for nobody"
         return said, client.returncode, stamp_times(far)
 
     told["killed"] = send(3, signal.SIGKILL)
@@ -188,7 +178,7 @@ def story(shared, tmp_path_factory):
     client = run_command(notebook, far, "--scheduler", shared.address, "--resume")
     assert wait_until(lambda: len(stamp_times(far)) >= 10, 120)
     first = shared.workers.pop(0)
-    assert wait_until(lambda: psutil.Process(first.pid).children())  # it has a job
+    assert wait_until(lambda: psutil.Process(first.pid).children(), 60)  # it has a job
     first.kill()
     told["end"] = (*client.communicate(timeout=300), client.returncode)
     shared.workers.append(shared.worker("three", "--no-nanny"))
@@ -283,7 +273,7 @@ def test_without_its_scheduler_a_batch_ends_soon_and_keeps_what_is_finished(
         assert [path.name for path in folders["executed"].glob("*.json")] == ["quick.json"]
         assert not list(folders["results"].glob(".running-*"))
         if sent == signal.SIGKILL:
-            assert wait_until(lambda: not runs_in(there.folder))
+            assert wait_until(lambda: not runs_in(there.folder), 60)
     assert "Traceback" not in capfd.readouterr().err
     (again,) = finished(jobs, **folders)
     assert again.job.name == "quick"

@@ -10,20 +10,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 import pytest
 
 from fwdlib import cli
 from fwdlib.runs import places, stamps
+from tests.notebook_files import DEFAULTS, write_notebook
+from tests.processes import wait_until
 
 pytestmark = pytest.mark.slow  # starts processes
 
 ROOT = Path(__file__).resolve().parents[2]
-DEFAULTS = 'seed = 0\nnum_seeds = 2\nlearning_rate = 0.1\noptimizer = "SGD"\nthreshold = None\nsizes = [64, 64]'
 # What a notebook leaves, without the seconds that importing torch takes: one record, of a loss that is the rate.
 TRAIN = """\
 import json, os, time
@@ -40,20 +39,12 @@ record["parameters"] = {"seed": seed, "num_seeds": num_seeds, "learning_rate": l
 (Path(os.environ["FWDLIB_RESULTS"]) / "tiny.json").write_text(json.dumps(record))"""
 
 
-def write_notebook(path: Path, source: str = "", defaults: str = DEFAULTS) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cells = [nbformat.v4.new_code_cell(defaults, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(source)]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
-    return path.resolve()
-
-
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, outcome_of) -> Path:
     """A checkout with one notebook, a copy of fwdlib that nobody edits meanwhile, and what a record has besides."""
     root = tmp_path_factory.mktemp("root")
     (root / "pyproject.toml").write_text('[project]\nname = "fwdlib"\n')
-    write_notebook(root / "notebooks" / "1b_tiny.ipynb", TRAIN)
+    write_notebook(root / "notebooks" / "1b_tiny.ipynb", DEFAULTS, TRAIN)
     shutil.copytree(stamps.PACKAGE, root / "fwdlib", ignore=shutil.ignore_patterns("__pycache__"))
     template = outcome_of(root).results[-1].rename(root / "template.json")
     (root / "deep").mkdir()
@@ -209,10 +200,7 @@ def test_words_that_make_no_batch_are_refused_before_anything_runs(run, checkout
 
 
 def test_a_notebook_without_a_kernel_runs_and_one_without_a_record_is_named(run, checkout, tmp_path):
-    path = write_notebook(tmp_path / "silent.ipynb", "print(seed)")
-    content = nbformat.read(path, 4)
-    del content.metadata["kernelspec"]
-    nbformat.write(content, path)
+    path = write_notebook(tmp_path / "silent.ipynb", DEFAULTS, "print(seed)", kernel=None)
     code, said, errors = run(f"--notebook {path} --set seed=3 --output {tmp_path / 'out'}")
     assert (code, said) == (0, f"0 rows, from 0 of 1 jobs, in {tmp_path / 'out' / 'table.csv'}\n"), errors
     assert "No row for silent-seed=3: no record was left." in errors
@@ -220,7 +208,7 @@ def test_a_notebook_without_a_kernel_runs_and_one_without_a_record_is_named(run,
 
 
 def test_brackets_stay_together(run, tmp_path):
-    path = write_notebook(tmp_path / "mine.ipynb", defaults="tup = (1, 2)\nnothing = None")
+    path = write_notebook(tmp_path / "mine.ipynb", "tup = (1, 2)\nnothing = None")
     code, said, errors = run(f"--notebook {path} --output {tmp_path / 'out'} --dry-run --set nothing=[1,2]")
     assert (code, errors) == (0, "")
     assert "1 jobs, 1 to run" in said
@@ -251,9 +239,7 @@ def test_control_c_keeps_what_is_finished_and_says_how_to_go_on(checkout, tmp_pa
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=checkout / "deep", env=env, **pipes)
     late = "run/results/.running-*1b_tiny-optimizer=late-*/cell.txt"
-    end = time.monotonic() + 120
-    while process.poll() is None and not list(tmp_path.glob(late)) and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_until(lambda: process.poll() is not None or list(tmp_path.glob(late)), 120)
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=30)
     assert process.returncode == 130, errors

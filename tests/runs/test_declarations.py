@@ -13,17 +13,9 @@ from hypothesis import strategies as st
 from fwdlib import data
 from fwdlib.runs import declarations
 from fwdlib.runs.jobs import Job
+from tests.notebook_files import DEFAULTS, write_notebook
 
 ROOT = Path(__file__).resolve().parents[2]
-DEFAULTS = 'seed = 0\nnum_seeds = 2\nlearning_rate = 0.1\noptimizer = "SGD"\nthreshold = None\nsizes = [64, 64]'
-
-
-def write_notebook(path: Path, source: str = "", defaults: str = DEFAULTS) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cells = [nbformat.v4.new_code_cell(defaults, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(source)]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
-    return path.resolve()
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +23,8 @@ def folder(tmp_path_factory) -> Path:
     """A folder of notebooks, as a checkout has."""
     folder = tmp_path_factory.mktemp("checkout") / "notebooks"
     for name in ("1a_line", "1b_line", "1b_line_again", "beyond/6_curve"):
-        write_notebook(folder / f"{name}.ipynb")
-    write_notebook(folder / "2_plain.ipynb", defaults="steps = 3")
+        write_notebook(folder / f"{name}.ipynb", DEFAULTS)
+    write_notebook(folder / "2_plain.ipynb", "steps = 3")
     return folder
 
 
@@ -51,12 +43,9 @@ def test_a_notebook_is_found_by_its_name_or_a_beginning_that_no_other_has(folder
     assert declarations.find_notebook(name, folder) == (folder / f"{found}.ipynb").resolve()
 
 
-def test_a_beginning_of_several_lists_them(folder):
+def test_a_beginning_of_several_or_none_lists_what_there_is(folder):
     with pytest.raises(ValueError, match="'1b' can mean 1b_line, 1b_line_again; write more of the name"):
         declarations.find_notebook("1b", folder)
-
-
-def test_a_beginning_of_none_lists_all(folder):
     with pytest.raises(FileNotFoundError, match="there are 1a_line, 1b_line, 1b_line_again, 2_plain, 6_curve"):
         declarations.find_notebook("7", folder)
 
@@ -113,8 +102,6 @@ def test_the_same_point_has_the_same_name_in_any_grid(folder):
     [
         ("rate=1", "has no parameter 'rate'; it has seed, num_seeds, learning_rate, optimizer, threshold, sizes"),
         ("seed=1.5", "parameter 'seed' of {path} takes a whole number, as its default 0, got '1.5'"),
-        ("learning_rate=fast", "takes a number, as its default 0.1, got 'fast'"),
-        ("sizes=32", "takes a list, as its default [64, 64], got 32"),
         ("threshold=(1,2)", "as its default None, got (1, 2)"),
         ("seed=(1,2", "--set seed: ')' is missing at the end of '(1,2'"),
         ("seed=1,2,01", "parameter 'seed' of {path} has 1 twice: [1, 2, 1]"),
@@ -157,14 +144,13 @@ def test_in_a_file_a_list_is_a_grid_and_in_the_name_a_value_is_neither(folder, t
     assert len({job.name for job in jobs}) == 5
 
 
-@pytest.mark.parametrize(("values", "message"), [([], "has no value: []"), ([1, 1], "has 1 twice: [1, 1]")])
-def test_a_grid_of_nothing_or_with_a_value_twice_is_refused(folder, values, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        declarations.jobs_of({"1a": {"seed": values}}, folder)
+def test_a_grid_of_nothing_is_refused(folder):
+    with pytest.raises(ValueError, match=re.escape("has no value: []")):
+        declarations.jobs_of({"1a": {"seed": []}}, folder)
 
 
 def test_a_path_in_a_file_starts_at_the_file(folder, tmp_path, monkeypatch):
-    notebook = write_notebook(tmp_path / "deep" / "own.ipynb")
+    notebook = write_notebook(tmp_path / "deep" / "own.ipynb", DEFAULTS)
     (tmp_path / "deep" / "b.toml").write_text('[notebooks."own.ipynb"]\nseed = [1, 2]')
     monkeypatch.chdir(tmp_path)
     jobs = declarations.jobs_of(declarations.read_declaration(Path("deep/b.toml")), folder)

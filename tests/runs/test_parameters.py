@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fwdlib.runs.parameters import check_parameter, defaults_of, parse, split
+from tests.notebook_files import write_notebook
 
 CELL = """\
 seed: int = 0  # the first one
@@ -23,13 +24,6 @@ options = {"a": 1}
 computed = 2 * 3"""
 DEFAULTS = {"seed": 0, "learning_rate": 1e-3, "optimizer": "SGD", "flag": False, "threshold": None}
 DEFAULTS |= {"sizes": [64, 64], "options": {"a": 1}, "computed": None}
-
-
-def write_notebook(path: Path, *cells: str) -> Path:
-    content = [nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]}) for source in cells]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(nbformat.v4.new_notebook(cells=content, metadata={"kernelspec": kernel}), path)
-    return path
 
 
 def test_defaults_have_their_types_and_the_order_of_the_cell(tmp_path):
@@ -45,15 +39,10 @@ def test_a_default_may_take_several_lines_and_lines_of_ipython_are_skipped(tmp_p
 
 
 def test_a_notebook_without_a_kernel_is_one_of_python_and_one_of_another_language_is_refused(tmp_path):
-    path = write_notebook(tmp_path / "n.ipynb", "a = 1")
-    notebook = nbformat.read(path, 4)
-    del notebook.metadata["kernelspec"]
-    nbformat.write(notebook, path)
-    assert defaults_of(path) == {"a": 1}
-    notebook.metadata["kernelspec"] = {"name": "ir", "display_name": "R", "language": "R"}
-    nbformat.write(notebook, path)
+    assert defaults_of(write_notebook(tmp_path / "n.ipynb", "a = 1", kernel=None)) == {"a": 1}
+    kernel = {"name": "ir", "display_name": "R", "language": "R"}
     with pytest.raises(ValueError, match=r"n.ipynb is for a kernel of R; only Python"):
-        defaults_of(path)
+        defaults_of(write_notebook(tmp_path / "n.ipynb", "a = 1", kernel=kernel))
 
 
 def test_a_cell_that_is_no_python_is_named(tmp_path):
@@ -61,10 +50,15 @@ def test_a_cell_that_is_no_python_is_named(tmp_path):
         defaults_of(write_notebook(tmp_path / "n.ipynb", "a = = 1"))
 
 
-@pytest.mark.parametrize("cells", [(), ("a = 1", "b = 2")])
-def test_one_cell_holds_the_parameters(tmp_path, cells):
-    with pytest.raises(ValueError, match=rf"n.ipynb has {len(cells)} cells tagged 'parameters'; a batch needs exactly"):
-        defaults_of(write_notebook(tmp_path / "n.ipynb", *cells))
+def test_one_cell_holds_the_parameters(tmp_path):
+    path = write_notebook(tmp_path / "n.ipynb", None, "a = 1")
+    with pytest.raises(ValueError, match=r"n.ipynb has 0 cells tagged 'parameters'; a batch needs exactly"):
+        defaults_of(path)
+    two = nbformat.read(write_notebook(path, "a = 1"), 4)
+    two.cells.append(nbformat.v4.new_code_cell("b = 2", metadata={"tags": ["parameters"]}))
+    nbformat.write(two, path)
+    with pytest.raises(ValueError, match=r"n.ipynb has 2 cells tagged 'parameters'; a batch needs exactly"):
+        defaults_of(path)
 
 
 def test_a_notebook_that_is_not_there(tmp_path):

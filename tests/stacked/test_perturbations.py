@@ -1,7 +1,9 @@
 """Perturbations are unbiased and have the second moments of their docstrings, within 5 sigma of 2000 draws."""
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,37 +14,50 @@ from fwdlib.estimators import backprop_gradient, forward_gradient
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.stacked.perturbations import PERTURBATIONS
 from fwdlib.tangents import Replicates, rank_one
+from tests.stacked.networks import flat
 
 NUM_DRAWS = 2000
 STRUCTURED = list(PERTURBATIONS)
 ALL = [*STRUCTURED, "normal"]
 
 
-def flat(params):
-    return torch.cat([p.flatten() for p in params.values()])
+class Made(nn.Module):
+    """A model of some parts, made anew for each seed, and a forward pass over them."""
 
-
-class MLP(nn.Module):
-    shape = (3, 3)
-
-    def __init__(self):
+    def __init__(self, forward, parts):
         super().__init__()
-        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        for name, part in parts().items():
+            setattr(self, name, part)
+        self.run = forward
 
     def forward(self, inputs):
-        return self.last(torch.tanh(self.first(inputs)))
+        return self.run(self, inputs)
 
 
-class CNN(nn.Module):
-    shape = (3, 1, 4, 4)
+class Build(NamedTuple):
+    shape: tuple[int, ...]  # of a batch
+    forward: Callable
+    parts: Callable
 
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 2, stride=2, dilation=2)
-        self.last = nn.Linear(2, 2)
+    def __call__(self):
+        return Made(self.forward, self.parts)
 
-    def forward(self, inputs):
-        return self.last(torch.relu(self.second(torch.tanh(self.first(inputs)))).flatten(1))
+
+def layers(**sizes):
+    """Return what makes linear layers of these sizes, by name."""
+    return lambda: {name: nn.Linear(*size) for name, size in sizes.items()}
+
+
+MLP = Build((3, 3), lambda m, x: m.last(torch.tanh(m.first(x))), layers(first=(3, 4), last=(4, 2)))
+CNN = Build(
+    (3, 1, 4, 4),
+    lambda m, x: m.last(torch.relu(m.second(torch.tanh(m.first(x)))).flatten(1)),
+    lambda: {
+        "first": nn.Conv2d(1, 2, 3, padding=1),
+        "second": nn.Conv2d(2, 2, 2, stride=2, dilation=2),
+        "last": nn.Linear(2, 2),
+    },
+)
 
 
 def objective_of(build, targets=None, loss=F.cross_entropy):
@@ -55,14 +70,8 @@ def objective_of(build, targets=None, loss=F.cross_entropy):
 def estimates_of(objective, tangents, num_tangents=1):
     """Return independent estimates, (NUM_DRAWS, P), each with its own generator, in one vmap."""
     draws = Replicates([torch.Generator().manual_seed(seed) for seed in range(NUM_DRAWS)])
-    estimator = partial(
-        forward_gradient,
-        objective,
-        params_of(objective.model),
-        num_tangents=num_tangents,
-        tangents=tangents,
-        engine="stacked",
-    )
+    options = {"num_tangents": num_tangents, "tangents": tangents, "engine": "stacked"}
+    estimator = partial(forward_gradient, objective, params_of(objective.model), **options)
     grads = torch.func.vmap(lambda index: estimator(generator=draws.at(index)).grads)(draws.indices)
     return torch.cat([grad.reshape(NUM_DRAWS, -1) for grad in grads.values()], 1)
 
@@ -122,7 +131,7 @@ def closed_form(objective, tangents, num_tangents):
 
 @pytest.mark.parametrize("num_tangents", [1, 3])
 @pytest.mark.parametrize("tangents", ALL)
-@pytest.mark.parametrize("build", [MLP, CNN])
+@pytest.mark.parametrize("build", [MLP, CNN], ids=["MLP", "CNN"])
 def test_mean_and_second_moment_agree_with_the_closed_forms(build, tangents, num_tangents):
     objective = objective_of(build)
     estimates = estimates_of(objective, tangents, num_tangents)
@@ -163,128 +172,61 @@ def test_the_square_of_a_rank_one_tangent_is_the_number_of_parameters():
 # models that mix examples, or use a parameter outside of a single layer
 
 
-class Normed(nn.Module):
-    """It has few parameters, so that a bias from examples treated as independent would exceed the noise."""
-
-    shape = (3, 2)
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm = nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False, track_running_stats=False)
-
-    def forward(self, inputs):
-        return 3 * self.norm(self.first(inputs))
+def words(model, inputs):
+    x = model.table((inputs > 0).long()).mean(1) * F.softplus(model.scale)
+    return F.linear(x, model.table.weight)
 
 
-class Positions(nn.Module):
-    """The last reshape joins the axes of examples and positions; the loss is one of single positions."""
-
-    shape = (3, 2, 2)
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(2, 3), nn.Linear(3, 2)
-
-    def forward(self, inputs):
-        return self.last(torch.tanh(self.first(inputs)).reshape(-1, 3))
+def centred(model, inputs):
+    x = model.first(inputs)
+    return model.last(torch.tanh(x - 2 * x.mean()))
 
 
-class Groups(nn.Module):
-    shape = (3, 2, 3)
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Conv1d(2, 4, 2, groups=2), nn.Linear(8, 2)
-
-    def forward(self, inputs):
-        return self.last(torch.tanh(self.first(inputs)).flatten(1))
-
-
-class Words(nn.Module):
-    """An embedding whose weight is also that of the last layer, with a learned scale."""
-
-    shape = (3, 2)
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.scale = nn.Embedding(3, 2), nn.Parameter(torch.tensor(0.7))
-
-    def forward(self, inputs):
-        x = self.table((inputs > 0).long()).mean(1) * F.softplus(self.scale)
-        return F.linear(x, self.table.weight)
-
-
-class Twice(nn.Module):
-    shape = (3, 2)
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(2, 2), nn.Linear(2, 2)
-
-    def forward(self, inputs):
-        return self.last(self.first(torch.tanh(self.first(inputs))))
-
-
-class Centred(nn.Module):
-    """The mean over all entries is subtracted from each."""
-
-    shape = (3, 2)
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(2, 2), nn.Linear(2, 2)
-
-    def forward(self, inputs):
-        x = self.first(inputs)
-        return self.last(torch.tanh(x - 2 * x.mean()))
-
-
-class AllPairs(nn.Module):
-    """Broadcasting moves the axis of the examples to the end and puts another axis of the same length in its place."""
-
-    shape = (3, 2)
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(2, 1), nn.Linear(3, 2)
-
-    def forward(self, inputs):
-        return self.last(torch.tanh(self.first(inputs).flatten() - inputs[:, :1]))
-
-
-class Heads(nn.Module):
-    """There are as many heads as examples, and axis 0 is the axis of the heads."""
-
-    shape = (3, 2)
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.heads = nn.Linear(2, 2), nn.Parameter(torch.randn(3, 2, 2))
-
-    def forward(self, inputs):
-        return (self.first(inputs) @ self.heads)[:, 0]
-
-
-class Conditioned(nn.Module):
-    """A layer is applied to a parameter, which has no axis of examples."""
-
-    shape = (3, 2)
-
-    def __init__(self):
-        super().__init__()
-        self.code, self.first, self.last = nn.Parameter(torch.randn(2)), nn.Linear(2, 2), nn.Linear(2, 2)
-
-    def forward(self, inputs):
-        return self.last(torch.tanh(inputs + self.first(self.code)))
-
-
-MODELS = [Normed, Positions, Groups, Words, Twice, Centred, AllPairs, Heads, Conditioned]
+TWO = layers(first=(2, 2), last=(2, 2))
+MODELS = {
+    # It has few parameters, so that a bias from examples treated as independent would exceed the noise.
+    "BatchNorm": Build(
+        (3, 2),
+        lambda m, x: 3 * m.norm(m.first(x)),
+        lambda: {"first": nn.Linear(2, 2), "norm": nn.BatchNorm1d(2, affine=False, track_running_stats=False)},
+    ),
+    # The last reshape joins the axes of examples and positions; the loss is one of single positions.
+    "positions": Build(
+        (3, 2, 2), lambda m, x: m.last(torch.tanh(m.first(x)).reshape(-1, 3)), layers(first=(2, 3), last=(3, 2))
+    ),
+    "groups": Build(
+        (3, 2, 3),
+        lambda m, x: m.last(torch.tanh(m.first(x)).flatten(1)),
+        lambda: {"first": nn.Conv1d(2, 4, 2, groups=2), "last": nn.Linear(8, 2)},
+    ),
+    # An embedding whose weight is also that of the last layer, with a learned scale.
+    "words": Build((3, 2), words, lambda: {"table": nn.Embedding(3, 2), "scale": nn.Parameter(torch.tensor(0.7))}),
+    "a layer used twice": Build((3, 2), lambda m, x: m.last(m.first(torch.tanh(m.first(x)))), TWO),
+    # The mean over all entries is subtracted from each.
+    "centred": Build((3, 2), centred, TWO),
+    # Broadcasting moves the axis of the examples to the end and puts another axis of the same length in its place.
+    "all pairs": Build(
+        (3, 2), lambda m, x: m.last(torch.tanh(m.first(x).flatten() - x[:, :1])), layers(first=(2, 1), last=(3, 2))
+    ),
+    # There are as many heads as examples, and axis 0 is the axis of the heads.
+    "heads": Build(
+        (3, 2),
+        lambda m, x: (m.first(x) @ m.heads)[:, 0],
+        lambda: {"first": nn.Linear(2, 2), "heads": nn.Parameter(torch.randn(3, 2, 2))},
+    ),
+    # A layer is applied to a parameter, which has no axis of examples.
+    "conditioned": Build(
+        (3, 2),
+        lambda m, x: m.last(torch.tanh(x + m.first(m.code))),
+        lambda: {"code": nn.Parameter(torch.randn(2)), **TWO()},
+    ),
+}
 
 
 @pytest.mark.parametrize("tangents", ["per-example", "activity"])
-@pytest.mark.parametrize("build", MODELS)
-def test_unbiased_if_examples_mix_or_a_parameter_is_used_outside_of_a_single_layer(build, tangents):
-    objective = objective_of(build, torch.tensor([0, 1, 1, 0, 1, 0]) if build is Positions else None)
+@pytest.mark.parametrize("name", MODELS)
+def test_unbiased_if_examples_mix_or_a_parameter_is_used_outside_of_a_single_layer(name, tangents):
+    objective = objective_of(MODELS[name], torch.tensor([0, 1, 1, 0, 1, 0]) if name == "positions" else None)
     assert_unbiased(estimates_of(objective, tangents), gradient(objective))
 
 

@@ -17,6 +17,7 @@ from fwdlib.data import Dataset, Source
 from fwdlib.estimators import backprop_gradient, forward_gradient
 from fwdlib.trainer.session import TrainerSession
 from fwdlib.training import evaluate, make_optimizer
+from tests.same import assert_same
 
 
 class Averaging:
@@ -100,24 +101,6 @@ def without_times(run):
     return repr(asdict(run) | {"step_seconds": len(run.step_seconds)})
 
 
-def assert_same(first, second):
-    """Compare nested dicts and lists of tensors and numbers, bit for bit."""
-    if isinstance(first, dict):
-        assert list(first) == list(second)
-        for key in first:
-            if key not in ("step_seconds", "seconds"):
-                assert_same(first[key], second[key])
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second)
-        for one, other in zip(first, second, strict=True):
-            assert_same(one, other)
-    elif isinstance(first, torch.Tensor):
-        assert first.dtype == second.dtype
-        assert torch.equal(first, second)
-    else:
-        assert repr(first) == repr(second)
-
-
 def interrupting(after, base):
     """An estimator that is interrupted in the middle of its call number ``after``, as often as it gets there."""
     calls = []
@@ -139,10 +122,7 @@ def interrupting(after, base):
 CASES = {
     "backprop": {},
     "forward gradient": {"estimator": partial(forward_gradient, num_tangents=2, tangents="normal")},
-    "from factors": {
-        "estimator": partial(forward_gradient, num_tangents=2),
-        "optimizer": make_optimizer("SGD", 0.01),
-    },
+    "from factors": {"estimator": partial(forward_gradient, num_tangents=2), "optimizer": make_optimizer("SGD", 0.01)},
     "momentum, no scheduler": {"optimizer": sgd, "scheduler": None},
     "whole training part": {"batch_size": None, "augment": None},
 }

@@ -213,13 +213,6 @@ def test_pixels_are_scaled_to_minus_one_to_one():
     assert data.source == raw.source
 
 
-@pytest.mark.parametrize("name", ["MNIST", "CIFAR100"])
-@pytest.mark.usefixtures("bare_machine")
-def test_a_set_that_cannot_be_had_has_no_substitute(name):
-    with pytest.raises(FileNotFoundError, match=rf"{name} is not available: .*Looked in .*data fetch {name}"):
-        load(Settings(dataset=name), CPU)
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
 
 

@@ -14,19 +14,9 @@ def make_experiment(num_epochs=3):
     return {"settings": settings, "network": "2x800", "num_test": 10_000, "epochs": rows}
 
 
-FIGURES = {
-    "epochs": lambda: plot_epochs(make_experiment()),
-}
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_drawn_twice_byte_for_byte_alike_and_leaves_the_style_alone(name, check_drawing):
-    check_drawing(FIGURES[name])
-
-
 @pytest.mark.parametrize("num_epochs", [1, 2, 100])
-def test_epochs_have_losses_and_accuracy_with_units_and_the_seed(num_epochs, svg):
-    figure = plot_epochs(make_experiment(num_epochs))
+def test_epochs_have_losses_and_accuracy_with_units_and_the_seed(num_epochs, drawn):
+    figure = drawn(plot_epochs, make_experiment(num_epochs))
     loss, accuracy = figure.axes
     assert [line.get_label() for line in loss.lines] == ["training, mean over the epoch", "test"]
     assert all(len(line.get_xdata()) == num_epochs for line in (*loss.lines, *accuracy.lines))
@@ -36,4 +26,3 @@ def test_epochs_have_losses_and_accuracy_with_units_and_the_seed(num_epochs, svg
     assert accuracy.get_ylabel() == "correct of 10000 [%]"
     assert [axes.get_xlabel() for axes in figure.axes] == ["epoch", "epoch"]
     assert figure.get_suptitle() == "FDFA on MNIST, 2x800, Adam 0.0001, one seed (3)"
-    svg(figure)

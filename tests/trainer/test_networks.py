@@ -19,13 +19,12 @@ def test_fully_connected_is_linear_batchnorm_relu():
     assert fully_connected(12, num_hidden=0)(torch.zeros(2, 12)).shape == (2, 10)
 
 
-@pytest.mark.parametrize(("pool_first", "fan_in"), [(False, 4000), (True, 640)])
-def test_shallow_cnn_is_that_of_the_code_or_of_the_text(pool_first, fan_in):
-    model = shallow_cnn(pool_first=pool_first)
+def test_shallow_cnn_is_that_of_the_code():
+    model = shallow_cnn()
     linear = next(module for module in model if isinstance(module, nn.Linear))
-    assert linear.in_features == fan_in
+    assert linear.in_features == 4000
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
-    assert shallow_cnn(3, 32, pool_first=pool_first)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert shallow_cnn(3, 32)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_alexnet_is_as_large_as_torchvision_s():
