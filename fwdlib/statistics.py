@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -87,6 +87,17 @@ def paired_difference(first: Sequence[float], second: Sequence[float], confidenc
     if len(first) != len(second):
         raise ValueError(f"paired samples need the same seeds, got {len(first)} and {len(second)} values")
     return t_interval(_finite(first) - _finite(second), confidence)
+
+
+def difference_by_seed(first: Mapping[int, float], second: Mapping[int, float]) -> Interval | None:
+    """Return :func:`paired_difference` of two methods over the seeds that both have; None if there is none.
+
+    Args:
+        first: one finite number for each seed.
+        second: likewise.
+    """
+    shared = sorted(first.keys() & second.keys())
+    return paired_difference([first[seed] for seed in shared], [second[seed] for seed in shared]) if shared else None
 
 
 def paired_ratio(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Interval:

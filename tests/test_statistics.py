@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fwdlib.statistics import median_interval, paired_difference, t_interval
+from fwdlib.statistics import difference_by_seed, median_interval, paired_difference, t_interval
 
 INF = math.inf
 
@@ -130,3 +130,9 @@ def test_median_intervals_cover_the_median_at_least_at_the_nominal_rate(size):
 @pytest.mark.parametrize("make", [t_interval, median_interval])
 def test_a_sample_without_spread_is_a_point(make):
     assert make([0.1] * 7) == pytest.approx((0.1, 0.1, 0.1), rel=1e-12)
+
+
+def test_a_difference_by_seed_pairs_the_seeds_that_both_have():
+    first, second = {0: 3.0, 1: 5.0, 7: 4.0, 9: 100.0}, {7: 3.5, 1: 4.5, 0: 2.0}
+    assert difference_by_seed(first, second) == paired_difference([3.0, 5.0, 4.0], [2.0, 4.5, 3.5])
+    assert difference_by_seed({0: 1.0}, {1: 1.0}) is None

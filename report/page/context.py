@@ -188,22 +188,6 @@ def relation(ratio: Interval) -> str:
     return "more" if ratio.low > 1 else "less" if ratio.high < 1 else "same"
 
 
-def overlap(first: Interval, second: Interval) -> str:
-    """Return ``same`` if two intervals overlap, else whether the second is ``more`` or ``less``.
-
-    Returns ``never`` if both medians are infinite, and ``unclear`` without an interval.
-
-    Args:
-        first: of backprop.
-        second: of the forward gradient.
-    """
-    if math.isinf(first.estimate) and math.isinf(second.estimate):
-        return "never"
-    if math.isnan(first.low) or math.isnan(second.low):
-        return "unclear"
-    return "more" if second.low > first.high else "less" if second.high < first.low else "same"
-
-
 def _task(key: str, pair: dict[str, Record], timed: dict[str, Any], quoted: dict[str, Any]) -> dict[str, Any]:
     task, forward = TASKS[key], pair["forward"]
     clocks = {method: durations(timed["methods"][name]) for method, name in METHODS.items()}
@@ -227,6 +211,7 @@ def _task(key: str, pair: dict[str, Record], timed: dict[str, Any], quoted: dict
         "total": paired_ratio(clocks["forward"]["total"], clocks["backprop"]["total"]),
     }
     threshold = forward.parameters.get("threshold")
+    medians = [method["iterations"].estimate for method in methods.values()]
     return {
         "key": key,
         "title": task.title,
@@ -244,7 +229,7 @@ def _task(key: str, pair: dict[str, Record], timed: dict[str, Any], quoted: dict
         "methods": methods,
         "ratios": ratios,
         "relations": {name: relation(ratio) for name, ratio in ratios.items()},
-        "number_relation": overlap(methods["backprop"]["iterations"], methods["forward"]["iterations"]),
+        "number_relation": "never" if all(map(math.isinf, medians)) else relation(ratios["iterations"]),
         "difference": paired_difference(*zip(*both, strict=True)) if both else None,
         "num_both": len(both),
         "num_timed": len(timed["methods"]["backprop"]["seed"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from fwdlib.statistics import difference_by_seed
 from report import published
 from report.names import AS_PUBLISHED, MODELS
 from report.sections import lookups
@@ -374,8 +375,8 @@ CLAIMS = [
         "It reaches PyTorch's accuracy.",
         "test accuracy [%], ours less PyTorch's, the same settings",
         lambda c: {
-            row["settings"]: lookups.difference(
-                *(row["ours"][framework]["accuracy"] for framework in ("tinynet", "PyTorch"))
+            row["settings"]: difference_by_seed(
+                *(row["ours"][framework]["accuracies"] for framework in ("tinynet", "PyTorch"))
             )
             for row in made(c, "scratch", "accuracies")
         },

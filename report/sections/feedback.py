@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fwdlib.methods.feedback_figures import plot_test_errors
-from fwdlib.statistics import Interval, paired_ratio, t_interval
+from fwdlib.statistics import difference_by_seed, paired_ratio, t_interval
 from report.names import FEEDBACK, LEARNS, MODES, PLAIN, RECORDED, STEPS, TASKS, feedback_file, read
 
 TITLES = {
@@ -91,7 +91,7 @@ def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "epochs": settings["epochs"],
         "settings": settings,
-        "behind": _difference(rows, "BP", "FDFA"),
+        "behind": difference_by_seed(*(rows[mode]["accuracies"] if mode in rows else {} for mode in ("BP", "FDFA"))),
         "missing": [mode for mode in TASKS[task] if mode not in rows],
     }
 
@@ -99,13 +99,6 @@ def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:
 def _accuracy(run: dict[str, Any]) -> float:
     # In percent. A run that diverged has learned nothing.
     return 0.0 if run["status"] == "diverged" else 100 * (1 - run["test_errors"][-1] / run["num_test"])
-
-
-def _difference(rows: dict[str, Any], first: str, second: str) -> Interval | None:
-    if first not in rows or second not in rows:
-        return None
-    pairs = [(rows[first]["accuracies"].get(seed), value) for seed, value in rows[second]["accuracies"].items()]
-    return t_interval([a - b for a, b in pairs if a is not None])
 
 
 def _steps(steps: dict[str, Any]) -> dict[str, Any]:

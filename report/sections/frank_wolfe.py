@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fwdlib.methods.frank_wolfe_figures import VARIANTS, plot_decay, plot_sparsity
-from fwdlib.statistics import Interval, median_interval, t_interval
+from fwdlib.statistics import Interval, difference_by_seed, median_interval, t_interval
 from report import published
 from report.names import FRANK_WOLFE, read
 
@@ -100,6 +100,7 @@ def _decay(run: dict[str, Any], place: str, first: int) -> dict[str, Any]:
     decades = [step for step in ends if step >= first and 10 * step in ends and np.log10(step / first) % 1 == 0]
     return {
         "solved": False,
+        "slopes": dict(enumerate(slopes)),  # by seed
         "slope": t_interval(slopes),
         "falls": [median_interval(ends[step] / ends[10 * step]) for step in decades],
         "gap": median_interval(gaps[:, -1]),
@@ -119,8 +120,8 @@ def _verdicts(forms: dict[str, Any]) -> dict[str, str]:
 
 
 def _plain_is_ahead(forms: dict[str, Any]) -> bool:
-    """Return whether plain Frank-Wolfe falls more steeply than the averaged form, beyond both intervals."""
-    return forms["plain"]["slope"].high < forms["averaged"]["slope"].low
+    """Return whether plain Frank-Wolfe falls more steeply than the averaged form, goal by goal."""
+    return difference_by_seed(forms["plain"]["slopes"], forms["averaged"]["slopes"]).high < 0
 
 
 def _reach(settings: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any] | None:
@@ -196,10 +197,7 @@ def _training(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _behind(first: dict[str, Any] | None, second: dict[str, Any] | None) -> Interval | None:
     """Return by how many points the accuracy of the second is lower, seed by seed; None where one is missing."""
-    if not first or not second:
-        return None
-    shared = first["accuracies"].keys() & second["accuracies"].keys()
-    return t_interval([first["accuracies"][seed] - second["accuracies"][seed] for seed in sorted(shared)])
+    return difference_by_seed(*(row["accuracies"] if row else {} for row in (first, second)))
 
 
 def _swept(runs: list[dict[str, Any]], iterations: int) -> dict[str, dict[float | None, list[tuple[float, float]]]]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from fwdlib.statistics import Interval
+from fwdlib.statistics import Interval, difference_by_seed
 from report.sections.verdicts import Cases, NotMeasuredError, made
 
 Context = dict[str, Any]
@@ -80,7 +80,7 @@ def accuracy_gap(better: str, worse: str) -> Lookup:
         study = {study["title"]: study for study in feedback["studies"]}[task]
         if {better, worse} & set(study["missing"]):
             raise NotMeasuredError(task)
-        return {"": difference(*(study["rows"][mode]["accuracy"] for mode in (better, worse)))}
+        return {"": difference_by_seed(*(study["rows"][mode]["accuracies"] for mode in (better, worse)))}
 
     return cases
 

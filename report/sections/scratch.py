@@ -99,11 +99,13 @@ def _trainings(found: dict[str, Any] | None) -> Trainings:
 
 def _row(runs: dict[int, dict[str, Any]], num_points: int) -> dict[str, Any]:
     arrivals = [run["arrival"] for run in runs.values()]
+    accuracies = {seed: 100 * (1 - run["test_errors"] / num_points) for seed, run in runs.items()}
     return {
         "arrivals": arrivals,
         "arrival": median_interval(arrivals),
         "never": sum(math.isinf(value) for value in arrivals),
-        "accuracy": t_interval([100 * (1 - run["test_errors"] / num_points) for run in runs.values()]),
+        "accuracies": accuracies,
+        "accuracy": t_interval(list(accuracies.values())),
         "loss": statistics.median(run["loss"][-1] for run in runs.values()),
         "num_seeds": len(runs),
     }
