@@ -96,8 +96,8 @@ def difference_by_seed(first: Mapping[int, float], second: Mapping[int, float]) 
         first: one finite number for each seed.
         second: likewise.
     """
-    shared = sorted(first.keys() & second.keys())
-    return paired_difference([first[seed] for seed in shared], [second[seed] for seed in shared]) if shared else None
+    pairs = [(value, second.get(seed)) for seed, value in first.items() if seed in second]
+    return paired_difference(*zip(*pairs, strict=True)) if pairs else None
 
 
 def paired_ratio(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Interval:
