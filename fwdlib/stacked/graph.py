@@ -119,12 +119,12 @@ def record(
         with limit:
             graph = _trace(step, state.tensors, leaves, signs)
         if (name := changed()) is not None:
-            raise Refused(f"the forward pass changes {name}, a value of Python")
+            raise Refused(f"the forward pass changes {name}")
         again = _trace(step, state.tensors, leaves, signs)
         if printed.getvalue():
             raise Refused("the forward pass prints")
-    constants = _lift_constants(graph)
-    if graph.code != again.code or not _are_equal(constants, _lift_constants(again)):
+    constants, constants_again = _lift_constants(graph), _lift_constants(again)
+    if graph.code != again.code or not _are_equal(constants, constants_again):
         raise Refused("the forward pass does something else each time, as with a counter or a random number of Python")
     num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
     if max_operations is not None and num_operations > max_operations:
@@ -188,7 +188,7 @@ def write_assigned(given: Params, buffers: Params) -> None:
 
 def cause_of(error: Exception) -> str:
     """Return in words why a step could not be recorded or compiled."""
-    text = (str(error).strip() or "no message").splitlines()[0]
+    text = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
     if isinstance(error, Refused):
         return text
     kind = type(error).__name__
@@ -196,6 +196,8 @@ def cause_of(error: Exception) -> str:
         return "the model's Python code reads the value of a tensor, as .item(), bool() and float() do"
     if kind == "DynamicOutputShapeException":
         return f"the shape of a tensor depends on values, in {text}"
+    if "TorchScript interpreter" in text:
+        return "a function in TorchScript reads the values of a tensor"
     if any(words in text for words in ("data pointer", "numpy()", "tolist()", "storage")):
         return "code outside torch reads the values of a tensor, as .tolist() and .numpy() do"
     return f"{kind}: {text}"
@@ -237,7 +239,7 @@ def _run_without_values(probe: Callable, tensors: list[Tensor], leaves: Sequence
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = [[mode.from_tensor(x.detach()).requires_grad_(x.requires_grad) for x in of] for of in (tensors, leaves)]
+        fakes = [[mode.from_tensor(_copy(x)).requires_grad_(x.requires_grad) for x in of] for of in (tensors, leaves)]
         with torch.enable_grad():
             probe(*fakes)
 

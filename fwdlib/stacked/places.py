@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import random
 import sys
 from argparse import Namespace
 from collections import deque
@@ -19,6 +20,7 @@ MAX_VALUES = 20_000
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 LIBRARIES = {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "fwdlib"} - {"__main__"}
 """Packages whose global variables and class attributes are taken as constants."""
+HIDDEN = (Iterator, random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 NOT_FOLLOWED = {
     *("_parameters", "_buffers", "_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
@@ -30,7 +32,7 @@ def find_places(model: nn.Module, loss: Callable) -> list[Place]:
     """Return the places of all values that the model and the loss may read.
 
     Raises:
-        TypeError: if there are too many, or a part of the model is in TorchScript.
+        TypeError: if there are too many, one is an iterator or a random generator, or a module is in TorchScript.
     """
     finder = _Finder()
     finder.visit(model, type(model).__name__)
@@ -169,6 +171,8 @@ class _Finder:
     def _follow(self, value: Any, name: str) -> None:
         if isinstance(value, torch.jit.ScriptModule):
             raise TypeError(f"{name} is in TorchScript")
+        if isinstance(value, HIDDEN):
+            raise TypeError(f"{name} is a {type(value).__name__}, whose state cannot be followed")
         if isinstance(value, dict):
             self._add(value, name, value.items())
         elif isinstance(value, (list, deque, set, tuple, frozenset)):

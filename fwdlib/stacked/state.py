@@ -7,7 +7,7 @@ change in microseconds: it compares identities, in loops that run in C.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, pairwise
 from typing import Any
@@ -44,7 +44,7 @@ class State:
         self._places = find_places(model, loss)
         self._views = [place.values for place in self._places]
         self._read_values()
-        self._read_tensors()
+        self._take(_Tensors(model, self._slots))
 
     def is_current(self) -> bool:
         """Return whether all values are still the same."""
@@ -53,18 +53,44 @@ class State:
                 return False
             self._read_values()
         if self._identify_tensors() != self._tensor_ids:
-            before = self._layout
-            self._read_tensors()
-            return before == self._layout
+            found = _Tensors(self._model, self._slots)
+            if found.layout != self._found.layout:
+                return False
+            self._take(found)
         return True
+
+    @property
+    def trainable(self) -> Params:
+        """The parameters that a step trains, by name."""
+        return self._found.trainable
+
+    @property
+    def frozen(self) -> Params:
+        """The other parameters, by name."""
+        return self._found.frozen
+
+    @property
+    def buffers(self) -> Params:
+        """The buffers, by name."""
+        return self._found.buffers
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of these, in this order."""
+        return self._found.all
+
+    @property
+    def share_memory(self) -> bool:
+        """Whether two of them overlap in memory."""
+        return self._found.share_memory
 
     def equals(self, other: State) -> bool:
         """Return whether the values of both are the same."""
-        return self._layout == other._layout and _are_same(self._values, other._values)
+        return self._found.layout == other._found.layout and _are_same(self._values, other._values)
 
     def difference(self, other: State) -> str:
         """Return the name of something that is not the same in both."""
-        if self._layout != other._layout:
+        if self._found.layout != other._found.layout:
             return "a parameter or buffer"
         differences = (
             place.difference(one, two)
@@ -110,31 +136,31 @@ class State:
         self._values = [list(view) for view in self._views]
         self._ids = [*map(id, chain.from_iterable(self._values))]
 
+    def _take(self, found: _Tensors) -> None:
+        self._found = found
+        self._tensor_ids = self._identify_tensors()
+
     def _identify_tensors(self) -> list:
-        tensors = self.tensors
+        tensors = self._found.all
         return [
             *map(id, chain.from_iterable(self._slots)),
             *map(Tensor.data_ptr, tensors),
             *map(REQUIRES_GRAD, tensors),
         ]
 
-    def _read_tensors(self) -> None:
-        named = dict(self._model.named_parameters())
-        self.trainable: Params = {name: p for name, p in named.items() if p.requires_grad}
-        """The parameters that a step trains, by name."""
-        self.frozen: Params = {name: p for name, p in named.items() if not p.requires_grad}
-        self.buffers: Params = dict(self._model.named_buffers())
-        self.tensors = [*self.trainable.values(), *self.frozen.values(), *self.buffers.values()]
-        """All of them, in this order."""
-        self.share_memory = share_memory(self.tensors)
-        """Whether two of them overlap in memory."""
-        slots = [*map(id, chain.from_iterable(self._slots))]
-        self._layout = [
-            [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in self.tensors],
-            [*map(slots.index, slots)],
-            self.share_memory,
-        ]
-        self._tensor_ids = self._identify_tensors()
+
+class _Tensors:
+    # The parameters and buffers of a model, and all of them that a graph depends on.
+    def __init__(self, model: nn.Module, slots: list[Iterable]) -> None:
+        named = dict(model.named_parameters())
+        self.trainable = {name: p for name, p in named.items() if p.requires_grad}
+        self.frozen = {name: p for name, p in named.items() if not p.requires_grad}
+        self.buffers = dict(model.named_buffers())
+        self.all = [*self.trainable.values(), *self.frozen.values(), *self.buffers.values()]
+        self.share_memory = share_memory(self.all)
+        ids = [*map(id, chain.from_iterable(slots))]
+        described = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in self.all]
+        self.layout = described, [*map(ids.index, ids)], self.share_memory
 
 
 def share_memory(tensors: list[Tensor]) -> bool:
