@@ -24,7 +24,7 @@ Step = Callable[[list[Tensor], list[Tensor], Tensor, Callable], Tensor]
 """``step(tensors, leaves, rate, draw_signs) -> loss``: see :func:`record`."""
 
 
-LOOSE = 4  # calls that a record begins with, for one that is left in the end
+LOOSE = 8  # so many calls of a record that begins are at most one that is left
 SECONDS_PER_OPERATION = 0.03
 
 
