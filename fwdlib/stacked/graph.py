@@ -114,7 +114,8 @@ def record(
     if state.share_memory:
         raise Refused("two parameters or buffers share memory")
     limit = nullcontext() if max_operations is None else _Limit(LOOSE * max_operations)
-    with state.kept() as changed, redirect_stdout(io.StringIO()) as printed:
+    as_written = torch.compiler.set_stance("force_eager")  # compile no part of the model to find that out
+    with state.kept() as changed, redirect_stdout(io.StringIO()) as printed, as_written:
         _run_without_values(probe, state.tensors, leaves)
         with limit:
             graph = _trace(step, state.tensors, leaves, signs)
@@ -196,6 +197,8 @@ def cause_of(error: Exception) -> str:
         return "the model's Python code reads the value of a tensor, as .item(), bool() and float() do"
     if kind == "DynamicOutputShapeException":
         return f"the shape of a tensor depends on values, in {text}"
+    if "dynamo-optimized" in text:
+        return "torch.compile has compiled a part of the model"
     if "TorchScript interpreter" in text:
         return "a function in TorchScript reads the values of a tensor"
     if any(words in text for words in ("data pointer", "numpy()", "tolist()", "storage")):

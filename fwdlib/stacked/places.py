@@ -27,6 +27,9 @@ NOT_FOLLOWED = {
 }
 """Attributes of a module that forward does not read, or whose contents are compared as tensors."""
 
+FLAT_WEIGHTS = {"_flat_weights", "_flat_weight_refs"}
+"""Attributes of recurrent layers that hold their parameters once more; forward renews them after a change."""
+
 
 def find_places(model: nn.Module, loss: Callable) -> list[Place]:
     """Return the places of all values that the model and the loss may read.
@@ -43,8 +46,17 @@ def find_places(model: nn.Module, loss: Callable) -> list[Place]:
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Return whether two values are one object, or equal numbers, strings or other simple values."""
-    return a is b or (type(a) is type(b) and isinstance(a, SIMPLE) and (a == b or (a != a and b != b)))
+    """Return whether two values are one object, or equal simple values (numbers, strings, ...) or tuples of these."""
+    if a is b or type(a) is not type(b):
+        return a is b
+    if type(a) is tuple:
+        return len(a) == len(b) and all(map(is_same, a, b))
+    return isinstance(a, SIMPLE) and (a == b or (a != a and b != b))
+
+
+def is_alike(a: Any, b: Any) -> bool:
+    """Return whether two values are the same or containers of one kind, whose contents are in places of their own."""
+    return is_same(a, b) or (type(a) is type(b) and isinstance(a, (list, dict, set, deque, np.ndarray)))
 
 
 class Place:
@@ -201,7 +213,12 @@ class _Finder:
                 self._places.append(Place(name, value, slots))
                 for slot in slots:
                     self.visit(getattr(value, slot, None), f"{name}.{slot}")
-        if hasattr(value, "__dict__"):
+        if isinstance(value, nn.RNNBase):
+            keys = vars(value).keys() - FLAT_WEIGHTS
+            self._places.append(Place(name, vars(value), keys))
+            for key in keys - NOT_FOLLOWED:
+                self.visit(vars(value)[key], f"{name}.{key}")
+        elif hasattr(value, "__dict__"):
             is_module = isinstance(value, nn.Module)
             followed = (item for item in vars(value).items() if not (is_module and item[0] in NOT_FOLLOWED))
             self._add(vars(value), name, followed)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fwdlib.forward_mode import REQUIRES_GRAD, Rewind
-from fwdlib.stacked.places import find_places, is_same
+from fwdlib.stacked.places import find_places, is_alike, is_same
 from fwdlib.tangents import Params
 
 
@@ -86,7 +86,7 @@ class State:
 
     def equals(self, other: State) -> bool:
         """Return whether the values of both are the same."""
-        return self._found.layout == other._found.layout and _are_same(self._values, other._values)
+        return self._found.layout == other._found.layout and _are_same(self._values, other._values, is_alike)
 
     def difference(self, other: State) -> str:
         """Return the name of something that is not the same in both."""
@@ -121,6 +121,9 @@ class State:
             for (place, values), put_back in zip(self._pairs(), undo, strict=True):
                 if [*map(id, place.values)] != [*map(id, values)]:
                     put_back()
+            for module in self._model.modules():
+                if isinstance(module, nn.RNNBase):
+                    module._init_flat_weights()
             for x, version, value in plain:
                 if x._version != version:
                     with torch.no_grad():
@@ -174,9 +177,9 @@ def _num_bytes(x: Tensor) -> int:
     return (last + 1) * x.element_size()
 
 
-def _are_same(ones: list[list], others: list[list]) -> bool:
+def _are_same(ones: list[list], others: list[list], compare: Callable = is_same) -> bool:
     return len(ones) == len(others) and all(
-        len(one) == len(other) and all(map(is_same, one, other)) for one, other in zip(ones, others, strict=True)
+        len(one) == len(other) and all(map(compare, one, other)) for one, other in zip(ones, others, strict=True)
     )
 
 
