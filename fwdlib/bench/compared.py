@@ -151,7 +151,7 @@ def variants(model: nn.Module, *, quick: bool = False) -> list[Variant]:
 
 
 def make_step(variant: Variant, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
-    """Return a training step: the estimate and the update of SGD. A compiled variant compiles at its first call."""
+    """Return a training step: the estimate and the update of SGD. A compiled one compiles in its first two calls."""
     if variant.form == "channels_last":
         model = copy.deepcopy(model).to(memory_format=torch.channels_last)
         inputs = inputs.to(memory_format=torch.channels_last)

@@ -161,7 +161,7 @@ def evaluate(
     Returns:
         The loss, its derivatives (K,), and each example's contribution to them (K, B), None if it is not known.
     """
-    own = None if buffers or is_transformed() else objective.own(params)
+    own = None if buffers is not None or is_transformed() else objective.own(params)
     if own is not None:
         with requiring_grad(own.values()):
             loss = run(objective.model, objective.run, perturbation, own)

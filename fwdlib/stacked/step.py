@@ -1,10 +1,11 @@
-"""A training step of plain SGD with the stacked forward gradient, compiled to one graph."""
+"""A training step of plain SGD with the stacked forward gradient, compiled to one graph where that is right."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,25 +13,42 @@ from torch import Tensor, nn
 
 from fwdlib import runtime
 from fwdlib.checks import check_choice, check_count, check_positive
-from fwdlib.objectives import BatchLoss, params_of
+from fwdlib.objectives import BatchLoss, ClosureLoss, ModelLoss, params_of, swapped
+from fwdlib.stacked.batches import count_examples, describe, flatten_batch, with_leaves
 from fwdlib.stacked.estimator import check_objective, evaluate
+from fwdlib.stacked.graph import CompiledStep, CountedSigns, Refused, cause_of, how_large, record, write_assigned
 from fwdlib.stacked.perturbations import PERTURBATIONS, DrawSigns
+from fwdlib.stacked.state import State
 from fwdlib.tangents import Params, random_signs
+
+MAX_OPERATIONS = 1_000
+"""Larger steps, which take more than half a minute to compile, are compiled only on request."""
+MAX_STATES = 8
+"""How many different states of a model's Python values the step follows, before it stops compiling."""
 
 
 class SGDStep:
     """A step of plain SGD with the stacked forward gradient, compiled to one graph if there is a C++ compiler.
 
-    Small models gain most, because their calls of torch cost more than the arithmetic. The first call for each shape of
-    batch traces and compiles the step, which takes seconds to a minute. Only the signs are drawn outside the graph.
+    Small models gain most, because their calls of torch cost more than the arithmetic. The second call for each shape
+    of batch compiles the step, which takes seconds to half a minute; the first one, and shapes that occur once, run as
+    with ``compiled=False``.
+
+    A compiled step does what the model's code would do. It follows the Python values that the model and the loss read,
+    such as ``model.training`` or an attribute that you set between two steps, and compiles anew when they change.
+
+    What cannot be compiled runs as with ``compiled=False``, with the same numbers, after one warning that says why: a
+    branch on the values of a tensor, ``.item()``, shapes that depend on values, a counter in Python, TorchScript, an
+    autocast around the step, or a graph so large that it takes more than half a minute to compile.
 
     Args:
-        model: the step updates its parameters in place: those that exist and are trainable when the step is made.
-        loss: ``(logits, targets) -> scalar``.
+        model: the step updates its trainable parameters in place.
+        loss: ``(logits, targets) -> scalar`` for ``step(inputs, targets)``; ``(model, batch) -> scalar`` for
+            ``step(batch)``, where the batch is a tensor or any nest of dicts, lists and tuples.
         learning_rate: the learning rate of SGD; set the attribute of that name to change it.
         num_tangents: K.
         tangents: ``"rank-one"``, ``"per-example"`` or ``"activity"``.
-        compiled: whether to compile; None to compile if there is a compiler.
+        compiled: whether to compile; None to compile if there is a compiler and it takes less than half a minute.
         generator: the source of the signs; None for torch's global generator.
 
     Raises:
@@ -43,12 +61,22 @@ class SGDStep:
         >>> loss = step(torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
         >>> loss.shape
         torch.Size([])
+
+        Any model and any batch, with a loss that calls the model:
+
+        >>> model = nn.Bilinear(2, 2, 1)
+        >>> step = SGDStep(
+        ...     model, lambda model, batch: model(**batch).square().mean(), learning_rate=0.1, compiled=False
+        ... )
+        >>> loss = step({"input1": torch.randn(5, 2), "input2": torch.randn(5, 2)})
+        >>> loss.shape
+        torch.Size([])
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
         *,
         learning_rate: float,
         num_tangents: int = 1,
@@ -68,82 +96,150 @@ class SGDStep:
                 "compiled=True needs a C++ compiler, and none was found. Install g++ or clang++, name a compiler in "
                 "the environment variable CXX, or pass compiled=False."
             )
-        self._params, self._buffers = params_of(model), dict(model.named_buffers())
-        self._modules = list(model.modules())
-        self._graphs: dict[tuple, tuple[Callable, int]] = {}
+        self._max_operations = MAX_OPERATIONS if compiled is None else None
+        self._states: list[State] = []
+        self._current: int | None = None  # which of them
+        self._graphs: dict[
+            tuple, CompiledStep | int | None
+        ] = {}  # an int is the number of signs of a first, eager step
+        self._warned: set[str] = set()
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, *batch: Any) -> Tensor:
         """Take one step and return the loss before it, a scalar.
 
+        Args:
+            batch: ``inputs`` of shape (B, ...) and ``targets``; or one batch of any kind.
+
         Raises:
+            TypeError: if it is called with other arguments, or as :func:`fwdlib.stacked.estimator.stacked_gradient`.
             ValueError: as :func:`fwdlib.stacked.estimator.stacked_gradient`.
         """
-        params, buffers = self._params, self._buffers
-        draw_signs = partial(random_signs, generator=self.generator)
-        if not self.compiled:
-            check_objective(BatchLoss(self.model, inputs, targets, self.loss), params)
-            return self._step(params, {}, inputs, targets, self.learning_rate, draw_signs)
-        modes = tuple([module.training for module in self._modules])
-        key = (inputs.shape, inputs.dtype, inputs.device, targets.shape, targets.dtype, modes)
-        if key not in self._graphs:
-            check_objective(BatchLoss(self.model, inputs, targets, self.loss), params)
-            self._graphs[key] = self._compile(params, buffers, inputs, targets)
-        graph, num_signs = self._graphs[key]
-        like = next(iter(params.values()))
-        rate = torch.as_tensor(self.learning_rate, dtype=like.dtype, device=like.device)
-        return graph(params, buffers, inputs, targets, rate, draw_signs((num_signs,), like))
+        found = self._conditions(batch) if self.compiled else None
+        if found is None:
+            return self._eager(batch, partial(random_signs, generator=self.generator))
+        key, leaves = found
+        graph = self._graphs.get(key)
+        if isinstance(graph, int):
+            graph = self._graphs[key] = self._compile(batch, leaves, graph)
+        if graph is None:
+            count = CountedSigns(self.generator)
+            loss = self._eager(batch, count)
+            self._graphs.setdefault(key, count.total)
+            return loss
+        return graph(self._states[self._current].tensors, leaves, self.learning_rate, self.generator)
+
+    def _conditions(self, batch: tuple) -> tuple[tuple, list[Tensor]] | None:
+        # What a graph of the step depends on, and the tensors of the batch; None if there can be no graph.
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or torch.is_inference_mode_enabled():
+            self._warn_eager("it is called under torch.autocast or torch.inference_mode")
+            return None
+        if (current := self._follow_state()) is None:
+            return None
+        try:
+            leaves, structure = flatten_batch(batch)
+        except Refused as refusal:
+            self._warn_eager(str(refusal))
+            return None
+        return (current, structure, torch.get_default_dtype(), *map(describe, leaves)), leaves
+
+    def _follow_state(self) -> int | None:
+        if self._current is not None and self._states[self._current].is_current():
+            return self._current
+        try:
+            state = State(self.model, self.loss)
+        except (TypeError, RuntimeError) as error:
+            return self._stop_compiling(str(error))
+        for i, known in enumerate(self._states):
+            if known.equals(state):
+                self._states[i], self._current = state, i
+                return i
+        if len(self._states) == MAX_STATES:
+            name = self._states[self._current].difference(state)
+            return self._stop_compiling(f"{name} keeps changing, so far {MAX_STATES} times")
+        self._states.append(state)
+        self._current = len(self._states) - 1
+        return self._current
+
+    def _stop_compiling(self, reason: str) -> None:
+        self._warn_eager(reason)
+        self.compiled = False
+        self._states, self._graphs = [], {}
+
+    def _compile(self, batch: tuple, leaves: list[Tensor], num_signs: int) -> CompiledStep | None:
+        state = self._states[self._current]
+        try:
+            signs = random_signs((num_signs,), state.tensors[0], torch.Generator(state.tensors[0].device))
+            recorded = record(*self._recordable(batch, state), state, leaves, signs, self._max_operations)
+            if recorded.num_operations > MAX_OPERATIONS:
+                self._warn(f"SGDStep compiles a step of {how_large(recorded.num_operations)}.")
+            return CompiledStep(recorded, state.tensors, leaves, signs)
+        except Exception as error:
+            self._warn_eager(cause_of(error))
+            return None
+
+    def _recordable(self, batch: tuple, state: State) -> tuple[Callable, Callable]:
+        # The step, and the loss alone, as functions of the model's tensors and those of the batch.
+        def cut(tensors: list[Tensor]) -> list[Params]:
+            rest = iter(tensors)
+            return [{name: next(rest) for name in of} for of in (state.trainable, state.frozen, state.buffers)]
+
+        def step(tensors: list[Tensor], leaves: list[Tensor], rate: Tensor, draw_signs: DrawSigns) -> Tensor:
+            params, frozen, buffers = cut(tensors)
+            given = dict(buffers)
+            with swapped(self.model, frozen, {}):
+                loss = self._step(self._objective(with_leaves(batch, leaves)), params, buffers, rate, draw_signs)
+            write_assigned(given, buffers)
+            return loss
+
+        def loss_alone(tensors: list[Tensor], leaves: list[Tensor]) -> Tensor:
+            params, frozen, buffers = cut(tensors)
+            with swapped(self.model, params | frozen, buffers):
+                return self._objective(with_leaves(batch, leaves)).run()
+
+        return step, loss_alone
+
+    def _eager(self, batch: tuple, draw_signs: DrawSigns) -> Tensor:
+        params = params_of(self.model)
+        objective = self._objective(batch)
+        check_objective(objective, params)
+        return self._step(objective, params, None, self.learning_rate, draw_signs)
+
+    def _objective(self, batch: tuple) -> ModelLoss:
+        if len(batch) == 2:
+            return BatchLoss(self.model, *batch, self.loss)
+        if len(batch) != 1:
+            raise TypeError(f"a step takes (inputs, targets) or one batch, got {len(batch)} arguments")
+        if self.loss is F.cross_entropy:
+            raise TypeError(
+                "step(batch) needs a loss of the model and the batch: SGDStep(model, lambda model, batch: ..., ...). "
+                "With the default loss call step(inputs, targets)."
+            )
+        return ClosureLoss(self.model, partial(self.loss, self.model, *batch), count_examples(batch))
 
     def _step(
         self,
+        objective: ModelLoss,
         params: Params,
-        buffers: Params,
-        inputs: Tensor,
-        targets: Tensor,
+        buffers: Params | None,
         learning_rate: float | Tensor,
         draw_signs: DrawSigns,
     ) -> Tensor:
-        perturbation = PERTURBATIONS[self.tangents](params, self.num_tangents, len(inputs), draw_signs)
-        objective = BatchLoss(self.model, inputs, targets, self.loss)
+        kind = PERTURBATIONS[self.tangents]
+        if objective.num_examples is None and kind.per_example:
+            raise ValueError(
+                f"{self.tangents!r} tangents need the number of examples, and the tensors of the batch differ in their "
+                f"lengths: use 'rank-one' tangents"
+            )
+        perturbation = kind(params, self.num_tangents, objective.num_examples, draw_signs)
         loss, jvps, of_examples = evaluate(objective, params, perturbation, buffers)
         perturbation.gradients(jvps, of_examples).add_to_(params, -learning_rate)
         return loss
 
-    def _compile(self, params: Params, buffers: Params, inputs: Tensor, targets: Tensor) -> tuple[Callable, int]:
-        from torch.fx.experimental.proxy_tensor import make_fx
+    def _warn_eager(self, reason: str) -> None:
+        self._warn(f"SGDStep runs as with compiled=False, because {reason}.")
 
-        # Tracing runs the step, so it works on copies and leaves the model untrained. A first run counts the signs.
-        params, buffers = ({name: value.clone() for name, value in of.items()} for of in (params, buffers))
-        like = next(iter(params.values()))
-        rate = torch.as_tensor(self.learning_rate, dtype=like.dtype, device=like.device)
-        count = _CountedSigns()
-        self._step(params, buffers, inputs, targets, rate, count)
-
-        def step(
-            params: Params, buffers: Params, inputs: Tensor, targets: Tensor, rate: Tensor, signs: Tensor
-        ) -> Tensor:
-            return self._step(params, buffers, inputs, targets, rate, _GivenSigns(signs))
-
-        signs = random_signs((count.total,), like)
-        graph = make_fx(step)(params, buffers, inputs, targets, rate, signs)
-        mode = "reduce-overhead" if inputs.is_cuda else None  # CUDA graphs
-        return torch.compile(graph, mode=mode, dynamic=False), count.total
-
-
-class _CountedSigns:
-    def __init__(self) -> None:
-        self.total = 0
-
-    def __call__(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        self.total += math.prod(shape)
-        return random_signs(shape, like)
-
-
-class _GivenSigns:
-    def __init__(self, signs: Tensor) -> None:
-        self.signs = signs
-        self.used = 0
-
-    def __call__(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        start, self.used = self.used, self.used + math.prod(shape)
-        return self.signs[start : self.used].reshape(shape).to(like.dtype)
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=5)  # at least the caller of the step

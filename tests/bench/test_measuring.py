@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+import torch._inductor
 
 from fwdlib import runtime
 from fwdlib.bench import measuring
@@ -86,6 +87,17 @@ def test_a_variant_that_does_not_compile_is_skipped_with_the_reason(monkeypatch)
     found = time_of("penguins-logistic", lambda _: forms)
     assert found["skipped"] == {"backprop, compiled": "RuntimeError: no kernel for this"}
     assert set(found["seconds"]) == {"forward", "backprop, eager", "rank-one, eager"}
+
+
+def test_a_step_that_does_not_compile_is_not_timed_as_compiled(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(runtime, "has_compiler", lambda: True)
+    monkeypatch.setattr(torch._inductor, "compile", broken)
+    found = time_of("penguins-logistic", lambda _: [Variant("backprop"), Variant("rank-one", compiled=True)])
+    assert "because RuntimeError: no kernel for this" in found["skipped"]["rank-one, compiled"]
+    assert set(found["seconds"]) == {"forward", "backprop, eager"}
 
 
 def test_an_eager_step_that_fails_is_an_error(monkeypatch):

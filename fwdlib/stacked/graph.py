@@ -1,0 +1,283 @@
+"""A step recorded as one graph of torch's operations, and compiled.
+
+The record holds what one run of the step did. So it is refused where another run could do something else: where Python
+reads the values of tensors, or changes values of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fwdlib.stacked.state import State
+from fwdlib.tangents import AnyGenerator, Params, random_signs
+
+Step = Callable[[list[Tensor], list[Tensor], Tensor, Callable], Tensor]
+"""``step(tensors, leaves, rate, draw_signs) -> loss``: see :func:`record`."""
+
+
+LOOSE = 8  # so many calls of a record that begins are at most one that is left
+SECONDS_PER_OPERATION = 0.03
+
+
+def how_large(num_operations: int) -> str:
+    """Return the size of a step, in words."""
+    seconds = SECONDS_PER_OPERATION * num_operations
+    return f"{num_operations:,} operations, which takes about {seconds:.0f} s"
+
+
+class Refused(Exception):
+    """A step cannot be one graph; the message says why."""
+
+
+class CountedSigns:
+    """A source of signs that counts them.
+
+    Args:
+        generator: where the randomness comes from.
+    """
+
+    def __init__(self, generator: AnyGenerator = None) -> None:
+        self._generator = generator
+        self.total = 0
+
+    def __call__(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Draw."""
+        self.total += math.prod(shape)
+        return random_signs(shape, like, self._generator)
+
+
+class GivenSigns:
+    """A source that cuts its signs from a tensor.
+
+    Args:
+        signs: shape (number of signs,).
+    """
+
+    def __init__(self, signs: Tensor) -> None:
+        self._signs = signs
+        self.used = 0
+
+    def __call__(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Cut the next signs."""
+        start, self.used = self.used, self.used + math.prod(shape)
+        return self._signs[start : self.used].reshape(shape).to(like.dtype)
+
+
+class Recorded(NamedTuple):
+    """A step as a graph."""
+
+    graph: GraphModule
+    """Takes the model's tensors, those of the batch, the learning rate, the signs, and the constants."""
+    constants: list[Tensor]
+    """Tensors that the step reads and that are neither parameters nor buffers."""
+    num_operations: int
+    """The number of calls in the graph."""
+
+
+def record(
+    step: Step,
+    probe: Callable[[list[Tensor], list[Tensor]], object],
+    state: State,
+    leaves: Sequence[Tensor],
+    signs: Tensor,
+    max_operations: int | None = None,
+) -> Recorded:
+    """Record a step on copies, and undo what it does to the model.
+
+    It runs three times. In a run of ``probe`` tensors have no values, so code that reads values fails. Two records that
+    differ show a counter or a random number of Python.
+
+    Args:
+        step: takes the model's tensors in the order of ``state.tensors``, the tensors of the batch, the learning rate
+            and a source of signs; changes the model's tensors in place, and returns the loss.
+        probe: computes the loss from the model's tensors and those of the batch, without tangents.
+        state: what the step reads besides its batch.
+        leaves: the tensors of the batch.
+        signs: as many as the step consumes.
+        max_operations: the largest number of operations; None for no limit.
+
+    Returns:
+        The record.
+
+    Raises:
+        Refused: if the record would not be right for other values or the next step.
+    """
+    if state.share_memory:
+        raise Refused("two parameters or buffers share memory")
+    limit = nullcontext() if max_operations is None else _Limit(LOOSE * max_operations)
+    as_written = torch.compiler.set_stance("force_eager")  # compile no part of the model to find that out
+    with state.kept() as changed, redirect_stdout(io.StringIO()) as printed, as_written:
+        _run_without_values(probe, state.tensors, leaves)
+        with limit:
+            graph = _trace(step, state.tensors, leaves, signs)
+        if (name := changed()) is not None:
+            raise Refused(f"the forward pass changes {name}")
+        again = _trace(step, state.tensors, leaves, signs)
+        if printed.getvalue():
+            raise Refused("the forward pass prints")
+    constants, constants_again = _lift_constants(graph), _lift_constants(again)
+    if graph.code != again.code or not _are_equal(constants, constants_again):
+        raise Refused("the forward pass does something else each time, as with a counter or a random number of Python")
+    num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
+    if max_operations is not None and num_operations > max_operations:
+        raise Refused(f"it has {how_large(num_operations)} to compile: only compiled=True compiles it")
+    return Recorded(graph, constants, num_operations)
+
+
+class CompiledStep:
+    """A recorded step as machine code.
+
+    Args:
+        recorded: the record.
+        tensors: those of the model.
+        leaves: those of a batch.
+        signs: as many as the step consumes.
+    """
+
+    def __init__(self, recorded: Recorded, tensors: list[Tensor], leaves: Sequence[Tensor], signs: Tensor) -> None:
+        # Not by torch.compile: the graph is there, and the caller holds the conditions that it would check.
+        import torch._inductor
+
+        like = tensors[0]
+        self._options = {"dtype": like.dtype, "device": like.device}
+        self._like, self._num_signs = signs[:0], len(signs)
+        self._constants = recorded.constants
+        options = {"fallback_random": True}  # random numbers of torch's generator, as without compiling
+        if like.is_cuda:
+            options["triton.cudagraphs"] = True
+        rate = torch.ones((), **self._options)
+        examples = [_copy(x) for x in (*tensors, *leaves, rate, signs, *recorded.constants)]
+        self._graph = torch._inductor.compile(recorded.graph, examples, options=options)
+
+    def __call__(
+        self, tensors: list[Tensor], leaves: Sequence[Tensor], learning_rate: float, generator: AnyGenerator
+    ) -> Tensor:
+        """Take a step: change the model's tensors, and return the loss."""
+        rate = torch.as_tensor(learning_rate, **self._options)
+        signs = random_signs((self._num_signs,), self._like, generator)
+        found = self._graph(*tensors, *leaves, rate, signs, *self._constants)
+        return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def write_assigned(given: Params, buffers: Params) -> None:
+    """Write buffers that a forward pass has assigned into those that it was given.
+
+    Args:
+        given: buffer by name, before the pass.
+        buffers: the same after it.
+
+    Raises:
+        Refused: if one cannot hold the other's values.
+    """
+    assigned = {name: x for name, x in buffers.items() if x is not given[name]}
+    for name, x in assigned.items():
+        if x is None or x.shape != given[name].shape or x.dtype != given[name].dtype:
+            raise Refused(f"the forward pass changes the shape or the dtype of the buffer {name}")
+    copies = {name: x.detach().clone() for name, x in assigned.items()}  # one may be another's old tensor
+    for name, x in copies.items():
+        given[name].copy_(x)
+
+
+def cause_of(error: Exception) -> str:
+    """Return in words why a step could not be recorded or compiled."""
+    text = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
+    if isinstance(error, Refused):
+        return text
+    kind = type(error).__name__
+    if kind == "DataDependentOutputException" or "get value out of a tracing tensor" in text:
+        return "the model's Python code reads the value of a tensor, as .item(), bool() and float() do"
+    if kind == "DynamicOutputShapeException":
+        return f"the shape of a tensor depends on values, in {text}"
+    if "dynamo-optimized" in text:
+        return "torch.compile has compiled a part of the model"
+    if "TorchScript interpreter" in text:
+        return "a function in TorchScript reads the values of a tensor"
+    if any(words in text for words in ("data pointer", "numpy()", "tolist()", "storage")):
+        return "code outside torch reads the values of a tensor, as .tolist() and .numpy() do"
+    return f"{kind}: {text}"
+
+
+def _trace(step: Step, tensors: list[Tensor], leaves: Sequence[Tensor], signs: Tensor) -> GraphModule:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    num_tensors, num_leaves = len(tensors), len(leaves)
+    given = GivenSigns(signs)
+
+    def run(*flat: Tensor) -> Tensor:
+        *flat, rate, given._signs = flat
+        return step(flat[:num_tensors], flat[num_tensors:], rate, given)
+
+    like = tensors[0]
+    rate = torch.ones((), dtype=like.dtype, device=like.device)
+    copies = [*map(_copy, tensors)], [*map(_copy, leaves)]
+    versions = [x._version for x in copies[1]]
+    graph = make_fx(run)(*copies[0], *copies[1], rate, signs)
+    if versions != [x._version for x in copies[1]]:
+        raise Refused("the forward pass writes into its batch")
+    if given.used != len(signs):
+        raise Refused("the number of its random signs is not the same in each step")
+    assert len([node for node in graph.graph.nodes if node.op == "placeholder"]) == num_tensors + num_leaves + 2
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _copy(x: Tensor) -> Tensor:
+    copy = x.detach().clone()
+    if copy.stride() != x.stride():
+        raise Refused("a tensor has gaps or overlaps in memory; use .contiguous()")
+    return copy
+
+
+def _run_without_values(probe: Callable, tensors: list[Tensor], leaves: Sequence[Tensor]) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [[mode.from_tensor(_copy(x)).requires_grad_(x.requires_grad) for x in of] for of in (tensors, leaves)]
+        with torch.enable_grad():
+            probe(*fakes)
+
+
+def _lift_constants(graph: GraphModule) -> list[Tensor]:
+    # Tensors that the graph holds as attributes become arguments, so that it sees when they are changed in place.
+    found: dict[str, Any] = {}
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    constants = []
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr" and isinstance(value := getattr(graph, node.target, None), Tensor):
+            if node.target not in found:
+                constants.append(value)
+                with graph.graph.inserting_after(last):
+                    last = found[node.target] = graph.graph.placeholder(f"constant_{len(constants)}")
+                last.meta.update(node.meta)
+            node.replace_all_uses_with(found[node.target])
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return constants
+
+
+def _are_equal(ones: list[Tensor], others: list[Tensor]) -> bool:
+    return len(ones) == len(others) and all(map(torch.equal, ones, others))
+
+
+class _Limit(TorchDispatchMode):
+    # Ends a record early that is going to be too large.
+    def __init__(self, num_calls: int) -> None:
+        super().__init__()
+        self._left = num_calls
+        self._num_calls = num_calls
+
+    def __torch_dispatch__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise Refused(f"it has too many operations to compile, {self._num_calls:,} or more")
+        return func(*args, **(kwargs or {}))

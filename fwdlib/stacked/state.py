@@ -1,0 +1,187 @@
+"""What a step reads besides its batch: the Python values and the tensors that a model and its loss refer to.
+
+A recorded step is right only as long as these are the same. :class:`State` finds them once, and after that notices a
+change in microseconds: it compares identities, in loops that run in C.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fwdlib.forward_mode import REQUIRES_GRAD, Rewind
+from fwdlib.stacked.places import find_places, is_alike, is_same
+from fwdlib.tangents import Params
+
+
+class State:
+    """The values that a step of ``model`` with ``loss`` reads, as they are when it is made.
+
+    These are the attributes of modules and of objects of the user's classes, the contents of containers, closures, and
+    the global variables and class attributes that the code of ``forward`` and of the loss names. Other parameters and
+    buffers may take the places of the model's: they are compared by shape, strides, dtype, device and
+    ``requires_grad``, and by which of them are one tensor.
+
+    Args:
+        model: the module.
+        loss: the loss function.
+
+    Raises:
+        TypeError: if there are values that cannot be followed.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable) -> None:
+        self._model = model
+        modules = list(model.modules())
+        self._slots = [slots.values() for m in modules for slots in (m._parameters, m._buffers)]
+        self._places = find_places(model, loss)
+        self._views = [place.values for place in self._places]
+        self._read_values()
+        self._take(_Tensors(model, self._slots))
+
+    def is_current(self) -> bool:
+        """Return whether all values are still the same."""
+        if [*map(id, chain.from_iterable(self._views))] != self._ids:
+            if not _are_same(self._values, [list(view) for view in self._views]):
+                return False
+            self._read_values()
+        if self._identify_tensors() != self._tensor_ids:
+            found = _Tensors(self._model, self._slots)
+            if found.layout != self._found.layout:
+                return False
+            self._take(found)
+        return True
+
+    @property
+    def trainable(self) -> Params:
+        """The parameters that a step trains, by name."""
+        return self._found.trainable
+
+    @property
+    def frozen(self) -> Params:
+        """The other parameters, by name."""
+        return self._found.frozen
+
+    @property
+    def buffers(self) -> Params:
+        """The buffers, by name."""
+        return self._found.buffers
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of these, in this order."""
+        return self._found.all
+
+    @property
+    def share_memory(self) -> bool:
+        """Whether two of them overlap in memory."""
+        return self._found.share_memory
+
+    def equals(self, other: State) -> bool:
+        """Return whether the values of both are the same."""
+        return self._found.layout == other._found.layout and _are_same(self._values, other._values, is_alike)
+
+    def difference(self, other: State) -> str:
+        """Return the name of something that is not the same in both."""
+        if self._found.layout != other._found.layout:
+            return "a parameter or buffer"
+        differences = (
+            place.difference(one, two)
+            for place, one, two in zip(self._places, self._values, other._values, strict=False)
+        )
+        return next((name for name in differences if name is not None), "an attribute")
+
+    @contextmanager
+    def kept(self) -> Iterator[Callable[[], str | None]]:
+        """Undo at the end what the code inside does to the values, to buffers, and to random numbers.
+
+        Yields:
+            A function that returns the name of something that the code has changed so far, or None.
+        """
+        rewind, python, numpy = Rewind(self._model), random.getstate(), np.random.get_state()
+        plain = [(x, x._version, x.clone()) for x in chain.from_iterable(self._values) if _is_plain(x)]
+        undo = [place.keep() for place in self._places]
+
+        def changed() -> str | None:
+            after = [place.difference(values, list(place.values)) for place, values in self._pairs()]
+            is_drawn = python != random.getstate() or repr(numpy) != repr(np.random.get_state())
+            after.append("the state of Python's or numpy's random numbers" if is_drawn else None)
+            return next((name for name in after if name is not None), None)
+
+        try:
+            yield changed
+        finally:
+            for (place, values), put_back in zip(self._pairs(), undo, strict=True):
+                if [*map(id, place.values)] != [*map(id, values)]:
+                    put_back()
+            for module in self._model.modules():
+                if isinstance(module, nn.RNNBase):
+                    module._init_flat_weights()
+            for x, version, value in plain:
+                if x._version != version:
+                    with torch.no_grad():
+                        x.copy_(value)
+            random.setstate(python)
+            np.random.set_state(numpy)
+            rewind()
+
+    def _pairs(self) -> list[tuple[Any, list]]:
+        return list(zip(self._places, self._values, strict=True))
+
+    def _read_values(self) -> None:
+        self._values = [list(view) for view in self._views]
+        self._ids = [*map(id, chain.from_iterable(self._values))]
+
+    def _take(self, found: _Tensors) -> None:
+        self._found = found
+        self._tensor_ids = self._identify_tensors()
+
+    def _identify_tensors(self) -> list:
+        tensors = self._found.all
+        return [
+            *map(id, chain.from_iterable(self._slots)),
+            *map(Tensor.data_ptr, tensors),
+            *map(REQUIRES_GRAD, tensors),
+        ]
+
+
+class _Tensors:
+    # The parameters and buffers of a model, and all of them that a graph depends on.
+    def __init__(self, model: nn.Module, slots: list[Iterable]) -> None:
+        named = dict(model.named_parameters())
+        self.trainable = {name: p for name, p in named.items() if p.requires_grad}
+        self.frozen = {name: p for name, p in named.items() if not p.requires_grad}
+        self.buffers = dict(model.named_buffers())
+        self.all = [*self.trainable.values(), *self.frozen.values(), *self.buffers.values()]
+        self.share_memory = share_memory(self.all)
+        ids = [*map(id, chain.from_iterable(slots))]
+        described = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in self.all]
+        self.layout = described, [*map(ids.index, ids)], self.share_memory
+
+
+def share_memory(tensors: list[Tensor]) -> bool:
+    """Return whether two of the tensors overlap in memory."""
+    spans = sorted((x.data_ptr(), x.data_ptr() + _num_bytes(x)) for x in tensors if x.numel())
+    return any(begin < end for (_, end), (begin, _) in pairwise(spans))
+
+
+def _num_bytes(x: Tensor) -> int:
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (last + 1) * x.element_size()
+
+
+def _are_same(ones: list[list], others: list[list], compare: Callable = is_same) -> bool:
+    return len(ones) == len(others) and all(
+        len(one) == len(other) and all(map(compare, one, other)) for one, other in zip(ones, others, strict=True)
+    )
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and not x.is_inference()
