@@ -50,7 +50,7 @@ class History:
     params: list[Params]
     """The final parameters of each run."""
     num_test: int
-    stack_size: int
+    num_together: int
     """How many seeds shared a step; 1 if they ran one after the other."""
     seconds: float
     """Time of all steps, without evaluation."""
