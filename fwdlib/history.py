@@ -50,7 +50,7 @@ class History:
     params: list[Params]
     """The final parameters of each run."""
     num_test: int
-    num_together: int
+    together: int
     """How many seeds shared a step; 1 if they ran one after the other."""
     seconds: float
     """Time of all steps, without evaluation."""

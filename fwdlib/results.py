@@ -39,7 +39,7 @@ class Record:
     """The data: :class:`fwdlib.data.Source` as a dict."""
     num_test: int
     num_params: int
-    num_together: int
+    together: int
     runs: list[Run]
     """One for each seed."""
     alone: Run
@@ -82,7 +82,7 @@ def save_run(
         source=source._asdict(),
         num_test=history.num_test,
         num_params=sum(p.numel() for p in history.params[0].values()),
-        num_together=history.num_together,
+        together=history.together,
         runs=history.runs,
         alone=alone.runs[0],
         environment=runtime.environment(parameters.get("device", "cpu")),

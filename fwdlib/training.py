@@ -1,4 +1,4 @@
-"""The only training loop of the project: any estimator, any torch optimizer, one seed or several side by side, any batch."""
+"""The only training loop of the project: any estimator, any torch optimizer, one seed or several together, any batch."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def train(
         runs=[run for runs, _, _ in histories for run in runs],
         params=[params for _, ends, _ in histories for params in ends],
         num_test=len(data.test_targets),
-        num_together=len(seeds) if together else 1,
+        together=len(seeds) if together else 1,
         seconds=sum(seconds for _, _, seconds in histories),
     )
 

@@ -38,8 +38,8 @@ def bare_environment(monkeypatch):
 def histories(runs=RUNS):
     params = [{"weight": torch.zeros(3, 4), "bias": torch.zeros(3)} for _ in runs]
     return {
-        "history": History(runs, params, num_test=40, num_together=len(runs), seconds=1.0),
-        "alone": History([ALONE], params[:1], num_test=40, num_together=1, seconds=0.5),
+        "history": History(runs, params, num_test=40, together=len(runs), seconds=1.0),
+        "alone": History([ALONE], params[:1], num_test=40, together=1, seconds=0.5),
     }
 
 
@@ -68,7 +68,7 @@ def test_a_record_is_read_back_as_it_was_saved(tmp_path):
     assert same(record.alone, ALONE)
     assert (record.name, record.title) == ("1b_logistic_forward", "forward gradient")
     assert record.parameters == {"learning_rate": 0.2, "threshold": None, "optimizer": "SGD"}
-    assert (record.num_test, record.num_params, record.num_together) == (40, 15, 3)
+    assert (record.num_test, record.num_params, record.together) == (40, 15, 3)
     assert record.source == SOURCE._asdict()
     assert record.environment["device"] == "cpu"
     assert record.environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]

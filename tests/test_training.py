@@ -193,7 +193,7 @@ def test_a_stack_gives_the_numbers_of_single_runs(train, build, estimator, optim
     stacked, single = (
         train(build, estimator, optimizer=optimizer, seeds=SEEDS, max_iterations=6, together=s) for s in (True, False)
     )
-    assert (stacked.num_together, single.num_together) == (3, 1)
+    assert (stacked.together, single.together) == (3, 1)
     assert_same_runs(stacked, single)
     first = stacked.runs[0].train_loss
     assert len(set(first)) == 7  # it moved
@@ -213,7 +213,7 @@ def test_a_stack_of_convolutions_is_possible_and_gives_the_same_numbers():
     data = Dataset(images, targets, images[:2], targets[:2], tuple("abc"), None)
     call = partial(training.train, CNN, data, NORMAL, learning_rate=1e-3, max_iterations=2, progress=None)
     stacked, default = call(seeds=(1, 2), together=True), call(seeds=(1, 2))
-    assert (stacked.num_together, default.num_together) == (2, 1)
+    assert (stacked.together, default.together) == (2, 1)
     assert_same_runs(stacked, default)
 
 
@@ -264,7 +264,7 @@ def test_series_have_a_value_before_the_first_step_and_after_each(train, stacked
         assert len(run.step_seconds) == (0 if stacked else 5)
         assert all(isinstance(errors, int) for errors in run.test_errors)
     assert history.num_test == 30
-    assert history.num_together == (2 if stacked else 1)
+    assert history.together == (2 if stacked else 1)
     if not stacked:
         assert history.seconds == pytest.approx(sum(sum(run.step_seconds) for run in history.runs))
     assert history.seconds > 0
@@ -272,7 +272,7 @@ def test_series_have_a_value_before_the_first_step_and_after_each(train, stacked
 
 def test_a_single_seed_has_times_even_where_a_stack_was_asked_for(train):
     history = train(seeds=(0,), together=True)
-    assert (history.num_together, len(history.runs[0].step_seconds)) == (1, 10)
+    assert (history.together, len(history.runs[0].step_seconds)) == (1, 10)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -363,7 +363,7 @@ def with_frozen():
 def test_models_that_cannot_be_stacked_run_one_after_the_other(train, build, reason):
     for estimator in (backprop_gradient, NORMAL):
         history = train(build, estimator, seeds=(0, 1), max_iterations=3, learning_rate=0.01)
-        assert history.num_together == 1
+        assert history.together == 1
         again = train(build, estimator, seeds=(1,), max_iterations=3, learning_rate=0.01)
         assert again.runs[0].train_loss == history.runs[1].train_loss  # whatever ran before
     with pytest.raises(ValueError, match=rf"together=True is not possible here: .*{reason}"):
@@ -419,13 +419,13 @@ def test_every_optimizer_makes_a_step_or_says_why_not(train, name):
 def test_every_elementwise_optimizer_is_stacked_and_gives_the_numbers_of_single_runs(train, name):
     options = {"optimizer": name, "learning_rate": 0.01, "seeds": (0, 1), "max_iterations": 4}
     history = train(MLP, **options)
-    assert history.num_together == 2
+    assert history.together == 2
     assert_same_runs(history, train(MLP, together=False, **options))
 
 
 @pytest.mark.parametrize("optimizer", ["Adafactor", make_optimizer("Adafactor", 0.01)])
 def test_an_optimizer_that_is_not_elementwise_is_not_stacked(train, optimizer):
-    assert train(optimizer=optimizer, seeds=(0, 1), max_iterations=1).num_together == 1
+    assert train(optimizer=optimizer, seeds=(0, 1), max_iterations=1).together == 1
     with pytest.raises(ValueError, match="together=True is not possible here: the optimizer is not one of the element"):
         train(optimizer=optimizer, seeds=(0, 1), together=True)
 
@@ -687,7 +687,7 @@ class Stateful:
 def test_an_estimator_with_a_state_begins_anew_for_each_seed(train):
     estimator = Stateful()
     history = train(estimator=estimator, seeds=(3, 5), max_iterations=4)
-    assert history.num_together == 1
+    assert history.together == 1
     assert estimator.seeds == [3, 5]
     assert estimator.calls == 5
 
@@ -701,7 +701,7 @@ def test_an_estimator_with_a_state_begins_anew_for_each_seed(train):
     ],
 )
 def test_what_else_cannot_be_stacked(train, options, reason):
-    assert train(seeds=(0, 1), max_iterations=1, **options).num_together == 1
+    assert train(seeds=(0, 1), max_iterations=1, **options).together == 1
     with pytest.raises(ValueError, match=f"together=True is not possible here: {reason}"):
         train(seeds=(0, 1), together=True, **options)
 

@@ -462,7 +462,7 @@ def test_trains_with_every_kind_of_estimator(blobs, estimator):
     make = partial(FrankWolfe, ball="l1", radius=20.0)
     options = {"optimizer": make, "max_iterations": 150, "evaluate_every": 50, "seeds": [0, 1], "progress": None}
     history = train(build, blobs, ESTIMATORS[estimator], **options)
-    assert history.num_together == 1  # a ball is around all entries: seeds cannot share one
+    assert history.together == 1  # a ball is around all entries: seeds cannot share one
     assert all(run.test_errors[-1] <= 3 < run.test_errors[0] for run in history.runs)
     assert all(flat(params.values()).abs().sum() <= 20.0001 for params in history.params)
     with pytest.raises(ValueError, match="together=True is not possible here: the optimizer is not one of the elem"):

@@ -63,7 +63,7 @@ def make_results(folder: Path) -> Path:
                 source=source,
                 num_test=84,
                 num_params=num_parameters(MODELS[key]()),
-                num_together=8,
+                together=8,
                 runs=runs,
                 alone=runs[0],
                 environment=MACHINE,
