@@ -1,4 +1,4 @@
-"""The only training loop of the project: any estimator, any torch optimizer, one seed or several together, any batch."""
+"""The only training loop of the project: any estimator, any torch optimizer, one seed or several, any batch."""
 
 from __future__ import annotations
 
