@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -399,21 +399,27 @@ def _directional_derivatives(
     for row in range(len(next(iter(tangents.values())))):
         if row:
             rewind()
+        tangent = {name: v[row] for name, v in tangents.items()}
         try:
             with _placed(objective, leaves, is_own=bool(own)) as evaluate:
-                tangent = {name: v[row] for name, v in tangents.items()}
-                loss, derivative = _along(evaluate, leaves, tangent, objective.model)
+                loss, derivative = _along(evaluate, leaves, tangent, without_tape(objective.model.parameters()))
         except RuntimeError as error:
-            if "Nested forward mode" not in str(error):
+            if "Nested forward mode" in str(error):
+                rewind()  # the model calls torch.func.jvp, which nests in another torch.func.jvp alone
+                return _vmapped_derivatives(objective, params, tangents, chunk_size)
+            if "does not require grad" not in str(error):
                 raise
-            rewind()  # the model calls torch.func.jvp, which nests in another torch.func.jvp alone
-            return _vmapped_derivatives(objective, params, tangents, chunk_size)
+            rewind()  # the model calls torch.autograd.grad by its own parameters, which takes a tape
+            with _placed(objective, leaves, is_own=bool(own)) as evaluate:
+                loss, derivative = _along(evaluate, leaves, tangent, requiring_grad(leaves))
         jvps.append(derivative)
     return loss, torch.stack(jvps)
 
 
-def _along(evaluate: Callable[[], Tensor], leaves: Params, tangent: Params, model: nn.Module) -> tuple[Tensor, Tensor]:
-    with _named_refusal(), tangents_on(leaves, tangent), without_tape(model.parameters()):
+def _along(
+    evaluate: Callable[[], Tensor], leaves: Params, tangent: Params, tape: AbstractContextManager
+) -> tuple[Tensor, Tensor]:
+    with _named_refusal(), tangents_on(leaves, tangent), tape, torch.enable_grad():
         with ForwardMode(leaves):
             loss = evaluate()
         loss, derivative = forward_ad.unpack_dual(loss)

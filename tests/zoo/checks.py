@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fwdlib.estimators import ENGINES, GradientEstimate, forward_gradient
+from fwdlib.forward_mode import Rewind
 from fwdlib.objectives import ClosureLoss, params_of
 from fwdlib.tangents import Params, random_signs, rank_one_factors
 from tests.zoo.case import Builder, Case, seed_all
@@ -188,11 +189,9 @@ def check_unbiased(reference: Reference, tangents: str) -> None:
     signs = {name: torch.randn(g.shape, generator=draw, dtype=g.dtype) for name, g in reference.grads.items()}
     case, found = built(reference.build, training=reference.training), []
     objective = ClosureLoss(case.model, closure_of(case), case.num_examples)
-    state = values(case.model.named_buffers())
+    rewind = Rewind(case.model)
     for _ in range(NUM_DRAWS):
-        seed_all(2)
-        for name, buffer in case.model.named_buffers():
-            buffer.copy_(state[name])
+        rewind()
         options = {"engine": "stacked", "num_tangents": 2, "tangents": tangents, "generator": draw}
         grads = dict(forward_gradient(objective, params_of(case.model), **options).grads)
         found.append([sum((g * u[n]).sum().item() for n, g in grads.items()) for u in (reference.grads, signs)])
