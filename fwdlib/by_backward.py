@@ -75,7 +75,9 @@ def jvp_by_backward(
         results, structure = tree_flatten(call(*given))
         found = [y for y in results if isinstance(y, Tensor) and y.requires_grad]
         if not all(map(is_differentiable, found)):
-            raise NotImplementedError(f"{name} returns a sparse or nested tensor and has no forward derivative. {OTHERS}")
+            raise NotImplementedError(
+                f"{name} returns a sparse or nested tensor and has no forward derivative. {OTHERS}"
+            )
         rows = _rows(found, leaves, tangents, name) if found else iter(())
         derivatives = [next(rows) if isinstance(y, Tensor) and y.requires_grad else None for y in results]
         places = {key: i for key, (i, version) in versions.items() if given[i]._version != version}
@@ -165,7 +167,9 @@ def _pull(found: list[Tensor], leaves: dict[int, Tensor], seeds: list[Tensor], *
     run = torch.autograd.Variable._execution_engine.run_backward
     grads = run(tuple(found), tuple(seeds), True, create_graph, inputs, allow_unreachable=True, accumulate_grad=False)
     pairs = zip(grads, inputs, strict=True)
-    return [torch.zeros_like(x) if g is None else g.to_dense() if g.layout is not torch.strided else g for g, x in pairs]
+    return [
+        torch.zeros_like(x) if g is None else g.to_dense() if g.layout is not torch.strided else g for g, x in pairs
+    ]
 
 
 def _transposed(pulled: list[Tensor], along: list[Tensor], seeds: list[Tensor]) -> tuple[Tensor, ...]:

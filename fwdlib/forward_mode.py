@@ -154,7 +154,9 @@ def _by_backward(func: Callable, args: tuple, kwargs: dict, own: set[int]) -> An
     if all(v is None for v in tangents):
         return func(*args, **kwargs)
     if is_transformed() or any(_has_tape(x) for x in leaves if id(x) not in own):
-        raise NotImplementedError(f"{name} has no forward derivative, and the model differentiates it backward. {OTHERS}")
+        raise NotImplementedError(
+            f"{name} has no forward derivative, and the model differentiates it backward. {OTHERS}"
+        )
     rows = [None if v is None else v.unsqueeze(0) for v in tangents]
     found = jvp_by_backward(call, leaves, rows, name, own)
     results = []

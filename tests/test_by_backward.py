@@ -17,7 +17,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(beta state|is in beta|prototy
 
 BATCH = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 APPLY = Function.__dict__["apply"]
-GRAPH = torch.sparse_coo_tensor(torch.tensor([[0, 1, 5], [1, 2, 0]]), torch.ones(3).double(), (6, 6), check_invariants=True)
+GRAPH = torch.sparse_coo_tensor(
+    torch.tensor([[0, 1, 5], [1, 2, 0]]), torch.ones(3).double(), (6, 6), check_invariants=True
+)
 
 
 class Reversal(Function):
@@ -138,11 +140,14 @@ BODIES = {
     "a reentrant checkpoint": lambda model, h: checkpoint(lambda x: model(x @ model.weight), h, use_reentrant=True),
     "under no_grad": lambda model, h: h * torch.no_grad()(Reversal.apply)(h),
     "cdist": lambda model, h: torch.cdist(h, h.flip(0)),
-    "grid_sample": lambda model, h: F.grid_sample(BATCH.view(1, 1, 6, 5), h.tanh().view(1, 3, 3, 2), align_corners=False),
+    "grid_sample": lambda model, h: F.grid_sample(
+        BATCH.view(1, 1, 6, 5), h.tanh().view(1, 3, 3, 2), align_corners=False
+    ),
     "ctc_loss": lambda model, h: F.ctc_loss(
         h.view(6, 1, 3).log_softmax(2), torch.tensor([[1, 2]]), torch.tensor([6]), torch.tensor([2])
     ),
     "multi_margin_loss": lambda model, h: F.multi_margin_loss(h, torch.arange(6) % 3, reduction="none"),
+    "embedding_bag": lambda model, h: F.embedding_bag(torch.tensor([[0, 3], [1, 5]]), h, mode="mean"),
     "a sparse matrix": lambda model, h: torch.sparse.mm(GRAPH, h),
     "a sparse matrix, @": lambda model, h: GRAPH @ h,
     "a sparse matrix by rows": lambda model, h: GRAPH.to_sparse_csr() @ h,

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fwdlib.estimators import backprop_gradient, forward_grad_, forward_gradient, projected_gradient
 from fwdlib.objectives import BatchLoss, ClosureLoss, params_of
+from tests.stacked.against_backprop import seed_all
 
 BATCH = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(6) % 3
 
@@ -188,7 +189,9 @@ MODELS = {
     "TorchScript": scripted,
     "weight_norm": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(5, 8)), nn.Tanh(), nn.Linear(8, 3)),
     "weight_norm of the whole": lambda: nn.Sequential(
-        parametrizations.weight_norm(nn.Linear(5, 8), dim=None), nn.Tanh(), parametrizations.weight_norm(nn.Linear(8, 3), dim=-1)
+        parametrizations.weight_norm(nn.Linear(5, 8), dim=None),
+        nn.Tanh(),
+        parametrizations.weight_norm(nn.Linear(8, 3), dim=-1),
     ),
     "spectral_norm": lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(5, 8)), nn.Linear(8, 3)),
     "spectral_norm, old": lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(5, 8)), nn.Linear(8, 3)),
@@ -200,12 +203,6 @@ MODELS = {
 def make(name):
     torch.manual_seed(0)
     return MODELS[name]().double()
-
-
-def seed_all(seed):
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
 
 
 def state_of(model):

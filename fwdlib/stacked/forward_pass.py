@@ -200,7 +200,9 @@ class Pass(TorchFunctionMode):
         if (name := self.names.get(id(x))) is not None:
             return torch.cat([x.unsqueeze(0), self.perturbation.dense(name)])
         if x.layout is not torch.strided:
-            raise NotImplementedError(f"a sparse tensor met a tensor with tangents in a function's rule. {OTHER_ENGINE}")
+            raise NotImplementedError(
+                f"a sparse tensor met a tensor with tangents in a function's rule. {OTHER_ENGINE}"
+            )
         return x.unsqueeze(0)
 
     def name_of(self, x: Any) -> str | None:

@@ -179,4 +179,7 @@ def _view(value: Tensor, stack: Tensor) -> Dual | None:
 
 
 def _is_refusal(message: str) -> bool:
-    return any(words in message for words in ("jvp", "forward AD", "mutate a captured", "Sparse CSR", "vmap: we do not yet support", *LACKS))
+    return any(
+        words in message
+        for words in ("jvp", "forward AD", "mutate a captured", "Sparse CSR", "vmap: we do not yet support", *LACKS)
+    )

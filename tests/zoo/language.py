@@ -133,7 +133,11 @@ def masked_autoencoder() -> Case:
 def segformer() -> Case:
     # no dropout in the head: the layout of its input, and with it the order of the draws, is not the same in a stacked pass
     config = hf.SegformerConfig(
-        hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16, classifier_dropout_prob=0.0
+        hidden_sizes=[8, 8, 16, 16],
+        depths=[1] * 4,
+        num_attention_heads=[1, 1, 2, 2],
+        decoder_hidden_size=16,
+        classifier_dropout_prob=0.0,
     )
     labels = torch.randint(0, 2, (2, 32, 32))
     model = hf.SegformerForSemanticSegmentation(config)
@@ -198,12 +202,16 @@ MODELS: dict[str, Builder] = {
     "Mamba": lambda: causal(hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4)),
     "RWKV": rwkv,
     "GPT-NeoX": lambda: causal(hf.GPTNeoXConfig(**SIZES, **LONG, **MARKS)),
-    "BLOOM": lambda: causal(hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, **MARKS), padding=0),
+    "BLOOM": lambda: causal(
+        hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, **MARKS), padding=0
+    ),
     "Falcon": lambda: causal(hf.FalconConfig(**SIZES, **MARKS)),
     "OPT": lambda: causal(hf.OPTConfig(**SIZES, ffn_dim=32, max_position_embeddings=32, word_embed_proj_dim=16)),
     "Phi": lambda: causal(hf.PhiConfig(**SIZES, **LONG, **MARKS)),
     "Qwen 3": lambda: causal(hf.Qwen3Config(**SIZES, **LONG, num_key_value_heads=1, head_dim=8, **MARKS)),
-    "DistilBERT": lambda: masked(hf.DistilBertConfig(vocab_size=VOCABULARY, dim=16, n_layers=2, n_heads=2, hidden_dim=32)),
+    "DistilBERT": lambda: masked(
+        hf.DistilBertConfig(vocab_size=VOCABULARY, dim=16, n_layers=2, n_heads=2, hidden_dim=32)
+    ),
     "RoBERTa": lambda: masked(hf.RobertaConfig(**SIZES, **LONG, pad_token_id=1)),
     "ALBERT": lambda: masked(hf.AlbertConfig(**SIZES, **LONG, embedding_size=8)),
     "DeBERTa v2": lambda: masked(

@@ -297,7 +297,8 @@ MODELS: dict[str, Builder] = {
     "checkpoint": partial(between, lambda model, h: checkpoint(model.inner, h, use_reentrant=False)),
     "checkpoint, reentrant": partial(between, lambda model, h: checkpoint(model.inner, h, use_reentrant=True)),
     "checkpoint of a sequence": partial(
-        between, lambda model, h: checkpoint_sequential(nn.Sequential(model.inner, nn.Tanh()), 2, h, use_reentrant=False)
+        between,
+        lambda model, h: checkpoint_sequential(nn.Sequential(model.inner, nn.Tanh()), 2, h, use_reentrant=False),
     ),
     "hooks": hooked,
     "DataParallel": parallel,

@@ -236,7 +236,11 @@ class Process(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.scale, self.noise, self.features = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(())), nn.Linear(5, 3)
+        self.scale, self.noise, self.features = (
+            nn.Parameter(torch.zeros(())),
+            nn.Parameter(torch.zeros(())),
+            nn.Linear(5, 3),
+        )
 
     def forward(self, x):
         z = self.features(x)
@@ -369,8 +373,10 @@ MODELS: dict[str, Builder] = {
     "GAN, generator": generator,
     "WGAN-GP, critic": critic,
     "diffusion U-Net": lambda: regresses(Denoiser(), pixels()),
-    **{f"graph net, {way}": partial(lambda way: classifies(Messages(way), rows()), way)
-       for way in ("index_add", "scatter_add", "scatter_reduce", "softmax", "sparse")},
+    **{
+        f"graph net, {way}": partial(lambda way: classifies(Messages(way), rows()), way)
+        for way in ("index_add", "scatter_add", "scatter_reduce", "softmax", "sparse")
+    },
     "Fourier neural operator": lambda: regresses(Fourier(), torch.randn(3, 1, 8)),
     "Gaussian process": lambda: regresses(Process(), rows()),
     "linear algebra": lambda: regresses(Decomposed(), rows()),

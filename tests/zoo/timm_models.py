@@ -21,7 +21,9 @@ def mixer(**options: Any) -> Case:
 
 def metaformer_of(**options: Any) -> Case:
     return images(
-        metaformer.MetaFormer(num_classes=NUM_CLASSES, depths=[1] * 4, dims=[8, 8, 32, 32], drop_path_rate=0.2, **options)
+        metaformer.MetaFormer(
+            num_classes=NUM_CLASSES, depths=[1] * 4, dims=[8, 8, 32, 32], drop_path_rate=0.2, **options
+        )
     )
 
 
@@ -34,7 +36,9 @@ def ghost() -> Case:
 
 
 def norm_free() -> Case:
-    settings = nfnet.NfCfg(depths=(1, 1), channels=(16, 32), stem_chs=8, attn_layer="se", group_size=8, extra_conv=True, attn_kwargs={})
+    settings = nfnet.NfCfg(
+        depths=(1, 1), channels=(16, 32), stem_chs=8, attn_layer="se", group_size=8, extra_conv=True, attn_kwargs={}
+    )
     return images(nfnet.NormFreeNet(settings, NUM_CLASSES))
 
 
@@ -78,7 +82,13 @@ SMALL: dict[str, tuple[str, int, dict[str, Any]]] = {
     "Twins": (
         "twins_svt_small",
         32,
-        {"img_size": 32, "embed_dims": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "wss": [2] * 4},
+        {
+            "img_size": 32,
+            "embed_dims": [8, 8, 16, 16],
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 1, 2, 2],
+            "wss": [2] * 4,
+        },
     ),
     "ConvNeXt v2": ("convnextv2_atto", 32, {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}),
     "Hiera": ("hiera_tiny_224", 32, {"img_size": (32, 32), "embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 1)}),
@@ -97,7 +107,11 @@ SMALL: dict[str, tuple[str, int, dict[str, Any]]] = {
             "mlp_ratio": [2, 2, 1],
         },
     ),
-    "ConViT": ("convit_tiny", 32, {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2, "local_up_to_layer": 1}),
+    "ConViT": (
+        "convit_tiny",
+        32,
+        {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2, "local_up_to_layer": 1},
+    ),
 }
 MODELS: dict[str, Builder] = {
     name: partial(make, architecture, size, **options) for name, (architecture, size, options) in SMALL.items()
@@ -107,7 +121,9 @@ MODELS: dict[str, Builder] = {
     "ResMLP": partial(mixer, block_layer=mlp_mixer.ResBlock, mlp_ratio=4, norm_layer=mlp_mixer.Affine),
     "ConvMixer": lambda: images(convmixer.ConvMixer(16, 2, kernel_size=3, patch_size=4, num_classes=NUM_CLASSES)),
     "PoolFormer": partial(metaformer_of, token_mixers=metaformer.Pooling),
-    "CAFormer": partial(metaformer_of, token_mixers=[metaformer.SepConv] * 2 + [metaformer.Attention] * 2, norm_layers=NORMS),
+    "CAFormer": partial(
+        metaformer_of, token_mixers=[metaformer.SepConv] * 2 + [metaformer.Attention] * 2, norm_layers=NORMS
+    ),
     "GhostNet": ghost,
     "NFNet": norm_free,
     "FocalNet": focal,

@@ -138,7 +138,13 @@ def detector():
     """A detector, which has a loss in training mode alone."""
     anchors = retinanet.AnchorGenerator(((8,),), ((1.0,),))
     model = models.detection.RetinaNet(
-        Pyramid(), NUM_CLASSES, min_size=32, max_size=32, anchor_generator=anchors, image_mean=[0] * 3, image_std=[1] * 3
+        Pyramid(),
+        NUM_CLASSES,
+        min_size=32,
+        max_size=32,
+        anchor_generator=anchors,
+        image_mean=[0] * 3,
+        image_std=[1] * 3,
     )
     batch = list(torch.rand(2, 3, 32, 32))
     boxes = torch.tensor([[4.0, 4.0, 14.0, 14.0]])
@@ -175,7 +181,9 @@ MODELS: dict[str, Builder] = {
     "ShuffleNet": lambda: images(models.ShuffleNetV2([1, 1, 1], [8, 16, 32, 64, 32], NUM_CLASSES)),
     "RegNet": reg,
     "MNASNet": lambda: images(models.MNASNet(0.25, NUM_CLASSES)),
-    "GoogLeNet with auxiliary heads": lambda: images(models.GoogLeNet(NUM_CLASSES, init_weights=False), size=64, batch=2),
+    "GoogLeNet with auxiliary heads": lambda: images(
+        models.GoogLeNet(NUM_CLASSES, init_weights=False), size=64, batch=2
+    ),
     "Inception": inception,
     "FCN": fcn,
     "DeepLab": deeplab,

@@ -208,7 +208,7 @@ F.lp_pool1d(x, 2.0, 2); F.linear(x, x); F.linear(x, weight=weights[None], bias=N
 F.linear(x, weights); F.linear(x[:0], x); F.linear(x, x, x[:, 0]); F.linear(x, torch.ones(2, 4).double())
 F.linear(x[:, :0], x[:, :0]); F.linear(x, x, weights[:1]); F.embedding(table % 4, x)
 F.embedding(table % 4, x, padding_idx=9); F.embedding(torch.tensor(2), x); torch.embedding(x, labels)
-F.embedding(table, x); F.embedding(labels.int(), x); F.embedding(labels[:0], x); F.embedding_bag(table % 4, x)
+F.embedding(table, x); F.embedding(labels.int(), x); F.embedding(labels[:0], x)
 F.conv1d(x[None], draw(2, 4, 2), padding="same"); F.conv1d(x, draw(2, 4, 2))
 F.conv1d(x[None], draw(2, 4, 1), None, (1,), "valid"); F.conv1d(x[None], draw(2, 4, 3), padding="same", stride=2)
 F.conv1d(x[None], draw(2, 4, 3), padding="full")
