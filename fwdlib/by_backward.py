@@ -65,12 +65,16 @@ def jvp_by_backward(
         NotImplementedError: if the backward pass cannot be differentiated, or is not linear in the gradient.
     """
     with _plain(name), _requiring_grad([x for x in arguments if id(x) in own]):
-        leaves, given = {}, list(arguments)
+        leaves, given, seen = {}, list(arguments), set()
         for i, (x, v) in enumerate(zip(arguments, tangents, strict=True)):
-            if v is not None:
-                leaves[i] = x if id(x) in own else x.detach().requires_grad_()
-            if is_differentiable(x) and id(x) not in own:
-                given[i] = leaves.get(i, x.detach()).clone()
+            if id(x) not in own:
+                if v is not None:
+                    leaves[i] = x.detach().requires_grad_()
+                if is_differentiable(x):
+                    given[i] = leaves.get(i, x.detach()).clone()
+            elif v is not None and id(x) not in seen:  # one that is passed twice gets one gradient
+                leaves[i] = x
+                seen.add(id(x))
         versions = {id(x): (i, x._version) for i, x in enumerate(given) if is_differentiable(x)}
         results, structure = tree_flatten(call(*given))
         found = [y for y in results if isinstance(y, Tensor) and y.requires_grad]

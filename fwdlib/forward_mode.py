@@ -83,7 +83,11 @@ class ForwardMode(TorchFunctionMode):
         self._cuts = False
 
     def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Call ``func``, translated."""
+        """Call ``func``, translated.
+
+        Raises:
+            RuntimeError: if the function itself raises it.
+        """
         if func is torch._C._set_grad_enabled:
             self._follow(*args)
         elif func == REQUIRES_GRAD and id(args[0]) in self._ids:
@@ -99,7 +103,7 @@ class ForwardMode(TorchFunctionMode):
         try:
             return func(*args, **kwargs) if kwargs else func(*args)
         except (NotImplementedError, RuntimeError) as error:
-            if not any(words in str(error) for words in LACKS):
+            if is_transformed() or not any(words in str(error) for words in LACKS):
                 raise
         return _by_backward(func, args, kwargs or {}, self._ids)
 
@@ -150,10 +154,12 @@ def _by_backward(func: Callable, args: tuple, kwargs: dict, own: set[int]) -> An
     # The call with tangents, by means of the function's backward pass.
     name = getattr(func, "__qualname__", None) or resolve_name(func) or str(func)
     call, leaves = by_backward.with_tree(func, args, kwargs)
+    if any(isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves):
+        raise NotImplementedError(f"inside torch.func's transforms {name} loses its tangents. {OTHERS}")
     tangents = [_tangent(x) for x in leaves]
     if all(v is None for v in tangents):
         return func(*args, **kwargs)
-    if is_transformed() or any(_has_tape(x) for x in leaves if id(x) not in own):
+    if any(_has_tape(x) for x in leaves if id(x) not in own):
         raise NotImplementedError(
             f"{name} has no forward derivative, and the model differentiates it backward. {OTHERS}"
         )

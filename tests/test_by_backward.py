@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from fwdlib.estimators import forward_gradient
+from fwdlib.estimators import backprop_gradient, forward_gradient
 from fwdlib.objectives import ClosureLoss, params_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(beta state|is in beta|prototype):UserWarning")
@@ -133,6 +133,7 @@ def filled(model, h):
 BODIES = {
     "one argument": lambda model, h: Reversal.apply(h),
     "several": lambda model, h: Product.apply(h, 2.0, model.weight.sum(1))[0],
+    "a parameter twice": lambda model, h: h * Product.apply(model.weight, 2.0, model.weight)[0].sum(1),
     "writes into an argument": filled,
     "writes into an activation": lambda model, h: Assign.apply(h * 1, h[:, 1:]) + h,
     "once differentiable": lambda model, h: Once.apply(h[:, :2]),
@@ -222,3 +223,23 @@ def test_a_function_that_the_model_differentiates_backward_as_well_is_refused():
     model, closure = case(body)
     with pytest.raises(NotImplementedError, match="backprop_gradient"):
         forward_gradient(ClosureLoss(model, closure), params_of(model), engine="torch")
+
+
+@pytest.mark.parametrize("num_tangents", [1, 2])
+def test_a_plain_function_is_right_or_refused(num_tangents):
+    places = torch.zeros(6, 5, dtype=torch.long)
+    params = {"x": BATCH}
+    for objective in (
+        lambda p: p["x"].scatter_reduce(0, places, p["x"], "prod").square().sum(),
+        lambda p: cube(p["x"]).sum(),
+        lambda p: torch.cdist(p["x"], p["x"].flip(0)).square().sum(),
+    ):
+        exact = backprop_gradient(objective, params).grads["x"]
+        v = torch.stack([BATCH, BATCH.flip(0)])[:num_tangents]
+        try:
+            estimate = forward_gradient(objective, params, num_tangents=num_tangents, tangents=lambda *_, v=v: {"x": v})
+        except NotImplementedError as error:
+            assert "backprop_gradient" in str(error)  # noqa: PT017
+            assert num_tangents > 1, "one tangent needs no transform"
+        else:
+            torch.testing.assert_close(estimate.jvps, (v * exact).sum((1, 2)))

@@ -27,6 +27,7 @@ CORE = (
     "archives",
     "data",
     "tangents",
+    "by_backward",
     "forward_mode",
     "objectives",
     "estimators",

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -25,7 +26,10 @@ from tests.zoo.case import Builder, Case, seed_all
 
 TOLERANCE = 1e-9
 NUM_TANGENTS = 1, 3
-NUM_DRAWS = 24
+NUM_DRAWS = 16
+FIVE_SIGMA = stats.t.isf(stats.norm.sf(5), NUM_DRAWS - 1)  # of the mean of so few, in its standard errors
+LARGE = 500_000
+"""Number of parameters above which the tangents of examples are not tried: a minute for a model."""
 WAY_OUT = re.compile(r"\b(use|write|pass|call|give|register|leave|set)\b", re.IGNORECASE)
 
 
@@ -198,7 +202,7 @@ def check_unbiased(reference: Reference, tangents: str) -> None:
     sample = torch.tensor(found, dtype=torch.float64)
     exact = [sum((g * u[n]).sum() for n, g in reference.grads.items()) for u in (reference.grads, signs)]
     error = (sample.mean(0) - torch.stack(exact)) / (sample.std(0) / NUM_DRAWS**0.5 + 1e-12 * reference.squares)
-    assert error.abs().max() < 5, f"{tangents} tangents are biased: {error.tolist()} standard errors"
+    assert error.abs().max() < FIVE_SIGMA, f"{tangents} tangents are biased: {error.tolist()} standard errors"
 
 
 def ratio_of_times(reference: Reference, repeats: int = 3) -> float:
@@ -231,7 +235,8 @@ def verdicts(build: Builder, *, training: bool) -> dict[str, str]:
             check_rank_one(reference, engine)
 
         found[engine] = outcome(check)
-    if found["stacked"] == "right":
+    size = sum(g.numel() for g in reference.grads.values())
+    if found["stacked"] == "right" and training and size < LARGE:
         for tangents in ("per-example", "activity"):
             check_unbiased(reference, tangents)
     return found

@@ -131,7 +131,7 @@ def masked_autoencoder() -> Case:
 
 
 def segformer() -> Case:
-    # no dropout in the head: the layout of its input, and with it the order of the draws, is not the same in a stacked pass
+    # No dropout in the head: the layout of its input, and so the order of the draws, differs in a stacked pass.
     config = hf.SegformerConfig(
         hidden_sizes=[8, 8, 16, 16],
         depths=[1] * 4,

@@ -15,21 +15,22 @@ MOST_REFUSED = 0.05
 INTRODUCTION = """\
 # The zoo: which models work
 
-`make test-zoo` holds {num_models} models and {num_losses} losses against backprop, with random weights and in float64. For each, in
-training and in evaluation mode, it checks:
+`make test-zoo` holds {num_models} models and {num_losses} losses against backprop, with random weights and in float64.
+For each, in training and in evaluation mode, it checks:
 
-- the derivatives along one and along three given tangents, and the gradient made from them, against `loss.backward()` to nine digits,
-  for `engine="torch"`, `engine="stacked"` and the default, `engine="auto"`;
-- that rank-one tangents are the ones they claim to be, and that per-example and activity tangents are unbiased;
+- the derivatives along one and along three given tangents, and the gradient made from them, against `loss.backward()`
+  to nine digits, for `engine="torch"`, `engine="stacked"` and the default, `engine="auto"`;
+- that rank-one tangents are the ones they claim to be, and that per-example and activity tangents are unbiased (the
+  latter in training mode, for models below half a million parameters);
 - that the model is left as it was, and its buffers as one ordinary forward pass leaves them.
 
-An engine is *right*, or it *refuses* with a reason. A wrong number fails the run, and so do more than {most:.0%} refusals by the
-default engine. The default takes PyTorch's engine where the stacked one refuses, so a model that only the latter refuses works without
-a setting. The ratio is the time of one estimate with the defaults over the time of `loss.backward()` with its forward pass, both in
-training mode, on one thread of a CPU; models as small as these show overhead more than arithmetic.
+An engine is *right*, or it *refuses* with a reason. A wrong number fails the run, and so do more than {most:.0%} of
+refusals by the default engine. The default takes PyTorch's engine where the stacked one refuses, so a model that only
+the latter refuses works without a setting. The time is that of one estimate with the defaults over that of
+`loss.backward()` with its forward pass, in training mode, on one thread of a CPU; in models as small as these, overhead
+counts more than arithmetic.
 
-Packages: {packages}.
-"""
+Packages: {packages}."""
 
 
 def read(folder: Path) -> list[dict]:
