@@ -8,10 +8,11 @@ RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 NBVAL  := FWDLIB_QUICK=1 $(RUN) -m pytest -n 2 --dist loadfile -o addopts=--nbval-cell-timeout=120 --nbval-lax
 SITE   := build/site
+ZOO    := build/zoo
 PIP    := $(RUN) -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help report page publish site evidence bench test test-all test-browser lint format notebooks wheel lab clean
+.PHONY: help report page publish site evidence bench test test-all test-zoo test-browser lint format notebooks wheel lab clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +60,12 @@ test-all: test  ## run the slow tests and the other notebooks as well
 	@$(RUN) -m pytest -n 2 --dist loadfile -m slow
 	@$(NBVAL) notebooks/beyond
 
+test-zoo: $(STAMP)  ## try every engine on 170 models and 96 losses, with packages of its own; writes report/site/zoo.md
+	@$(PIP) install --no-build-isolation --editable '.[zoo]' $(if $(wildcard $(VENV)/torch.txt),--constraint $(VENV)/torch.txt)
+	@rm -rf $(ZOO)
+	@FWDLIB_ZOO=$(ZOO) $(RUN) -m pytest -n 2 tests/zoo
+	@$(RUN) -m tests.zoo.table $(ZOO)
+
 test-browser: site  ## look at the pages, and run a notebook in JupyterLab, in headless Chromium (installed by apt)
 	@tests/browser.sh $(RUN)
 
@@ -80,5 +87,5 @@ lab: $(STAMP)  ## open JupyterLab on the notebooks
 	@$(RUN) -m jupyter lab notebooks
 
 clean:  ## remove what these commands made: build/, the wheel, caches; keep .venv, results/ and the committed report
-	@rm -rf build/report build/site build/jupyter_execute build/evidence dist/fwdlib-*.whl .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build/report build/site build/jupyter_execute build/evidence $(ZOO) dist/fwdlib-*.whl .pytest_cache .ruff_cache .hypothesis
 	@find fwdlib report tests notebooks -name __pycache__ -prune -exec rm -rf {} +

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from fwdlib.forward_mode import ForwardMode, Rewind, quiet_vmap, tangents_on, without_tape
-from fwdlib.objectives import ModelLoss, Objective
+from fwdlib.objectives import ModelLoss, Objective, requiring_grad
 from fwdlib.padding import Padding, without_rows
 from fwdlib.tangents import AnyGenerator, Params, is_transformed
 
@@ -106,23 +106,32 @@ def derivatives_along(
 
 def _pass_by_pass(objective: ModelLoss, params: Params, tangents: Params, chunk_size: int | None) -> Derivatives:
     # One pass for each tangent, on tensors that the model can use in every way it uses its parameters.
-    rewind = Rewind(objective.model)
+    rewind, model = Rewind(objective.model), objective.model
     jvps = []
-    try:
-        with objective.placed(params) as leaves, named_refusal():
-            for row in range(len(next(iter(tangents.values())))):
-                if row:
-                    rewind()
-                tangent = {name: v[row] for name, v in tangents.items()}
-                with tangents_on(leaves, tangent), without_tape(objective.model.parameters()):
-                    one = _evaluated(objective.run, leaves)
-                jvps.append(one.jvps)
-    except RuntimeError as error:
-        if "Nested forward mode" not in str(error):
-            raise
-        rewind()  # the model calls torch.func.jvp, which nests in another torch.func.jvp alone
-        return _in_one_pass(objective, params, tangents, chunk_size)
-    return one._replace(jvps=torch.stack(jvps))
+    with objective.placed(params) as leaves:
+        for row in range(len(next(iter(tangents.values())))):
+            if row:
+                rewind()
+            tangent = {name: v[row] for name, v in tangents.items()}
+            try:
+                one = _along(objective, leaves, tangent, without_tape(model.parameters()))
+            except RuntimeError as error:
+                if "Nested forward mode" in str(error):
+                    break  # the model calls torch.func.jvp, which nests in another torch.func.jvp alone
+                if "does not require grad" not in str(error):
+                    raise
+                rewind()  # the model calls torch.autograd.grad by its own parameters, which takes a tape
+                one = _along(objective, leaves, tangent, requiring_grad(leaves.values()))
+            jvps.append(one.jvps)
+        else:
+            return one._replace(jvps=torch.stack(jvps))
+    rewind()
+    return _in_one_pass(objective, params, tangents, chunk_size)
+
+
+def _along(objective: ModelLoss, leaves: Params, tangent: Params, tape: AbstractContextManager) -> Derivatives:
+    with named_refusal(), tangents_on(leaves, tangent), tape, torch.enable_grad():
+        return _evaluated(objective.run, leaves)
 
 
 def _in_one_pass(objective: Objective, params: Params, tangents: Params, chunk_size: int | None) -> Derivatives:

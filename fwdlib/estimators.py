@@ -142,8 +142,8 @@ def forward_gradient(
     where it is faster: for the loss of a model with joint blocks, along structured tangents or several others. Where
     that engine refuses the model, ``"auto"`` takes torch's along the same tangents, then and from then on.
 
-    Every operation of the model needs a forward derivative in torch; one that has none raises NotImplementedError with
-    its name. BatchNorm's running
+    Every operation of the model needs a forward derivative in torch, or a backward pass that can be differentiated; one
+    that has neither raises NotImplementedError with its name. BatchNorm's running
     statistics advance once per estimate, Dropout draws one mask per estimate: see
     :class:`~fwdlib.objectives.BatchLoss`.
 

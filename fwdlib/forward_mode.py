@@ -8,18 +8,23 @@ for both engines, so that a directional derivative is backprop's gradient along 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
+from fwdlib import by_backward
+from fwdlib.by_backward import LACKS, OTHERS, fails_in_silence, is_differentiable, jvp_by_backward
 from fwdlib.padding import Padding
 from fwdlib.replacements import CONTEXTS, REPLACEMENTS
-from fwdlib.tangents import AnyGenerator, Params
+from fwdlib.tangents import AnyGenerator, Params, is_transformed
 
 REQUIRES_GRAD = Tensor.requires_grad.__get__
 
@@ -55,6 +60,7 @@ class ForwardMode(TorchFunctionMode):
     - Parameters with a tangent say that they require a gradient, although no tape is kept for them.
     - Attention, LSTM, embeddings and weight normalisation are computed by functions that have the right forward
       derivative (:mod:`fwdlib.replacements`).
+    - What has a derivative for the backward pass alone is differentiated by means of it (:mod:`fwdlib.by_backward`).
 
     Args:
         params: parameter by name; the tensors themselves, as the model uses them.
@@ -70,20 +76,45 @@ class ForwardMode(TorchFunctionMode):
         self._cuts = False
 
     def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Call ``func``, translated."""
+        """Call ``func``, translated.
+
+        Raises:
+            RuntimeError: if the function itself raises it.
+        """
         kwargs = kwargs or {}
         if func is torch._C._set_grad_enabled:
             self._follow(*args)
-        elif func in METADATA:
-            if func == REQUIRES_GRAD and id(args[0]) in self._names:
-                return True
-        else:
-            self.padding.note(func, args, kwargs, self._names)
-            if func in CONTEXTS:
-                with CONTEXTS[func]():
-                    return func(*args, **kwargs)
-            func = REPLACEMENTS.get(func, func)
-        return func(*args, **kwargs)
+        if func in METADATA or func is torch._C._set_grad_enabled:
+            is_asked = func == REQUIRES_GRAD and id(args[0]) in self._names
+            return True if is_asked else func(*args, **kwargs)
+        self.padding.note(func, args, kwargs, self._names)
+        if func in CONTEXTS and not self._cuts:
+            with CONTEXTS[func]():
+                return func(*args, **kwargs)
+        func = REPLACEMENTS.get(func, func)
+        if self._cuts:
+            return _without_tangents(func(*args, **kwargs), (args, kwargs))
+        if fails_in_silence(func, args, kwargs):
+            return _by_backward(func, args, kwargs, self._names)
+        try:
+            return func(*args, **kwargs)
+        except (NotImplementedError, RuntimeError) as error:
+            if is_transformed() or not any(words in str(error) for words in LACKS):
+                raise
+        return _by_backward(func, args, kwargs, self._names)
+
+    def __enter__(self) -> ForwardMode:
+        """Begin."""
+        by_backward.begin(self._apply_function)
+        return super().__enter__()
+
+    def _apply_function(self, cls: type[torch.autograd.Function], args: tuple) -> Any:
+        if is_transformed() or all(_tangent(x) is None for x in args):
+            return NotImplemented
+        if by_backward.is_checkpoint(cls):
+            function, _, *rest = args
+            return function(*rest)
+        return NotImplemented if by_backward.has_jvp(cls) else _by_backward(cls.apply, args, {}, self._names)
 
     def _follow(self, enabled: bool) -> None:
         # A torch.autograd.Function switches forward mode off by itself: only what we have cut is ours to join again.
@@ -97,7 +128,48 @@ class ForwardMode(TorchFunctionMode):
     def __exit__(self, *exc: object) -> None:
         """Leave the context."""
         super().__exit__(*exc)
+        by_backward.end()
         self._follow(True)
+
+
+def _without_tangents(found: Any, given: Any) -> Any:
+    # Views that are made while forward mode is off have the tangents of what they view, all the same.
+    known = {id(x) for x in tree_leaves(given)}
+
+    def cut(x: Any) -> Any:
+        return x.detach() if isinstance(x, Tensor) and id(x) not in known and x._is_view() else x
+
+    return tree_map(cut, found)
+
+
+def _tangent(x: Any) -> Tensor | None:
+    return forward_ad.unpack_dual(x).tangent if is_differentiable(x) else None
+
+
+def _by_backward(func: Callable, args: tuple, kwargs: dict, own: Collection[int]) -> Any:
+    # The call with tangents, by means of the function's backward pass.
+    name = getattr(func, "__qualname__", None) or resolve_name(func) or str(func)
+    call, leaves = by_backward.with_tree(func, args, kwargs)
+    if any(isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves):
+        raise NotImplementedError(f"inside torch.func's transforms {name} loses its tangents. {OTHERS}")
+    tangents = [_tangent(x) for x in leaves]
+    if all(v is None for v in tangents):
+        return func(*args, **kwargs)
+    if any(_has_tape(x) for x in leaves if id(x) not in own):
+        raise NotImplementedError(
+            f"{name} has no forward derivative, and the model differentiates it backward. {OTHERS}"
+        )
+    rows = [None if v is None else v.unsqueeze(0) for v in tangents]
+    found = jvp_by_backward(call, leaves, rows, name, own)
+    results = []
+    for y, v, place in zip(found.leaves, found.tangents, found.written, strict=True):
+        dual = y if v is None else forward_ad.make_dual(y, v[0])
+        results.append(dual if place is None else leaves[place].copy_(dual))
+    return tree_unflatten(results, found.structure)
+
+
+def _has_tape(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
 
 
 @contextmanager
@@ -135,28 +207,46 @@ def tangents_on(own: Params, tangent: Params) -> Iterator[None]:
 
 
 class Rewind:
-    """The state that an estimate advances: random numbers and a model's buffers. :meth:`__call__` restores it.
+    """The state that a forward pass advances. :meth:`__call__` restores it.
+
+    It is the random numbers of torch, numpy and Python, a model's buffers, and what its modules keep as attributes:
+    numbers, tensors, and lists or dicts, of which the entries count and not what is inside them.
 
     Args:
-        model: whose buffers count.
+        model: the module.
         generator: where the tangents come from, beside torch's global generators.
     """
 
     def __init__(self, model: nn.Module, generator: AnyGenerator = None) -> None:
         generators = [] if generator is None else getattr(generator, "generators", [generator])
         self._generators = [(one, one.get_state()) for one in generators]
-        self._slots, devices = [], set()
+        self._slots, self._kept, devices = [], [], set()
         for module in model.modules():
             devices |= {p.device for p in module._parameters.values() if p is not None}
             for leaf, buffer in module._buffers.items():
                 self._slots.append((module._buffers, leaf, buffer, None if buffer is None else buffer.clone()))
                 devices |= set() if buffer is None else {buffer.device}
+            self._keep(module.__dict__)
         self._cpu = torch.get_rng_state()
         self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices if device.type == "cuda"]
+        self._others = random.getstate(), np.random.get_state()
+
+    def _keep(self, attributes: dict[str, Any]) -> None:
+        self._kept.append((attributes, attributes.copy()))
+        for name, value in attributes.items():
+            if name in OF_EVERY_MODULE:
+                continue
+            if type(value) in (list, dict):
+                self._kept.append((value, value.copy()))
+            elif type(value) is Tensor and not value.requires_grad:
+                self._slots.append((attributes, name, value, value.clone()))
 
     @torch.no_grad()
     def __call__(self) -> None:
         """Restore."""
+        for holder, before in self._kept:
+            holder.clear()
+            holder.extend(before) if type(holder) is list else holder.update(before)
         for buffers, leaf, buffer, value in self._slots:
             buffers[leaf] = buffer
             if buffer is not None:
@@ -166,3 +256,9 @@ class Rewind:
             torch.cuda.set_rng_state(state, device)
         for one, state in self._generators:
             one.set_state(state)
+        random.setstate(self._others[0])
+        np.random.set_state(self._others[1])
+
+
+OF_EVERY_MODULE = set(nn.Module().__dict__)
+"""Names of the attributes that every module has."""

@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Compute ``torch._weight_norm``, which has no forward derivative."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    length = v.norm() if dim == -1 else torch.norm_except_dim(v, 2, dim)  # -1 stands for all axes
+    return v * (g / length)
 
 
 def embedding(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fwdlib.estimators import backprop_gradient, forward_grad_, forward_gradient
 from fwdlib.methods.projection import projected_gradient
 from fwdlib.objectives import BatchLoss, ClosureLoss, params_of
+from tests.stacked.against_backprop import seed_all
 
 BATCH = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(6) % 3
 
@@ -44,6 +47,43 @@ class Overwritten(Target):
         return h
 
 
+class Views(Target):
+    """Views that are made under no_grad, of an activation and of a parameter."""
+
+    def forward(self, x):
+        h = self.net(x)
+        with torch.no_grad():
+            seen, (first, *_), weight = h.view(2, -1, 3).flatten(0, 1), h.unbind(1), self.head.weight.t()
+        return self.head(h) * seen + (h * first.unsqueeze(1)) @ weight
+
+
+class Cached(Target):
+    """A tensor with tangents, a counter and a list that the model keeps from one pass to the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache, self.count, self.seen = {}, 0, []
+
+    def forward(self, x):
+        self.count += 1
+        self.seen.append(self.count)
+        if "weight" not in self.cache:
+            self.cache["weight"] = self.head.weight.tanh()
+        return F.linear(self.net(x), self.cache["weight"]) / self.count + len(self.seen)
+
+
+class Shuffled(nn.Module):
+    """Random numbers of Python and of numpy."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.head = nn.Linear(5, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        h = self.net(x) * random.random()
+        return self.head(h) if np.random.rand() < 0.5 else h
+
+
 class Physics(nn.Module):
     """Derivatives by the input inside the model, by the tape."""
 
@@ -56,6 +96,15 @@ class Physics(nn.Module):
         u = self.net(x)
         (du,) = torch.autograd.grad(u.square().sum(), x, create_graph=True)
         return u + du.sum(1, keepdim=True)
+
+
+class Meta(Physics):
+    """A step of gradient descent inside the model, by its own parameters."""
+
+    def forward(self, x):
+        weight = self.net[0].weight
+        (step,) = torch.autograd.grad(F.linear(x, weight).square().mean(), weight, create_graph=True)
+        return self.net[2](F.linear(x, weight - 0.1 * step))
 
 
 class Functional(Physics):
@@ -126,6 +175,10 @@ def scripted():
 MODELS = {
     "a target under no_grad": Target,
     "an activation changed under no_grad": Overwritten,
+    "views made under no_grad": Views,
+    "what a module keeps": Cached,
+    "other random numbers": Shuffled,
+    "autograd.grad by the parameters": Meta,
     "autograd.grad inside": Physics,
     "torch.func.grad inside": Functional,
     "torch.func.jvp inside": Directional,
@@ -136,6 +189,11 @@ MODELS = {
     "a shared module": shared,
     "TorchScript": scripted,
     "weight_norm": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(5, 8)), nn.Tanh(), nn.Linear(8, 3)),
+    "weight_norm of the whole": lambda: nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(5, 8), dim=None),
+        nn.Tanh(),
+        parametrizations.weight_norm(nn.Linear(8, 3), dim=-1),
+    ),
     "spectral_norm": lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(5, 8)), nn.Linear(8, 3)),
     "spectral_norm, old": lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(5, 8)), nn.Linear(8, 3)),
     "BatchNorm": lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)),
@@ -161,16 +219,16 @@ def test_a_jvp_is_the_gradient_along_its_tangent(name, num_tangents, mode):
     params, before = params_of(model), state_of(model)
     draw = torch.Generator().manual_seed(1)
     tangents = {n: torch.randn(num_tangents, *p.shape, generator=draw, dtype=p.dtype) for n, p in params.items()}
-    torch.manual_seed(2)
+    seed_all(2)
     loss = F.cross_entropy(other(BATCH[0]), BATCH[1])
     grads = dict(zip(params, torch.autograd.grad(loss, list(other.parameters()), materialize_grads=True), strict=True))
-    torch.manual_seed(2)
+    seed_all(2)
     objective = ClosureLoss(model, lambda: F.cross_entropy(model(BATCH[0]), BATCH[1]))
     estimate = forward_gradient(
         objective, params, num_tangents=num_tangents, tangents=lambda *_: tangents, engine="torch"
     )
     assert_close(estimate.loss, loss.detach())
-    expected = sum((tangents[n] * grads[n]).flatten(1).sum(1) for n in params)
+    expected = sum((tangents[n] * grads[n]).reshape(num_tangents, -1).sum(1) for n in params)
     assert_close(estimate.jvps, expected, rtol=1e-9, atol=1e-10)
     assert state_of(model) == before
     for (n, buffer), wanted in zip(model.named_buffers(), other.buffers(), strict=True):
@@ -198,40 +256,21 @@ def test_parameters_elsewhere_are_taken_as_well():
     assert_close(estimate.loss, exact.loss)
 
 
-class Opaque(torch.autograd.Function):
-    """A function with a backward pass alone."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * 2
-
-
-def test_a_function_with_a_backward_pass_alone_is_refused_with_the_way_out():
-    model = nn.Linear(5, 3).double()
-    objective = ClosureLoss(model, lambda: F.cross_entropy(Opaque.apply(model(BATCH[0])), BATCH[1]))
-    with pytest.raises(NotImplementedError, match=r"jvp.*backprop_gradient"):
-        forward_gradient(objective, params_of(model), engine="torch")
-    assert all(p.requires_grad for p in model.parameters())
-    assert torch._C._is_fwd_grad_enabled()
-
-
 class Asking(torch.autograd.Function):
     """A solver that differentiates by those parameters that require a gradient, as an adjoint method does."""
 
     @staticmethod
     def forward(ctx, layer, x, *params):
+        ctx.layer, ctx.x, ctx.params = layer, x, params
         return layer(x)
 
     @staticmethod
     def backward(ctx, g):
-        raise AssertionError("not called here")
+        with torch.enable_grad():
+            return None, None, *torch.autograd.grad(ctx.layer(ctx.x), ctx.params, g)
 
 
-def test_a_solver_that_asks_which_parameters_require_a_gradient_is_refused_and_loses_none():
+def test_a_solver_that_asks_which_parameters_require_a_gradient_loses_none():
     model = nn.Linear(5, 3).double()
 
     def closure():
@@ -239,8 +278,12 @@ def test_a_solver_that_asks_which_parameters_require_a_gradient_is_refused_and_l
         assert len(params) == 2
         return Asking.apply(model, BATCH[0], *params).square().mean()
 
-    with pytest.raises(NotImplementedError, match="backprop_gradient"):
-        forward_gradient(ClosureLoss(model, closure), params_of(model), engine="torch")
+    objective, params = ClosureLoss(model, closure), params_of(model)
+    tangents = {n: torch.ones(1, *p.shape, dtype=p.dtype) for n, p in params.items()}
+    exact = backprop_gradient(objective, params).grads
+    estimate = forward_gradient(objective, params, tangents=lambda *_: tangents, engine="torch")
+    assert_close(estimate.jvps, sum(g.sum() for g in exact.values()).reshape(1))
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("options", [{}, {"num_tangents": 3, "tangents": "normal"}, {"engine": "torch"}])

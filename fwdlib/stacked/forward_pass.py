@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
+from fwdlib import by_backward
+from fwdlib.by_backward import jvp_by_backward
 from fwdlib.forward_mode import METADATA, REQUIRES_GRAD
 from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual, function_name, joined, pad_rows, primals_of
@@ -136,12 +138,14 @@ class Pass(TorchFunctionMode):
             self._grad_of_model = True
             self._is_inference = torch.is_inference_mode_enabled()
             self._level = _current_level()
+            by_backward.begin(self._apply_function)
         return super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
         """End: the settings are as before, and tensors that were filled with tangents are plain."""
         super().__exit__(*exc)
         if not self._is_inside:
+            by_backward.end()
             if self._filled is not None:
                 self._filled.release()
                 self._filled = None
@@ -196,6 +200,10 @@ class Pass(TorchFunctionMode):
             return x.stack
         if (name := self.names.get(id(x))) is not None:
             return torch.cat([x.unsqueeze(0), self.perturbation.dense(name)])
+        if x.layout is not torch.strided:
+            raise NotImplementedError(
+                f"a sparse tensor met a tensor with tangents in a function's rule. {OTHER_ENGINE}"
+            )
         return x.unsqueeze(0)
 
     def name_of(self, x: Any) -> str | None:
@@ -331,6 +339,26 @@ class Pass(TorchFunctionMode):
                     f"torch.autograd.Function, or code in C++. The stacked engine cannot see such calls. {OTHER_ENGINE}"
                 )
             queue += [following for following, _ in node.next_functions]
+
+    def _apply_function(self, cls: type[torch.autograd.Function], args: tuple) -> Any:
+        # The call cls.apply(*args), which is no function that comes to __torch_function__.
+        if not any(self.has_tangents(x) or self._is_filled(x) for x in args) or _current_level() != self._level:
+            return NotImplemented
+        if by_backward.is_checkpoint(cls):
+            function, _, *rest = args
+            return function(*rest)
+        given = [self.settle(x) for x in args]
+        arguments = [self._argument(x) if self.has_tangents(x) else None for x in given]
+        leaves = [a.primal if isinstance(x, Dual) else x for x, a in zip(given, arguments, strict=True)]
+        num_rows = 1 + self.perturbation.num_tangents
+        tangents = [None if a is None else pad_rows(a.tangents[: num_rows - 1], num_rows - 1) for a in arguments]
+        self.mix_examples()  # nothing is known about the function, so it may
+        found = jvp_by_backward(cls.apply, leaves, tangents, cls.__name__, self.names)
+        results = []
+        for y, v, place in zip(found.leaves, found.tangents, found.written, strict=True):
+            dual = y if v is None else Dual(joined(y, v))
+            results.append(dual if place is None else args[place].copy_(dual))
+        return tree_unflatten(results, found.structure)
 
     def _check_fresh(self, tree: Any) -> None:
         if self._doubtful is not None:

@@ -13,6 +13,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.func import jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fwdlib.by_backward import LACKS, fails_in_silence, jvp_by_backward, with_tree
 from fwdlib.forward_mode import quiet_vmap
 from fwdlib.replacements import CONTEXTS, REPLACEMENTS
 from fwdlib.stacked.aliases import memory_of
@@ -80,6 +81,8 @@ def call_without_rule(
     if isinstance(func, HigherOrderOperator):
         raise NotImplementedError(f"{name} takes functions, into which the stacked engine cannot see. {OTHER_ENGINE}")
     kinds: list[str] = []
+    if fails_in_silence(func, args, kwargs) and not is_transformed():
+        return _by_backward(func, args, kwargs, arguments, name)
     versions = [argument.primal._version for argument in arguments.values()]
     try:
         with torch.enable_grad(), CONTEXTS.get(func, nullcontext)():
@@ -87,10 +90,12 @@ def call_without_rule(
     except (NotImplementedError, RuntimeError) as error:
         if not isinstance(error, NotImplementedError) and not _is_refusal(str(error)):
             raise
-        raise NotImplementedError(
-            f"{name} has no rule in the stacked pass and no forward derivative in torch. Register a rule with "
-            f"fwdlib.register_rule, or write the model without the function. torch says: {error}"
-        ) from error
+        if is_transformed():
+            raise NotImplementedError(
+                f"{name} has no rule in the stacked pass and no forward derivative in torch. Register a rule with "
+                f"fwdlib.register_rule, or write the model without the function. torch says: {error}"
+            ) from error
+        return _by_backward(run, args, kwargs, arguments, name)
     if versions != [argument.primal._version for argument in arguments.values()]:
         raise NotImplementedError(
             f"{name} writes into an argument with tangents, and the stacked engine does not know how. {OTHER_ENGINE}"
@@ -116,6 +121,22 @@ def call_without_rule(
             doubt(source, duals[-1], name)
     found = {"real": iter(duals), "whole": iter(whole)}
     return tree_unflatten([next(found[k]) if k in found else o for o, k in zip(others, kinds, strict=True)], shape)
+
+
+def _by_backward(func: Callable, args: tuple, kwargs: dict, arguments: dict[int, Argument], name: str) -> Any:
+    call, leaves = with_tree(func, args, kwargs)
+    for i, argument in arguments.items():
+        leaves[i] = argument.primal
+    tangents = [arguments[i].tangents if i in arguments else None for i in range(len(leaves))]
+    num_rows = max(len(argument.tangents) for argument in arguments.values())
+    tangents = [None if v is None else pad_rows(v, num_rows) for v in tangents]
+    found = jvp_by_backward(call, leaves, tangents, name)
+    if any(place is not None for place in found.written):
+        raise NotImplementedError(
+            f"{name} writes into an argument with tangents, and the stacked engine does not know how. {OTHER_ENGINE}"
+        )
+    duals = [y if v is None else Dual(joined(y, v)) for y, v in zip(found.leaves, found.tangents, strict=True)]
+    return tree_unflatten(duals, found.structure)
 
 
 def _rows_by_jvp(
@@ -159,4 +180,7 @@ def _view(value: Tensor, stack: Tensor) -> Dual | None:
 
 
 def _is_refusal(message: str) -> bool:
-    return any(words in message for words in ("jvp", "forward AD", "mutate a captured", "vmap: we do not yet support"))
+    return any(
+        words in message
+        for words in ("jvp", "forward AD", "mutate a captured", "Sparse CSR", "vmap: we do not yet support", *LACKS)
+    )

@@ -1,5 +1,8 @@
 """The comparison of the stacked pass with backprop along the same tangents, for models that are given by a body."""
 
+import random
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,6 +28,12 @@ class Net(nn.Module):
         return self.b(self.body(self, self.a(x)))
 
 
+def seed_all(seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
 def loss_of(model):
     return F.cross_entropy(model(INPUTS), CLASSES)
 
@@ -39,10 +48,14 @@ def by_backprop(make, num_tangents=2, loss_of=loss_of):
     torch.manual_seed(0)
     model = make().double()
     tangents = tangents_of(params_of(model), num_tangents)
-    torch.manual_seed(2)
+    seed_all(2)
     loss = loss_of(model)
     grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
-    return loss.detach(), sum((v * g).flatten(1).sum(1) for v, g in zip(tangents.values(), grads, strict=True)), model
+    return (
+        loss.detach(),
+        sum((v * g).reshape(num_tangents, -1).sum(1) for v, g in zip(tangents.values(), grads, strict=True)),
+        model,
+    )
 
 
 def by_the_pass(make, num_tangents=2, loss_of=loss_of):
@@ -50,7 +63,7 @@ def by_the_pass(make, num_tangents=2, loss_of=loss_of):
     torch.manual_seed(0)
     model = make().double()
     params = params_of(model)
-    torch.manual_seed(2)
+    seed_all(2)
     return *stacked_jvp(ClosureLoss(model, lambda: loss_of(model)), params, tangents_of(params, num_tangents)), model
 
 

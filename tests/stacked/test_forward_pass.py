@@ -228,7 +228,9 @@ def test_an_autograd_function_is_refused():
 
 
 def test_a_function_without_any_derivative_is_named():
-    message = r"igamma has no rule in the stacked pass and no forward derivative.*register_rule.*torch says"
+    message = (
+        r"igamma has a derivative for the backward pass and none for forward mode.*not implemented.*backprop_gradient"
+    )
     with pytest.raises(NotImplementedError, match=message):
         estimate_of(Wrapped(lambda x: torch.igamma(x.exp(), torch.ones(2))))
 
@@ -369,7 +371,13 @@ def test_the_pass_is_in_grad_mode_wherever_it_is_called():
 # models, and what reaches torch below the function mode
 
 
-CANNOT_FOLLOW = {"autograd.grad inside", "torch.func.grad inside", "torch.func.jvp inside", "TorchScript"}
+CANNOT_FOLLOW = {
+    "autograd.grad inside",
+    "autograd.grad by the parameters",
+    "torch.func.grad inside",
+    "torch.func.jvp inside",
+    "TorchScript",
+}
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -458,14 +466,7 @@ def inner_step(model, h):
 
 
 BELOW = {
-    "no_grad in a Function": lambda _, h: Inside.apply(h, torch.no_grad),
-    "enable_grad in a Function": lambda _, h: Inside.apply(h, torch.enable_grad),
-    "inference_mode in a Function": lambda _, h: Inside.apply(h, torch.inference_mode),
-    "a Function that returns its input": lambda _, h: Same.apply(h),
-    "a Function that returns a constant": lambda _, h: h * Constant.apply(h),
-    "a Function of a parameter": lambda model, h: h * Constant.apply(model.w),
     "a Function of a filled tensor": lambda _, h: Constant.apply(filled(h)),
-    "a reentrant checkpoint": lambda model, h: checkpoint(model.c, h, use_reentrant=True),
     "a script of an activation": lambda _, h: scripted(times_two, h),
     "a script of a parameter": lambda model, h: h * scripted(times_two, model.w),
     "a script of both": lambda model, h: scripted(product, h, model.w),
@@ -493,6 +494,12 @@ def test_what_the_pass_cannot_see_is_refused_with_the_way_out(name, num_tangents
 
 
 SEEN = {
+    "no_grad in a Function": lambda _, h: Inside.apply(h, torch.no_grad),
+    "enable_grad in a Function": lambda _, h: Inside.apply(h, torch.enable_grad),
+    "inference_mode in a Function": lambda _, h: Inside.apply(h, torch.inference_mode),
+    "a Function that returns its input": lambda _, h: Same.apply(h),
+    "a Function that returns a constant": lambda _, h: h * Constant.apply(h),
+    "a Function of a parameter": lambda model, h: h * Constant.apply(model.w),
     "torch.func.vmap of plain tensors": lambda _, h: h * torch.func.vmap(lambda i: i * 2)(torch.arange(6)),
     "torch.func.functional_call": lambda model, h: torch.func.functional_call(model.c, {"weight": model.w * 2}, (h,)),
     "a script of constants": lambda model, h: h * torch.no_grad()(scripted)(times_two, model.w),

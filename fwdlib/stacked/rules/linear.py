@@ -116,6 +116,8 @@ def matmul(run: Pass, x: Any, other: Any) -> Any:
     """Apply the product rule, for matrices and batches of them."""
     if not (isinstance(x, Tensor) and isinstance(other, Tensor)):
         return NotImplemented
+    if x.layout is not torch.strided or other.layout is not torch.strided:
+        return NotImplemented
     a, b = run.stack(x), run.stack(other)
     if a.dim() < 3 or b.dim() < 3:  # vectors
         return NotImplemented
