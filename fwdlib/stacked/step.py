@@ -172,7 +172,7 @@ class SGDStep:
             signs = random_signs((num_signs,), state.tensors[0], torch.Generator(state.tensors[0].device))
             recorded = record(*self._recordable(batch, state), state, leaves, signs, self._max_operations)
             if recorded.num_operations > MAX_OPERATIONS:
-                self._warn(f"SGDStep compiles a step of {how_large(recorded.num_operations)}.")
+                self._warn(f"SGDStep compiles a large step: {how_large(recorded.num_operations)}.")
             return CompiledStep(recorded, state.tensors, leaves, signs)
         except Exception as error:
             self._warn_eager(cause_of(error))
