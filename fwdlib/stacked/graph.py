@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fwdlib.stacked.state import State
+from fwdlib.stacked.state import State, share_memory
 from fwdlib.tangents import AnyGenerator, Params, random_signs
 
 Step = Callable[[list[Tensor], list[Tensor], Tensor, Callable], Tensor]
@@ -113,6 +113,8 @@ def record(
     """
     if state.share_memory:
         raise Refused("two parameters or buffers share memory")
+    if any(share_memory([*state.tensors, leaf]) for leaf in leaves):
+        raise Refused("the batch shares memory with the model")
     limit = nullcontext() if max_operations is None else _Limit(LOOSE * max_operations)
     as_written = torch.compiler.set_stance("force_eager")  # compile no part of the model to find that out
     with state.kept() as changed, redirect_stdout(io.StringIO()) as printed, as_written:
