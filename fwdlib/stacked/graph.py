@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fwdlib.stacked.state import State
+from fwdlib.stacked.state import State, share_memory
 from fwdlib.tangents import AnyGenerator, Params, random_signs
 
 Step = Callable[[list[Tensor], list[Tensor], Tensor, Callable], Tensor]
@@ -31,7 +31,7 @@ SECONDS_PER_OPERATION = 0.03
 def how_large(num_operations: int) -> str:
     """Return the size of a step, in words."""
     seconds = SECONDS_PER_OPERATION * num_operations
-    return f"{num_operations:,} operations, which takes about {seconds:.0f} s"
+    return f"{num_operations:,} operations, about {seconds:.0f} s"
 
 
 class Refused(Exception):
@@ -113,6 +113,8 @@ def record(
     """
     if state.share_memory:
         raise Refused("two parameters or buffers share memory")
+    if any(share_memory([*state.tensors, leaf]) for leaf in leaves):
+        raise Refused("the batch shares memory with the model")
     limit = nullcontext() if max_operations is None else _Limit(LOOSE * max_operations)
     as_written = torch.compiler.set_stance("force_eager")  # compile no part of the model to find that out
     with state.kept() as changed, redirect_stdout(io.StringIO()) as printed, as_written:
@@ -121,15 +123,15 @@ def record(
             graph = _trace(step, state.tensors, leaves, signs)
         if (name := changed()) is not None:
             raise Refused(f"the forward pass changes {name}")
+        num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
+        if max_operations is not None and num_operations > max_operations:
+            raise Refused(_too_large(how_large(num_operations)))
         again = _trace(step, state.tensors, leaves, signs)
         if printed.getvalue():
             raise Refused("the forward pass prints")
     constants, constants_again = _lift_constants(graph), _lift_constants(again)
     if graph.code != again.code or not _are_equal(constants, constants_again):
         raise Refused("the forward pass does something else each time, as with a counter or a random number of Python")
-    num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
-    if max_operations is not None and num_operations > max_operations:
-        raise Refused(f"it has {how_large(num_operations)} to compile: only compiled=True compiles it")
     return Recorded(graph, constants, num_operations)
 
 
@@ -206,6 +208,10 @@ def cause_of(error: Exception) -> str:
     return f"{kind}: {text}"
 
 
+def _too_large(size: str) -> str:
+    return f"compiling it takes long ({size}); pass compiled=True to compile it all the same"
+
+
 def _trace(step: Step, tensors: list[Tensor], leaves: Sequence[Tensor], signs: Tensor) -> GraphModule:
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -279,5 +285,5 @@ class _Limit(TorchDispatchMode):
     def __torch_dispatch__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         self._left -= 1
         if self._left < 0:
-            raise Refused(f"it has too many operations to compile, {self._num_calls:,} or more")
+            raise Refused(_too_large(f"{self._num_calls:,} operations or more"))
         return func(*args, **(kwargs or {}))

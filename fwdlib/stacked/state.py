@@ -38,7 +38,7 @@ class State:
     """
 
     def __init__(self, model: nn.Module, loss: Callable) -> None:
-        self._model = model
+        self._model, self._loss = model, loss
         modules = list(model.modules())
         self._slots = [slots.values() for m in modules for slots in (m._parameters, m._buffers)]
         self._places = find_places(model, loss)
@@ -46,8 +46,10 @@ class State:
         self._read_values()
         self._take(_Tensors(model, self._slots))
 
-    def is_current(self) -> bool:
-        """Return whether all values are still the same."""
+    def is_current(self, model: nn.Module, loss: Callable) -> bool:
+        """Return whether these are the same, with the same values."""
+        if model is not self._model or loss is not self._loss:
+            return False
         if [*map(id, chain.from_iterable(self._views))] != self._ids:
             if not _are_same(self._values, [list(view) for view in self._views]):
                 return False
@@ -86,7 +88,12 @@ class State:
 
     def equals(self, other: State) -> bool:
         """Return whether the values of both are the same."""
-        return self._found.layout == other._found.layout and _are_same(self._values, other._values, is_alike)
+        return (
+            self._model is other._model
+            and self._loss is other._loss
+            and self._found.layout == other._found.layout
+            and _are_same(self._values, other._values, is_alike)
+        )
 
     def difference(self, other: State) -> str:
         """Return the name of something that is not the same in both."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -99,9 +100,8 @@ class SGDStep:
         self._max_operations = MAX_OPERATIONS if compiled is None else None
         self._states: list[State] = []
         self._current: int | None = None  # which of them
-        self._graphs: dict[
-            tuple, CompiledStep | int | None
-        ] = {}  # an int is the number of signs of a first, eager step
+        # by conditions; an int is the number of signs of a first, eager step; None: there can be no graph
+        self._graphs: dict[tuple, CompiledStep | int | None] = {}
         self._warned: set[str] = set()
 
     @torch.no_grad()
@@ -141,10 +141,11 @@ class SGDStep:
         except Refused as refusal:
             self._warn_eager(str(refusal))
             return None
-        return (current, structure, torch.get_default_dtype(), *map(describe, leaves)), leaves
+        options = self.tangents, self.num_tangents, torch.get_default_dtype()
+        return (current, structure, options, *map(describe, leaves)), leaves
 
     def _follow_state(self) -> int | None:
-        if self._current is not None and self._states[self._current].is_current():
+        if self._current is not None and self._states[self._current].is_current(self.model, self.loss):
             return self._current
         try:
             state = State(self.model, self.loss)
@@ -172,7 +173,7 @@ class SGDStep:
             signs = random_signs((num_signs,), state.tensors[0], torch.Generator(state.tensors[0].device))
             recorded = record(*self._recordable(batch, state), state, leaves, signs, self._max_operations)
             if recorded.num_operations > MAX_OPERATIONS:
-                self._warn(f"SGDStep compiles a step of {how_large(recorded.num_operations)}.")
+                self._warn(f"SGDStep compiles a large step: {how_large(recorded.num_operations)}.")
             return CompiledStep(recorded, state.tensors, leaves, signs)
         except Exception as error:
             self._warn_eager(cause_of(error))
@@ -242,4 +243,7 @@ class SGDStep:
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, stacklevel=5)  # at least the caller of the step
+            frame, level = sys._getframe(), 1
+            while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in ("fwdlib", "torch"):
+                frame, level = frame.f_back, level + 1
+            warnings.warn(message, stacklevel=level)  # at the line that took the step
