@@ -93,11 +93,8 @@ def test_verdicts_follow_from_the_intervals():
     assert context.overlap(high, low) == "less"
     assert context.overlap(low, Interval(math.nan, 6, math.nan)) == "unclear"
     assert context.overlap(Interval(5, math.inf, math.inf), Interval(math.inf, math.inf, math.inf)) == "never"
-    assert [context.relation(Interval(*r)) for r in ((0.5, 0.6, 0.9), (0.9, 1, 1.1), (1.1, 2, math.inf))] == [
-        "less",
-        "same",
-        "more",
-    ]
+    intervals = {"less": (0.5, 0.6, 0.9), "same": (0.9, 1, 1.1), "more": (1.1, 2, math.inf)}
+    assert all(context.relation(Interval(*interval)) == relation for relation, interval in intervals.items())
 
 
 def test_a_pair_with_a_seed_that_never_finished_is_not_left_out():
