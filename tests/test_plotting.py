@@ -64,10 +64,6 @@ def test_training_has_three_panels_with_units_and_a_curve_for_each_record(drawn)
     assert [text.get_text() for text in accuracy.get_legend().texts] == ["backprop", "forward gradient"]
 
 
-def test_training_takes_one_record_too():
-    assert len(lines(plot_training(make_record()).axes[0])) == 1
-
-
 def test_training_draws_the_median_and_the_middle_half():
     # five seeds with constant losses 1 to 5: median 3, middle half 2 to 4
     runs = [Run(i, "completed", 2, [1.0] * 3, [float(i)] * 3, [i] * 3) for i in (4, 1, 5, 3, 2)]

@@ -90,16 +90,13 @@ def test_a_threshold_that_is_met_at_the_start_takes_no_iteration(train, stacked)
     assert history.seconds == 0
 
 
-def test_a_loss_equal_to_the_threshold_reaches_it(train):
+@pytest.mark.parametrize(
+    ("step", "max_iterations", "status"), [(3, 5, "reached"), (5, 5, "reached"), (5, 4, "not reached")]
+)
+def test_a_loss_equal_to_the_threshold_reaches_it_also_with_the_last_step(train, step, max_iterations, status):
     losses = train(max_iterations=5).runs[0].train_loss
-    run = train(threshold=losses[3], max_iterations=5).runs[0]
-    assert (run.status, run.iterations) == ("reached", 3)
-
-
-def test_a_threshold_reached_with_the_last_step_is_reached(train):
-    losses = train(max_iterations=5).runs[0].train_loss
-    assert train(threshold=losses[5], max_iterations=5).runs[0].status == "reached"
-    assert train(threshold=losses[5], max_iterations=4).runs[0].status == "not reached"
+    run = train(threshold=losses[step], max_iterations=max_iterations).runs[0]
+    assert (run.status, run.iterations) == (status, min(step, max_iterations))
 
 
 @pytest.mark.parametrize(("threshold", "status"), [(None, "completed"), (1e-6, "not reached")])
@@ -136,24 +133,16 @@ class Exploding(LogisticRegression):
         return super().forward(inputs) + self.root**3 * torch.tensor([1.0, 0.0, 0.0])
 
 
-def test_the_others_of_a_stack_go_on_when_one_diverges(train):
-    options = {"build": Exploding, "learning_rate": 0.05, "max_iterations": 12, "seeds": SEEDS}
-    history = train(together=True, **options)
-    assert [run.status for run in history.runs] == ["completed", "diverged", "completed"]
-    assert 0 < history.runs[1].iterations < 12
-    assert len(history.runs[1].train_loss) == history.runs[1].iterations + 1
-    assert_same_runs(history, train(together=False, **options))
-
-
-@pytest.mark.parametrize("every", [3, 7])
-def test_a_seed_that_diverges_leaves_the_schedule_of_the_others_alone(train, every):
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_the_others_of_a_stack_go_on_by_their_schedule_when_one_diverges(train, every):
     options = {"build": Exploding, "learning_rate": 0.05, "max_iterations": 40, "seeds": SEEDS, "threshold": 0.9}
     together, alone = (train(together=s, evaluate_every=every, **options) for s in (True, False))
-    assert together.runs[1].status == "diverged"
-    assert together.runs[1].iterations % every
+    first, exploded, last = together.runs
+    assert exploded.status == "diverged" != first.status == last.status
+    assert 0 < exploded.iterations < 40
+    assert every == 1 or exploded.iterations % every
+    assert all(run.iterations % every == 0 or run.iterations == 40 for run in (first, last))
     assert_same_runs(together, alone)
-    ends = [run.iterations for run in together.runs if run.status != "diverged"]
-    assert all(end % every == 0 or end == 40 for end in ends)
 
 
 def test_logits_that_are_nan_are_misclassified():
@@ -198,13 +187,6 @@ def test_a_stack_gives_the_numbers_of_single_runs(train, build, estimator, optim
     first = stacked.runs[0].train_loss
     assert len(set(first)) == 7  # it moved
     assert all(first != run.train_loss for run in stacked.runs[1:])  # seeds differ
-
-
-def test_a_stack_whose_seeds_stop_at_different_times_gives_the_numbers_of_single_runs(train):
-    options = {"threshold": 0.6, "max_iterations": 500, "seeds": range(6)}
-    history = train(together=True, **options)
-    assert len({run.iterations for run in history.runs}) > 2
-    assert_same_runs(history, train(together=False, **options))
 
 
 def test_a_stack_of_convolutions_is_possible_and_gives_the_same_numbers():

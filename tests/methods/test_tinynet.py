@@ -104,21 +104,6 @@ def test_a_chain_by_hand():
     }
 
 
-def test_mse_is_a_mean_over_elements_and_not_over_examples():
-    criterion = tinynet.MSELoss()
-    assert criterion(torch.ones(5, 4), torch.zeros(5, 4)) == 1
-    assert criterion.backward().unique().tolist() == pytest.approx([2 / 20])
-
-
-def test_a_layer_does_not_divide_by_the_batch():
-    inputs, grad = torch.ones(50, 2), torch.ones(50, 3)
-    layer = tinynet.Linear(2, 3)
-    layer(inputs)
-    layer.backward(grad)
-    assert layer.grads["weight"].unique().tolist() == [50]
-    assert layer.grads["bias"].unique().tolist() == [50]
-
-
 def test_gradients_add_up_until_zero_grad():
     net, _ = twins()
     criterion = tinynet.CrossEntropyLoss("sum")

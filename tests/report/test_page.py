@@ -87,11 +87,8 @@ def test_other_times_make_another_page(results):
 
 
 def test_verdicts_follow_from_the_intervals():
-    assert [context.relation(Interval(*r)) for r in ((0.5, 0.6, 0.9), (0.9, 1, 1.1), (1.1, 2, math.inf))] == [
-        "less",
-        "same",
-        "more",
-    ]
+    intervals = {"less": (0.5, 0.6, 0.9), "same": (0.9, 1, 1.1), "more": (1.1, 2, math.inf)}
+    assert all(context.relation(Interval(*interval)) == relation for relation, interval in intervals.items())
 
 
 def test_a_pair_with_a_seed_that_never_finished_is_not_left_out():

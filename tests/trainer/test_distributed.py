@@ -278,20 +278,8 @@ def test_a_lost_process_ends_the_others():
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
-TRAIN = [
-    "-m",
-    "fwdlib",
-    "train",
-    "--dataset",
-    "digits",
-    "--train-mode",
-    "FG-RANK1",
-    "--num-tangents",
-    "4",
-    "--lr",
-    "1e-3",
-]
-SMALL = [*TRAIN, "--n-layers", "1", "--log-interval", "1", "--batch-size", "128"]
+TRAIN = ["-m", "fwdlib", "train", "--dataset", "digits", "--n-layers", "1", "--log-interval", "1", "--lr", "1e-3"]
+SMALL = [*TRAIN, "--train-mode", "FG-RANK1", "--num-tangents", "4", "--batch-size", "128"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "FWDLIB_OFFLINE": "1"}
 
 
