@@ -8,32 +8,30 @@ training changes as well: the generator, and the buffers of a :class:`~fwdlib.ob
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value
 
 from fwdlib.checks import check_choice, check_count
-from fwdlib.derivatives import (
-    Derivatives,
-    check_scalar,
-    derivatives_along,
-    either_engine,
-    keep_buffers,
-    suits_stacked,
-    with_buffers,
-)
 from fwdlib.objectives import (
     ClosureLoss,
     ModelLoss,
     Objective,
     assign_gradients,
+    check_scalar,
+    keep_buffers,
+    loss_and_buffers,
     params_of,
     requiring_grad,
     through_hooks,
 )
 from fwdlib.tangents import TANGENTS, AnyGenerator, Params, Sampler, check_params, is_transformed, sample_tangents
+
+if TYPE_CHECKING:
+    from fwdlib.forward.derivatives import Derivatives
 
 BLOCKS = ("joint", "parameter")
 ENGINES = ("auto", "stacked", "torch")
@@ -77,7 +75,7 @@ def backprop_gradient(objective: Objective, params: Params) -> GradientEstimate:
     """
     check_params(params)
     if is_transformed():
-        grads, (loss, buffers) = grad_and_value(with_buffers(objective), has_aux=True)(params)
+        grads, (loss, buffers) = grad_and_value(partial(loss_and_buffers, objective), has_aux=True)(params)
         keep_buffers(objective, buffers)
         return GradientEstimate(loss.detach(), grads, loss.new_empty(0))
     if isinstance(objective, ModelLoss):
@@ -187,6 +185,8 @@ def forward_gradient(
     if isinstance(tangents, str):
         check_choice("tangents", tangents, dict.fromkeys([*TANGENTS, *STRUCTURED]))
     is_structured = isinstance(tangents, str) and tangents in STRUCTURED
+    from fwdlib.forward.derivatives import derivatives_along, either_engine, suits_stacked
+
     is_suited = suits_stacked(objective, blocks, chunk_size)
     if engine == "stacked" and (blocks != "joint" or chunk_size is not None):
         raise ValueError(f"the stacked engine takes blocks='joint' and no chunk_size, got {blocks!r}, {chunk_size}")

@@ -10,6 +10,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -233,6 +234,30 @@ def swapped(model: nn.Module, params: Params, buffers: Params) -> Iterator[None]
             if id(own) in names:
                 buffers[names[id(own)]] = tensors[leaf]
             tensors[leaf] = own
+
+
+def loss_and_buffers(objective: Objective, params: Params) -> tuple[Tensor, Params]:
+    """Return the loss, a scalar, and the buffers as the forward pass leaves them, if the objective has a model."""
+    loss, buffers = objective.with_buffers(params) if isinstance(objective, ModelLoss) else (objective(params), {})
+    return check_scalar(loss), buffers
+
+
+def keep_buffers(objective: Objective, buffers: Params) -> None:
+    """Write the buffers that a pass has left into the objective's model, if it has one."""
+    if buffers and isinstance(objective, ModelLoss):
+        objective.set_buffers(buffers)
+
+
+def check_scalar(loss: Any) -> Tensor:
+    """Return what an objective returned, if it is a scalar tensor.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"the objective must return a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
+    return loss
 
 
 def through_hooks(objective: Objective, params: Params, grads: Params) -> Params:

@@ -35,10 +35,9 @@ from torch import Tensor, nn
 
 from fwdlib import runtime
 from fwdlib.checks import check_choice, check_count, check_fraction
-from fwdlib.derivatives import check_scalar
 from fwdlib.estimators import GradientEstimate
 from fwdlib.methods.blocks import ErrorsOfBlocks, Network, shapes_of
-from fwdlib.objectives import BatchLoss, own_params
+from fwdlib.objectives import BatchLoss, check_scalar, own_params
 from fwdlib.tangents import AnyGenerator, Params, check_params, is_transformed, random_signs
 from fwdlib.training import MakeOptimizer, make_optimizer
 

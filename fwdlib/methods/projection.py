@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fwdlib.checks import check_choice, check_count
-from fwdlib.derivatives import derivatives_along
 from fwdlib.estimators import GradientEstimate
+from fwdlib.forward.derivatives import derivatives_along
 from fwdlib.objectives import Objective, through_hooks
 from fwdlib.tangents import AnyGenerator, Params, Sampler, sample_tangents
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_map
 
-from fwdlib.forward_mode import METADATA
+from fwdlib.forward.mode import METADATA
 
 
 class Dual(Tensor):

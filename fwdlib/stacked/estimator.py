@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fwdlib.checks import check_choice, check_count
-from fwdlib.derivatives import Derivatives, check_scalar
 from fwdlib.estimators import GradientEstimate
-from fwdlib.objectives import ModelLoss, requiring_grad, swapped
+from fwdlib.forward.derivatives import Derivatives
+from fwdlib.objectives import ModelLoss, check_scalar, requiring_grad, swapped
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual
 from fwdlib.stacked.forward_pass import Call, Pass
 from fwdlib.stacked.perturbations import PERTURBATIONS, DensePerturbation, Perturbation
@@ -85,7 +85,7 @@ def stacked_gradient(
         NotImplementedError: if a function of the model has neither a rule nor a forward derivative in torch.
 
     Example:
-        >>> from fwdlib.objectives import BatchLoss, params_of
+        >>> from fwdlib.objectives import check_scalar, BatchLoss, params_of
         >>> model = torch.nn.Linear(3, 2)
         >>> objective = BatchLoss(model, torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
         >>> estimate = stacked_gradient(objective, params_of(model), num_tangents=4)

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
-from fwdlib import by_backward
-from fwdlib.by_backward import jvp_by_backward
-from fwdlib.forward_mode import METADATA, REQUIRES_GRAD
+from fwdlib.forward import by_backward
+from fwdlib.forward.by_backward import jvp_by_backward
+from fwdlib.forward.mode import METADATA, REQUIRES_GRAD
 from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual, function_name, joined, pad_rows, primals_of
 from fwdlib.stacked.in_place import InPlace, in_place

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from fwdlib.padding import Padding, without_rows
+from fwdlib.forward.padding import Padding, without_rows
 from fwdlib.stacked.gradients import Gradients, Use, add_outer_, add_product_
 from fwdlib.tangents import Params, RankOne, rank_one_factors
 

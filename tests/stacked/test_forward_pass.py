@@ -15,11 +15,11 @@ from fwdlib.stacked.estimator import stacked_gradient, stacked_jvp
 from fwdlib.stacked.forward_pass import RULES, Call, Pass, register_rule
 from fwdlib.stacked.perturbations import PerExamplePerturbation, Perturbation
 from fwdlib.tangents import random_signs
+from tests.forward.test_mode import BATCH
+from tests.forward.test_mode import MODELS as MODELS_OF_FORWARD_MODE
 from tests.stacked.against_backprop import INPUTS, Net, assert_as_backprop, by_the_pass
 from tests.stacked.networks import CLASSES
 from tests.stacked.rules.cases import assert_agrees_with_jvp
-from tests.test_forward_mode import BATCH
-from tests.test_forward_mode import MODELS as MODELS_OF_FORWARD_MODE
 
 PARAMS = {"weight": torch.arange(12.0).reshape(4, 3)}
 
@@ -496,7 +496,6 @@ def test_what_the_pass_cannot_see_is_refused_with_the_way_out(name, num_tangents
 SEEN = {
     "no_grad in a Function": lambda _, h: Inside.apply(h, torch.no_grad),
     "enable_grad in a Function": lambda _, h: Inside.apply(h, torch.enable_grad),
-    "inference_mode in a Function": lambda _, h: Inside.apply(h, torch.inference_mode),
     "a Function that returns its input": lambda _, h: Same.apply(h),
     "a Function that returns a constant": lambda _, h: h * Constant.apply(h),
     "a Function of a parameter": lambda model, h: h * Constant.apply(model.w),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fwdlib import replacements
+from fwdlib.forward import replacements
 from fwdlib.stacked.dual import Dual, same_rows
 from fwdlib.stacked.forward_pass import Pass
 from fwdlib.stacked.rules.rows import dual_of, is_autocast, padded_rows, with_axes

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fwdlib.derivatives import derivatives_along
 from fwdlib.estimators import backprop_gradient
+from fwdlib.forward.derivatives import derivatives_along
 from fwdlib.objectives import ClosureLoss, params_of
 from fwdlib.tangents import normal
 

@@ -16,9 +16,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-from fwdlib.forward_mode import ForwardMode, Rewind, quiet_vmap, tangents_on, without_tape
-from fwdlib.objectives import ModelLoss, Objective, requiring_grad
-from fwdlib.padding import Padding, without_rows
+from fwdlib.forward.mode import ForwardMode, Rewind, quiet_vmap, tangents_on, without_tape
+from fwdlib.forward.padding import Padding, without_rows
+from fwdlib.objectives import ModelLoss, Objective, check_scalar, keep_buffers, loss_and_buffers, requiring_grad
 from fwdlib.tangents import AnyGenerator, Params, is_transformed
 
 T = TypeVar("T")
@@ -137,7 +137,10 @@ def _along(objective: ModelLoss, leaves: Params, tangent: Params, tape: Abstract
 def _in_one_pass(objective: Objective, params: Params, tangents: Params, chunk_size: int | None) -> Derivatives:
     # All tangents in one vmapped pass, or in as few as chunk_size allows.
     params, padding = {name: p.detach() for name, p in params.items()}, Padding()
-    evaluate = with_buffers(objective, padding)
+
+    def evaluate(params: Params) -> tuple[Tensor, Params]:
+        with ForwardMode(params, padding):
+            return loss_and_buffers(objective, params)
 
     def along(tangent: Params) -> tuple[Tensor, Tensor, Params]:
         return jvp(evaluate, (params,), (tangent,), has_aux=True)
@@ -188,40 +191,3 @@ def named_refusal() -> Iterator[None]:
             f"torch has no forward derivative for a function of this objective: {first} Write that function by others "
             f"that have one, give its torch.autograd.Function a `jvp`, or use backprop_gradient."
         ) from error
-
-
-def with_buffers(
-    objective: Objective, padding: Padding | None = None
-) -> Callable[[Params], tuple[Tensor, dict[str, Tensor]]]:
-    """Return the objective as a function from params to the loss and the buffers that its pass leaves.
-
-    Args:
-        objective: params -> scalar.
-        padding: where the pass notes rows without a gradient.
-    """
-    evaluate = objective.with_buffers if isinstance(objective, ModelLoss) else lambda params: (objective(params), {})
-
-    def checked(params: Params) -> tuple[Tensor, Params]:
-        with ForwardMode(params, padding):
-            loss, buffers = evaluate(params)
-        return check_scalar(loss), buffers
-
-    return checked
-
-
-def keep_buffers(objective: Objective, buffers: Params) -> None:
-    """Write the buffers that a pass has left into the objective's model, if it has one."""
-    if buffers and isinstance(objective, ModelLoss):
-        objective.set_buffers(buffers)
-
-
-def check_scalar(loss: Any) -> Tensor:
-    """Return what an objective returned, if it is a scalar tensor.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"the objective must return a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
-    return loss

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
-from fwdlib import by_backward
-from fwdlib.by_backward import LACKS, OTHERS, fails_in_silence, is_differentiable, jvp_by_backward
-from fwdlib.padding import Padding
-from fwdlib.replacements import CONTEXTS, REPLACEMENTS
+from fwdlib.forward import by_backward
+from fwdlib.forward.by_backward import LACKS, OTHERS, fails_in_silence, is_differentiable, jvp_by_backward
+from fwdlib.forward.padding import Padding
+from fwdlib.forward.replacements import CONTEXTS, REPLACEMENTS
 from fwdlib.tangents import AnyGenerator, Params, is_transformed
 
 REQUIRES_GRAD = Tensor.requires_grad.__get__
@@ -59,8 +59,9 @@ class ForwardMode(TorchFunctionMode):
     - ``torch.no_grad()`` inside the model cuts tangents as it cuts gradients.
     - Parameters with a tangent say that they require a gradient, although no tape is kept for them.
     - Attention, LSTM, embeddings and weight normalisation are computed by functions that have the right forward
-      derivative (:mod:`fwdlib.replacements`).
-    - What has a derivative for the backward pass alone is differentiated by means of it (:mod:`fwdlib.by_backward`).
+      derivative (:mod:`fwdlib.forward.replacements`).
+    - What has a derivative for the backward pass alone is differentiated by means of it
+      (:mod:`fwdlib.forward.by_backward`).
 
     Args:
         params: parameter by name; the tensors themselves, as the model uses them.
