@@ -62,7 +62,26 @@ CONTEXTS: dict[Callable, Callable[[], AbstractContextManager]] = {
     F.multi_head_attention_forward: _with_math,
     torch.lstm: _without_mkldnn,
 }
-REPLACEMENTS: dict[Callable, Callable] = {torch._weight_norm: weight_norm}
+
+
+def _of_symmetric(func: Callable) -> Callable:
+    # A function that reads one triangle of a symmetric matrix. Its backward pass gives both triangles the same gradient;
+    # its forward derivative is right for symmetric tangents alone, so the tangent is made symmetric, and the value kept.
+    @functools.wraps(func)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        matrix, *rest = args or [kwargs.pop("input")]
+        change = (matrix.mH - matrix) / 2
+        return func(matrix + (change - change.detach()), *rest, **kwargs)
+
+    return call
+
+
+REPLACEMENTS: dict[Callable, Callable] = {
+    torch._weight_norm: weight_norm,
+    **{func: _of_symmetric(func) for func in (torch.linalg.cholesky, torch.linalg.cholesky_ex, torch.linalg.eigh)},
+    **{func: _of_symmetric(func) for func in (torch.cholesky, Tensor.cholesky)},
+}
+"""Function -> the same function, with a forward derivative that is the gradient along the tangent."""
 
 
 class ForwardMode(TorchFunctionMode):
