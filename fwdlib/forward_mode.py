@@ -65,8 +65,8 @@ CONTEXTS: dict[Callable, Callable[[], AbstractContextManager]] = {
 
 
 def _of_symmetric(func: Callable) -> Callable:
-    # A function that reads one triangle of a symmetric matrix. Its backward pass gives both triangles the same gradient;
-    # its forward derivative is right for symmetric tangents alone, so the tangent is made symmetric, and the value kept.
+    # A function that reads one triangle of a symmetric matrix. Its backward pass gives both triangles one gradient, and
+    # its forward derivative is right for symmetric tangents alone: the tangent is made symmetric, the value is kept.
     @functools.wraps(func)
     def call(*args: Any, **kwargs: Any) -> Any:
         matrix, *rest = args or [kwargs.pop("input")]
