@@ -17,6 +17,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import grad_and_value, jvp, vmap
 
+from fwdlib.by_backward import OTHERS
 from fwdlib.checks import check_choice, check_count
 from fwdlib.forward_mode import ForwardMode, Rewind, quiet_vmap, tangents_on, without_tape
 from fwdlib.objectives import ClosureLoss, ModelLoss, Objective, assign_gradients, params_of, swapped
@@ -467,7 +468,7 @@ def _named_refusal() -> Iterator[None]:
         yield
     except (NotImplementedError, RuntimeError) as error:
         first = str(error).partition("\n")[0]
-        if not isinstance(error, NotImplementedError) and "jvp" not in first:
+        if OTHERS in first or (not isinstance(error, NotImplementedError) and "jvp" not in first):
             raise
         raise NotImplementedError(
             f"torch has no forward derivative for a function of this objective: {first} Write that function by others "
