@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import Function
@@ -317,10 +318,18 @@ def fails_in_silence(func: Callable, args: tuple, kwargs: dict) -> bool:
     """
     if func in PRODUCTS:
         return "prod" in (*filter(lambda x: isinstance(x, str), args), kwargs.get("reduce"))
+    if func is CHUNKED:
+        return kwargs.get("options") is not None
     return func in WRONG or is_custom_operator(func)
 
 
-WRONG = {torch.cholesky_inverse, Tensor.cholesky_inverse}
+WRONG = {
+    *(torch.cholesky_inverse, Tensor.cholesky_inverse, torch.triangular_solve, Tensor.triangular_solve),
+    *(torch.as_strided_scatter, Tensor.as_strided_scatter),  # where the entries overlap
+    *(F.max_unpool1d, F.max_unpool2d, F.max_unpool3d),  # where two maxima have the same place
+}
+"""Functions of torch whose forward derivative is not the gradient along the tangent: torch's own samples show it."""
+CHUNKED = getattr(F, "linear_cross_entropy", torch)  # newer than torch 2.11
 PRODUCTS = {torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_}
 LACKS = "Trying to use forward AD with", "aten::_efficientzerotensor"
 """Words in torch's messages about a function without a forward derivative."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -105,6 +106,18 @@ def embedding_bag(
     return pooled
 
 
+def _of_symmetric(func: Callable) -> Callable:
+    # A function that reads one triangle of a symmetric matrix. Its backward pass gives both triangles one gradient, and
+    # its forward derivative is right for symmetric tangents alone: the tangent is made symmetric, the value is kept.
+    @functools.wraps(func)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        matrix, *rest = args or [kwargs.pop("input")]
+        change = (matrix.mH - matrix) / 2
+        return func(matrix + (change - change.detach()), *rest, **kwargs)
+
+    return call
+
+
 @contextmanager
 def _without_mkldnn() -> Iterator[None]:
     enabled = torch._C._get_mkldnn_enabled()
@@ -127,4 +140,7 @@ REPLACEMENTS: dict[Callable, Callable] = {
     F.embedding: embedding,
     torch.embedding: torch_embedding,
     F.embedding_bag: embedding_bag,
+    **{func: _of_symmetric(func) for func in (torch.linalg.cholesky, torch.linalg.cholesky_ex, torch.linalg.eigh)},
+    **{func: _of_symmetric(func) for func in (torch.cholesky, Tensor.cholesky)},
 }
+"""Function -> the same function, with a forward derivative that is the gradient along the tangent."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fwdlib.estimators import backprop_gradient, forward_gradient
 from fwdlib.objectives import ClosureLoss, params_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(beta state|is in beta|prototype):UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(beta state|is in beta|prototype|is deprecated):UserWarning")
 
 BATCH = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 APPLY = Function.__dict__["apply"]
@@ -155,6 +155,13 @@ BODIES = {
     "fake quantisation": lambda model, h: torch.fake_quantize_per_tensor_affine(h, 0.1, 0, -5, 5),
     "scatter_reduce, prod": lambda model, h: h.scatter_reduce(0, torch.zeros(6, 3, dtype=torch.long), h, "prod"),
     "cholesky_inverse": lambda model, h: torch.cholesky_inverse((h.mT @ h).tril() + torch.eye(3)),
+    "cholesky of a matrix that is not symmetric": lambda model, h: torch.linalg.cholesky(h[:3] + 5 * torch.eye(3)),
+    "eigh, by name": lambda model, h: torch.linalg.eigh(input=h[:3], UPLO="U").eigenvectors.square(),
+    "triangular_solve": lambda model, h: torch.triangular_solve(h[:3], h[:3] + 3 * torch.eye(3))[0],
+    "max_unpool2d": lambda model, h: F.max_unpool2d(
+        h.view(1, 2, 3, 3), torch.tensor([0, 0, 2] * 6).view(1, 2, 3, 3), 2
+    ),
+    "as_strided_scatter": lambda model, h: h.as_strided_scatter(h[:2, :2] * 2, (2, 2), (1, 1)),
     "index_reduce": lambda model, h: h.index_reduce(0, torch.tensor([0, 0, 1, 2, 3, 3]), h, "mean"),
 }
 REFUSED = {
@@ -177,6 +184,14 @@ cube.register_autograd(
 )
 BODIES["a custom operator"] = lambda model, h: cube(h)
 BODIES["a custom operator, by torch.ops"] = lambda model, h: torch.ops.fwdlib_tests.cube(h)
+if hasattr(F, "linear_cross_entropy"):  # its backward pass runs once
+    REFUSED["linear_cross_entropy in chunks"] = (
+        lambda model, h: F.linear_cross_entropy(
+            h, model.weight.mT, torch.arange(6) % 5, options=nn.LinearCrossEntropyOptions(batch_chunk_size=2)
+        ),
+        "cannot be differentiated",
+    )
+    BODIES["linear_cross_entropy"] = lambda model, h: F.linear_cross_entropy(h, model.weight.mT, torch.arange(6) % 5)
 
 
 def case(body):
