@@ -16,6 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
+from fwdlib.forward.by_backward import OTHERS
 from fwdlib.forward.mode import ForwardMode, Rewind, quiet_vmap, tangents_on, without_tape
 from fwdlib.forward.padding import Padding, without_rows
 from fwdlib.objectives import ModelLoss, Objective, check_scalar, keep_buffers, loss_and_buffers, requiring_grad
@@ -185,7 +186,7 @@ def named_refusal() -> Iterator[None]:
         yield
     except (NotImplementedError, RuntimeError) as error:
         first = str(error).partition("\n")[0]
-        if not isinstance(error, NotImplementedError) and "jvp" not in first:
+        if OTHERS in first or (not isinstance(error, NotImplementedError) and "jvp" not in first):
             raise
         raise NotImplementedError(
             f"torch has no forward derivative for a function of this objective: {first} Write that function by others "
