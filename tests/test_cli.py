@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from fwdlib import archives, cli, data, runtime
+from fwdlib.locks import LOCK
 from tests.same import assert_same
 
 pytestmark = pytest.mark.usefixtures("bare_account")
@@ -178,7 +179,7 @@ def test_train_ends_with_the_accuracy_and_where_the_files_are(folder, capsys):
     accuracy = json.loads((folder / "record.json").read_text())["epochs"][-1]["test_accuracy"]
     assert printed == f"test accuracy {100 * accuracy:.2f} % after epoch 2; files in {folder}\n"
     assert accuracy > 0.5
-    names = {"checkpoint.pt", "curves.png", "curves.svg", "log.csv", "record.json"}
+    names = {LOCK, "checkpoint.pt", "curves.png", "curves.svg", "log.csv", "record.json"}
     assert {path.name for path in folder.iterdir()} == names
 
 
@@ -310,7 +311,7 @@ def test_a_killed_run_that_is_resumed_ends_with_the_same_weights(folder, tmp_pat
     assert len(logs[0]) == 13
     without_times = [[[*line.split(",")[:4], line.split(",")[-1]] for line in lines] for lines in logs]
     assert without_times[0] == without_times[1]
-    assert [path.name for path in folder.glob(".*")] == []
+    assert [path.name for path in folder.glob(".*")] == [LOCK]
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------

@@ -85,9 +85,12 @@ def split(text: str) -> list[str]:
         >>> split("0.1, Adam,[1, 2],(3,4),{'a,b': 5},'x,y',don't")
         ['0.1', 'Adam', '[1, 2]', '(3,4)', "{'a,b': 5}", "'x,y'", "don't"]
     """
-    words, expected, quote = [""], [], ""
+    words, expected, quote, escaped = [""], [], "", False
     for character in text:
-        if quote:
+        if escaped:
+            escaped = False
+        elif quote:
+            escaped = character == "\\"  # as in a Python literal
             quote = "" if character == quote else quote
         elif character in "'\"" and (expected or not words[-1].strip()):
             quote = character

@@ -15,10 +15,9 @@ from __future__ import annotations
 import csv
 import io
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from fwdlib.locks import LOCK, held
 from fwdlib.models import initialise, num_parameters
 from fwdlib.results import write_json, write_text
 from fwdlib.trainer.networks import alexnet, fully_connected, shallow_cnn
-from fwdlib.trainer.processes import ALONE, Processes, num_restarts, num_started
+from fwdlib.trainer.processes import ALONE, RESTARTS, Processes, num_restarts, num_started
 from fwdlib.trainer.session import TrainerSession
 from fwdlib.trainer.settings import SHARED_MODES, Settings, why_not_shared
 from fwdlib.training import Augment, MakeOptimizer, make_optimizer, train
@@ -94,8 +93,8 @@ def _run(settings: Settings, device: torch.device, processes: Processes, progres
 def _claim(folder: Path, settings: Settings, stack: ExitStack) -> bool:
     # Hold the folder until the stack closes, and return whether to go on with the run in it. After torchrun has
     # restarted the processes, they go on with what this very start of torchrun has begun, and with nothing else.
+    stack.callback(_remove_unused, folder, [path for path in (folder, *folder.parents) if not path.exists()])
     folder.mkdir(parents=True, exist_ok=True)
-    stack.callback(_remove_unused, folder)
     stack.enter_context(held(folder, patience=10 if num_restarts() else 0))
     checkpoint, begun, launch = folder / "checkpoint.pt", folder / BEGUN, f"{socket.gethostname()} {os.getppid()}"
     resume = settings.resume
@@ -106,13 +105,19 @@ def _claim(folder: Path, settings: Settings, stack: ExitStack) -> bool:
             f"{checkpoint} exists: it is there from an earlier run. To resume that run, add --resume; to start anew, "
             f"delete the file or name another --log-dir"
         )
-    write_text(begun, launch)
+    if RESTARTS in os.environ:
+        write_text(begun, launch)
     return resume
 
 
-def _remove_unused(folder: Path) -> None:
+def _remove_unused(folder: Path, made: list[Path]) -> None:
+    # Leave no empty folder behind where nothing was trained.
     if {path.name for path in folder.iterdir()} <= {LOCK, BEGUN}:
-        shutil.rmtree(folder)
+        for name in (LOCK, BEGUN):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else has put something there
+            for path in made:
+                path.rmdir()
 
 
 def _train_in(

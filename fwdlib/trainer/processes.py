@@ -85,9 +85,13 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+"""The environment variable by which torchrun counts its restarts."""
+
+
 def num_restarts() -> int:
     """Return how often torchrun has restarted the processes because it lost one."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return int(os.environ.get(RESTARTS, "0"))
 
 
 def prime_factors(number: int) -> list[int]:

@@ -132,6 +132,10 @@ def test_a_bracket_or_quote_that_is_not_closed_is_refused(text, message):
         split(text)
 
 
+def test_a_quote_after_a_backslash_ends_no_text():
+    assert split(r"""{'\'"': 0.0},'a\'b,c'""") == [r"""{'\'"': 0.0}""", r"'a\'b,c'"]
+
+
 @given(values=st.lists(st.lists(st.integers() | st.text()) | st.dictionaries(st.text(), st.floats(allow_nan=False))))
 def test_lists_and_tables_are_read_back(values):
     texts = [repr(value) for value in values]
