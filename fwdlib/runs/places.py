@@ -48,6 +48,9 @@ class Place(Protocol):
         """Raise :class:`PlaceError` if the place is gone."""
 
 
+MADE = ".made-"  # a job's folder has this name until it has its lock
+
+
 class RunningJob:
     """A job that runs: its folder fills, and is collected when the notebook has ended."""
 
@@ -59,9 +62,10 @@ class RunningJob:
         # papermill inserts a cell for the parameters
         self.num_cells = len(nbformat.read(job.notebook, 4).cells) + bool(job.parameters)
         # Inside the folder of the results, so that a result moves in one step: it is there whole or not at all.
-        self.folder = Path(tempfile.mkdtemp(prefix=f".running-{socket.gethostname()}-{job.name}-", dir=results))
+        made = Path(tempfile.mkdtemp(prefix=f"{MADE}{job.name}-", dir=results))
         self._held = ExitStack()
-        self._held.enter_context(held(self.folder))  # as long as this process lives, see remove_leftovers
+        self._held.enter_context(held(made))  # as long as this process lives, see remove_leftovers
+        self.folder = made.rename(made.with_name(made.name.replace(MADE, f".running-{socket.gethostname()}-", 1)))
         self.staging = self.folder / "results"
 
     def has_ended(self) -> bool:
@@ -122,13 +126,11 @@ def remove_leftovers(results: Path) -> None:
     """Remove the folders of jobs whose batch was killed together with the processes of its notebooks.
 
     A living batch holds a lock in each, whatever its number and wherever it runs. Folders of other machines stay, as
-    a lock on a shared disk may not reach so far, and so do those of the last minute, which may not have theirs yet.
+    a lock on a shared disk may not reach so far.
     """
     for folder in results.glob(f".running-{socket.gethostname()}-*"):
-        with suppress(InUseError, FileNotFoundError):
-            if time.time() - folder.stat().st_mtime > 60:
-                with held(folder):
-                    notebook.discard(folder)
+        with suppress(InUseError, FileNotFoundError), held(folder):
+            notebook.discard(folder)
 
 
 def replace_paths(path: Path, new: dict[Path | str, Path]) -> str:
