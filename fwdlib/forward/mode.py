@@ -235,10 +235,10 @@ class Rewind:
     def _keep(self, attributes: dict[str, Any]) -> None:
         self._kept.append((attributes, attributes.copy()))
         for name, value in attributes.items():
-            if name in OF_EVERY_MODULE:
+            if name in ("_parameters", "_buffers", "_modules"):
                 continue
-            if type(value) in (list, dict):
-                self._kept.append((value, value.copy()))
+            if isinstance(value, (list, dict)):  # hooks, too, which some models register in their first pass
+                self._kept.append((value, value.copy() if value else ()))
             elif type(value) is Tensor and not value.requires_grad:
                 self._slots.append((attributes, name, value, value.clone()))
 
@@ -247,7 +247,7 @@ class Rewind:
         """Restore."""
         for holder, before in self._kept:
             holder.clear()
-            holder.extend(before) if type(holder) is list else holder.update(before)
+            holder.extend(before) if isinstance(holder, list) else holder.update(before)
         for buffers, leaf, buffer, value in self._slots:
             buffers[leaf] = buffer
             if buffer is not None:
@@ -259,7 +259,3 @@ class Rewind:
             one.set_state(state)
         random.setstate(self._others[0])
         np.random.set_state(self._others[1])
-
-
-OF_EVERY_MODULE = set(nn.Module().__dict__)
-"""Names of the attributes that every module has."""

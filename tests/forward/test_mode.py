@@ -302,3 +302,27 @@ def test_forward_grad_fills_the_gradients_of_any_model(options):
     draw.manual_seed(0)
     estimate = forward_gradient(ClosureLoss(model, closure), params_of(model), generator=draw, **options)
     assert_close({n: p.grad for n, p in model.named_parameters()}, dict(estimate.grads))
+
+
+class HookedAtFirst(nn.Module):
+    """Registers a hook in its first pass, and remembers that it has, as models that record their outputs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.hooked = nn.Linear(5, 3).double(), False
+
+    def forward(self, x):
+        if not self.hooked:
+            self.layer.register_forward_hook(lambda module, args, output: output * 2)
+            self.hooked = True
+        return self.layer(x)
+
+
+def test_a_hook_that_the_first_pass_registers_is_there_once():
+    torch.manual_seed(0)
+    model = HookedAtFirst()
+    objective = BatchLoss(model, *BATCH)
+    size = sum(p.numel() for p in model.parameters())
+    estimate = projected_gradient(objective, params_of(model), num_tangents=size, chunk_size=1)
+    assert len(model.layer._forward_hooks) == 1
+    torch.testing.assert_close(dict(estimate.grads), dict(backprop_gradient(objective, params_of(model)).grads))
