@@ -61,7 +61,7 @@ def either_engine(
             are as before.
     """
     if model not in _REFUSED:
-        rewind = Rewind(model, generator)
+        rewind = Rewind(model, generator, only_torch=True)
         try:
             return stacked()
         except NotImplementedError:
@@ -107,10 +107,10 @@ def derivatives_along(
 
 def _pass_by_pass(objective: ModelLoss, params: Params, tangents: Params, chunk_size: int | None) -> Derivatives:
     # One pass for each tangent, on tensors that the model can use in every way it uses its parameters.
-    rewind, model = Rewind(objective.model), objective.model
-    jvps = []
+    model, num_tangents = objective.model, len(next(iter(tangents.values())))
+    rewind, jvps = Rewind(model, only_torch=num_tangents == 1), []
     with objective.placed(params) as leaves:
-        for row in range(len(next(iter(tangents.values())))):
+        for row in range(num_tangents):
             if row:
                 rewind()
             tangent = {name: v[row] for name, v in tangents.items()}
