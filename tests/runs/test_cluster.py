@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nbformat
@@ -69,7 +69,11 @@ def runs_in(folder: Path) -> list[psutil.Process]:
 def listens_at(processes: list[psutil.Process]) -> set[str]:
     """Return the addresses at which the processes and all their children listen."""
     family = {child for process in processes for child in [process, *process.children(recursive=True)]}
-    return {link.laddr.ip for each in family for link in each.net_connections() if link.status == "LISTEN"}
+    found = set()
+    for each in family:
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            found |= {link.laddr.ip for link in each.net_connections() if link.status == "LISTEN"}
+    return found
 
 
 class Dask:
