@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
+from fwdlib.objectives import requiring_grad
+
 Rows = Tensor | None
 SCALE = -1e6  # a backward pass is tried at the gradient r and at SCALE r, where clipping and rectifying show
 AGREES = 1e-3  # relative; far above the rounding of float32, far below what clipping changes
@@ -65,7 +67,7 @@ def jvp_by_backward(
     Raises:
         NotImplementedError: if the backward pass cannot be differentiated, or is not linear in the gradient.
     """
-    with _plain(name), _requiring_grad([x for x in arguments if id(x) in own]):
+    with _plain(name), requiring_grad(x for x in arguments if id(x) in own):
         leaves, given, seen = {}, list(arguments), set()
         for i, (x, v) in enumerate(zip(arguments, tangents, strict=True)):
             if id(x) not in own:
@@ -233,18 +235,6 @@ def _plain(name: str) -> Iterator[None]:
             yield
     finally:
         torch._C._set_fwd_grad_enabled(enabled)
-
-
-@contextmanager
-def _requiring_grad(params: Sequence[Tensor]) -> Iterator[None]:
-    frozen = [p for p in params if not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad_()
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
 
 
 class _Handlers(threading.local):

@@ -189,6 +189,5 @@ def named_refusal() -> Iterator[None]:
         if OTHERS in first or (not isinstance(error, NotImplementedError) and "jvp" not in first):
             raise
         raise NotImplementedError(
-            f"torch has no forward derivative for a function of this objective: {first} Write that function by others "
-            f"that have one, give its torch.autograd.Function a `jvp`, or use backprop_gradient."
+            f"torch has no forward derivative for a function of this objective: {first} {OTHERS}"
         ) from error

@@ -86,7 +86,8 @@ class ForwardMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch._C._set_grad_enabled:
             self._follow(*args)
-        if func in METADATA or func is torch._C._set_grad_enabled:
+            return func(*args, **kwargs)
+        if func in METADATA:
             is_asked = func == REQUIRES_GRAD and id(args[0]) in self._names
             return True if is_asked else func(*args, **kwargs)
         self.padding.note(func, args, kwargs, self._names)

@@ -112,7 +112,7 @@ class State:
         Yields:
             A function that returns the name of something that the code has changed so far, or None.
         """
-        rewind, python, numpy = Rewind(self._model), random.getstate(), np.random.get_state()
+        rewind, python, numpy = Rewind(self._model, only_torch=True), random.getstate(), np.random.get_state()
         plain = [(x, x._version, x.clone()) for x in chain.from_iterable(self._values) if _is_plain(x)]
         undo = [place.keep() for place in self._places]
 

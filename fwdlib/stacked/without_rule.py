@@ -13,7 +13,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.func import jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fwdlib.forward.by_backward import LACKS, fails_in_silence, jvp_by_backward, with_tree
+from fwdlib.forward.by_backward import LACKS, fails_in_silence, is_custom_operator, jvp_by_backward, with_tree
 from fwdlib.forward.mode import quiet_vmap
 from fwdlib.forward.replacements import CONTEXTS, REPLACEMENTS
 from fwdlib.stacked.aliases import memory_of
@@ -160,7 +160,7 @@ def _rows_by_jvp(
 def _is_foreign(func: Callable) -> bool:
     # Torch loses tangents, without a word, in custom functions that have a formula for the backward pass alone.
     if isinstance(func, (OpOverload, OpOverloadPacket)):
-        return str(func).partition(".")[0] not in ("aten", "prims")
+        return is_custom_operator(func)
     return (getattr(func, "__module__", None) or "torch").partition(".")[0] != "torch"
 
 
