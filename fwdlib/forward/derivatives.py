@@ -7,8 +7,9 @@ place, then and from then on (:func:`either_engine`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -176,13 +177,15 @@ def _in_one_pass(objective: Objective, params: Params, tangents: Params, chunk_s
     return Derivatives(loss, jvps, padding)
 
 
-def pushforward(
-    function: Callable[[Params], tuple[list[Tensor], list[Tensor]]], point: Params, tangents: Params
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+Multiple = Callable[[Params], tuple[list[Tensor], list[Tensor]]]
+"""A function from a point to results with a derivative, and results without one."""
+
+
+def pushforward(function: Multiple, point: Params, tangents: Params) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Differentiate a function with any number of results along K tangents, by torch's forward mode.
 
     Args:
-        function: from the point to results with a derivative, and results without one.
+        function: the function.
         point: tensor by name.
         tangents: for each tensor of shape (...) one of shape (K, ...).
 
@@ -192,16 +195,39 @@ def pushforward(
     Raises:
         NotImplementedError: if a function has no forward derivative.
     """
-
-    def evaluate(point: Params) -> tuple[list[Tensor], list[Tensor]]:
-        with ForwardMode(point):
-            return function(point)
-
-    def along(tangent: Params) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        return jvp(evaluate, (point,), (tangent,), has_aux=True)
-
+    along = partial(_push_one, function, point)
     with named_refusal(), torch.enable_grad(), quiet_vmap():
         return vmap(along, out_dims=(None, 0, None), randomness="same")(tangents)
+
+
+def unrolled_pushforward(
+    function: Multiple, point: Params, tangents: Params, active: Sequence[Collection[str]]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Differentiate as :func:`pushforward` does, one tangent at a time, for a compiler to fuse.
+
+    Where all is element-wise, the value and its K derivatives then are one loop, that keeps them in registers.
+
+    Args:
+        function: pure, and without random numbers: it runs K times.
+        point: tensor by name.
+        tangents: for each tensor of shape (...) one of shape (K, ...).
+        active: for each tangent the names of the tensors along which it is not zero.
+    """
+    with named_refusal(), torch.enable_grad():
+        found = [
+            _push_one(function, point, {name: tangents[name][k] for name in names}) for k, names in enumerate(active)
+        ]
+    values, _, others = found[0]
+    return values, [torch.stack(of) for of in zip(*(slopes for _, slopes, _ in found), strict=True)], others
+
+
+def _push_one(function: Multiple, point: Params, tangent: Params) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def evaluate(some: Params) -> tuple[list[Tensor], list[Tensor]]:
+        values = {name: some.get(name, x) for name, x in point.items()}
+        with ForwardMode(values):
+            return function(values)
+
+    return jvp(evaluate, ({name: point[name] for name in tangent},), (tangent,), has_aux=True)
 
 
 def _evaluated(evaluate: Callable[[], Any], duals: Params) -> Derivatives:
