@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 
+from fwdlib.atomic import message_of, naming
 from fwdlib.runtime import cache_dir, data_dir, is_offline
 
 PROBE_SECONDS = 2.0  # longest wait for the answer of one host
@@ -121,7 +122,8 @@ def _download(archive: Archive, tried: str) -> None:
         with scratch as folder:
             part = Path(folder, path.name)
             try:
-                with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response, part.open("wb") as file:
+                opened = urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS)
+                with naming(path.parent), opened as response, part.open("wb") as file:
                     _copy(response, file, path.name)
                 _check(part, archive.digest)
                 part.replace(path)
@@ -129,7 +131,7 @@ def _download(archive: Archive, tried: str) -> None:
             except DamagedFileError:
                 reasons.append(f"{host} sent a file that is not the published {path.name}")
             except (OSError, http.client.HTTPException) as error:
-                reasons.append(f"the download from {host} failed ({error})")
+                reasons.append(f"the download from {host} failed ({message_of(error)})")
     raise UnavailableError(", ".join(reasons))
 
 
