@@ -332,7 +332,8 @@ class Run:
         asked = self._jobs()
         output = (self.output or runtime.results_dir() / ("run-quick" if runtime.is_quick() else "run")).expanduser()
         if not self.dry_run:
-            check_own(output, (f"table.{self.to}", "results", "executed"), RUN_MARK)
+            if self.output:  # the folder of our own needs no mark
+                check_own(output, (f"table.{self.to}", "results", "executed"), RUN_MARK)
             for name in (f"table.{self.to}", "results/record.json", "executed/copy.ipynb"):
                 check_writable(output / name)
         missing = declarations.get_data(asked)
