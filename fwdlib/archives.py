@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import os
 import tempfile
 import threading
 import time
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 
+from fwdlib.atomic import message_of, naming
 from fwdlib.runtime import cache_dir, data_dir, is_offline
 
 PROBE_SECONDS = 2.0  # longest wait for the answer of one host
@@ -121,7 +123,8 @@ def _download(archive: Archive, tried: str) -> None:
         with scratch as folder:
             part = Path(folder, path.name)
             try:
-                with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response, part.open("wb") as file:
+                opened = urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS)
+                with naming(path.parent), opened as response, part.open("wb") as file:
                     _copy(response, file, path.name)
                 _check(part, archive.digest)
                 part.replace(path)
@@ -129,7 +132,7 @@ def _download(archive: Archive, tried: str) -> None:
             except DamagedFileError:
                 reasons.append(f"{host} sent a file that is not the published {path.name}")
             except (OSError, http.client.HTTPException) as error:
-                reasons.append(f"the download from {host} failed ({error})")
+                reasons.append(f"the download from {host} failed ({message_of(error)})")
     raise UnavailableError(", ".join(reasons))
 
 
@@ -175,6 +178,7 @@ def answers(url: str) -> bool:
     return _answered.get(host, False)
 
 
-def found_no_network() -> bool:
-    """Tell whether this process has asked hosts and none has answered."""
-    return bool(_answered) and not any(_answered.values())
+def stay_offline_without_network() -> None:
+    """Set ``FWDLIB_OFFLINE`` if this process has asked hosts and none has answered, so that its children do not ask."""
+    if _answered and not any(_answered.values()):
+        os.environ["FWDLIB_OFFLINE"] = "1"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union
 
 import tyro
 
-from fwdlib.atomic import message_of
+from fwdlib.atomic import check_own, check_writable, message_of, naming, write_bytes
 from fwdlib.doctor import PROG, Doctor
 from fwdlib.trainer import settings
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fwdlib.runs.jobs import Job, Outcome
     from fwdlib.runs.places import Place
 
+RUN_MARK = ".fwdlib-run"  # in a folder that `run` writes to
 ABOUT = "Gradients without backpropagation: forward gradients beside backprop."
 
 
@@ -243,14 +244,20 @@ class Bench:
     """The JSON file. (default: build/bench-DEVICE.json, with -quick or -partial in its name if it is)"""
 
     def run(self) -> int:
-        """Measure, save and print.
+        """Measure, print and save.
 
         Raises:
+            OSError: if the file cannot be written, which is tried first, or is somebody else's.
             ValueError: if an option has a value that is not allowed.
         """
         from fwdlib.bench import benchmark, table
         from fwdlib.results import write_json
 
+        partial = bool(self.models) or not (self.memory and self.depth)
+        path = self.out or benchmark.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
+        path = path.expanduser()
+        check_writable(path)
+        check_own(path.parent, [path.name], path.name, ("format", "environment", "models", "depth"))
         found = benchmark.run(
             device=self.device,
             models=self.models or None,
@@ -259,10 +266,8 @@ class Bench:
             depth=self.depth,
             quick=self.quick,
         )
-        partial = bool(self.models) or not (self.memory and self.depth)
-        path = self.out or benchmark.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
+        print(table.text(found), flush=True)
         write_json(path, found)
-        print(table.text(found))
         print(f"All numbers: {path}")
         return 0
 
@@ -315,6 +320,7 @@ class Run:
         """Check everything, run what is missing, write the table, list the failures.
 
         Raises:
+            OSError: if the folder cannot be written to, which is tried first, or has files of somebody else.
             ValueError: if the words are not a batch, or the table cannot be written in that format.
             PlaceError: if the cluster cannot be reached, or is gone; the message says how to go on.
             KeyboardInterrupt: if it is stopped; the message says how to go on.
@@ -325,6 +331,11 @@ class Run:
         tables.check_format(self.to)
         asked = self._jobs()
         output = (self.output or runtime.results_dir() / ("run-quick" if runtime.is_quick() else "run")).expanduser()
+        if not self.dry_run:
+            if self.output:  # the folder of our own needs no mark
+                check_own(output, (f"table.{self.to}", "results", "executed"), RUN_MARK)
+            for name in (f"table.{self.to}", "results/record.json", "executed/copy.ipynb"):
+                check_writable(output / name)
         missing = declarations.get_data(asked)
         for reason in missing.values():
             print(f"{reason} A notebook that has a SUBSTITUTE uses it.", file=sys.stderr)
@@ -339,9 +350,10 @@ class Run:
                 print(f"{'done' if job.name in done else 'to run':<8}{job.name}")
             print(f"{len(asked)} jobs, {len(asked) - len(done)} to run, with results in {output}")
             return 0
+        write_bytes(output / RUN_MARK, b"`python -m fwdlib run` writes here.\n")
         how = {"num_jobs": self.jobs, "resume": self.resume, "timeout": self.timeout}
         try:
-            with self._place() as place:
+            with self._place() as place, naming(output):
                 outcomes = batch.run_batch(asked, **where, **how, place=place)
         except places.PlaceError:
             self._save(batch.finished(asked, **where), len(asked), output)
@@ -350,9 +362,9 @@ class Run:
             self._save(batch.finished(asked, **where), len(asked), output)
             again = "" if self.resume else ", without --no-resume,"
             raise KeyboardInterrupt(f"stopped. What was finished is kept; the same command{again} goes on") from None
-        self._save(outcomes, len(asked), output)
         failed = jobs.failures(outcomes)
-        print(failed, file=sys.stderr, end="\n" if failed else "")
+        print(failed, file=sys.stderr, end="\n" if failed else "", flush=True)
+        self._save(outcomes, len(asked), output)
         return int(bool(failed))
 
     def _jobs(self) -> list[Job]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -76,6 +75,7 @@ class Build:
             OSError: if something cannot be read or written, or the cluster cannot be reached or is gone.
             ValueError: if a setting or a result is not usable.
         """
+        from fwdlib.atomic import check_writable
         from report.output import hold
 
         if not self.publish:
@@ -87,6 +87,7 @@ class Build:
         if (self.output, self.studies) != (BUILT, RESULTS):
             raise BuildError("--publish takes no --output and no --studies: it writes report/, from report/results")
         records = RESULTS
+        check_writable(HERE / "report.html")
         if not self.only_render:
             with hold(ROOT / "build" / "publish") as output:
                 self._run(output)
@@ -125,12 +126,11 @@ class Build:
         Raises:
             BuildError: if a substitute was loaded and the report is to be published.
         """
-        from fwdlib.archives import found_no_network
+        from fwdlib.archives import stay_offline_without_network
         from fwdlib.data import describe, load_kmnist, load_penguins
 
         found = [load_penguins(), load_kmnist()]
-        if found_no_network():
-            os.environ["FWDLIB_OFFLINE"] = "1"  # so that the notebooks' processes do not wait for a network again
+        stay_offline_without_network()
         for dataset in found:
             first, second, *_ = describe(dataset).splitlines()
             is_real = dataset.source.substitute_for is None

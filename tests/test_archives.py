@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import http.server
@@ -21,7 +22,7 @@ from urllib.error import URLError
 
 import pytest
 
-from fwdlib import archives
+from fwdlib import archives, runtime
 from fwdlib.archives import Archive, DamagedFileError, UnavailableError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -278,10 +279,24 @@ def test_offline_asks_nobody(monkeypatch):
     assert not archives.answers("http://example.invalid/file")
 
 
-def test_found_no_network_needs_a_question_that_nobody_answered(monkeypatch):
-    monkeypatch.setattr(archives, "_answered", {})
-    assert not archives.found_no_network()
-    monkeypatch.setattr(archives, "_answered", {"one": False})
-    assert archives.found_no_network()
-    monkeypatch.setattr(archives, "_answered", {"one": False, "two": True})
-    assert not archives.found_no_network()
+def test_a_full_disk_is_named(bare_machine, monkeypatch, tmp_path):
+    class Full(io.BytesIO):
+        length = None
+
+        def read1(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Full())
+    archive = Archive("a/b.gz", "0" * 32, ("https://one.test/b.gz",))
+    with pytest.raises(UnavailableError, match=rf"could not write {tmp_path / 'cache' / 'a'}: No space left on device"):
+        archives.obtain([archive])
+
+
+@pytest.mark.parametrize(
+    ("answered", "set_"), [({}, False), ({"one": False}, True), ({"one": False, "two": True}, False)]
+)
+def test_children_stay_offline_only_if_nobody_has_answered(monkeypatch, answered, set_):
+    monkeypatch.setenv("FWDLIB_OFFLINE", "")
+    monkeypatch.setattr(archives, "_answered", answered)
+    archives.stay_offline_without_network()
+    assert runtime.is_offline() == set_

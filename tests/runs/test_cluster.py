@@ -97,6 +97,13 @@ class Dask:
         self.started.append(process)
         return process
 
+    def restart_scheduler(self) -> None:
+        self.scheduler.kill()
+        self.scheduler.wait()
+        host, port = self.address.rpartition("//")[2].split(":")
+        self.scheduler = self.start("scheduler", "--host", host, "--port", port, "--dashboard-address", f"{host}:0")
+        assert wait_until(lambda: listens_at([psutil.Process(self.scheduler.pid)]), 60)
+
     def worker(self, name: str, *words: str) -> subprocess.Popen:
         at = ["--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0", "--local-directory", str(self.folder)]
         return self.start("worker", self.address, *at, "--nthreads", "1", "--name", name, *words)
@@ -281,6 +288,58 @@ def test_without_its_scheduler_a_batch_ends_soon_and_keeps_what_is_finished(
     assert "Traceback" not in capfd.readouterr().err
     (again,) = finished(jobs, **folders)
     assert again.job.name == "quick"
+
+
+@pytest.mark.parametrize("lost", ["worker", "scheduler"])
+def test_a_batch_whose_workers_do_not_come_back_ends_with_words(tmp_path, folders, monkeypatch, lost):
+    (tmp_path / "dask").mkdir()
+    notebook = write_notebook(tmp_path / "tiny.ipynb", TELL, WAIT)
+    monkeypatch.setattr(cluster, "DESERTED_SECONDS", 4)
+    real, gone = cluster.Cluster.check, []
+    with dask(tmp_path / "dask", DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="9") as there:
+        worker = there.worker("one", "--no-nanny")
+
+        def check(self):
+            if not gone and self.sent and self.sent["slow"].where:
+                worker.kill()
+                if lost == "scheduler":
+                    there.restart_scheduler()
+                gone.append(time.monotonic())
+            real(self)
+
+        monkeypatch.setattr(cluster.Cluster, "check", check)
+        slow = Job(notebook, {"gate": str(tmp_path / "never")}, "slow")
+        with (
+            pytest.raises(
+                PlaceError, match=r"(has had no worker for \d+ s|is gone)\. Everything finished so far is kept"
+            ),
+            cluster.Cluster(there.address) as place,
+        ):
+            run_batch([slow], **folders, place=place)
+        assert time.monotonic() - gone[0] < 30
+
+
+def test_the_time_out_holds_for_a_worker_that_hangs(tmp_path, folders, monkeypatch):
+    (tmp_path / "dask").mkdir()
+    notebook = write_notebook(tmp_path / "tiny.ipynb", TELL, WAIT)
+    monkeypatch.setattr(cluster.notebook, "OVERDUE", 2)
+    real = cluster.Cluster.check
+    with dask(tmp_path / "dask") as there:
+        worker = there.worker("one", "--no-nanny")
+
+        def check(self):
+            if self.sent and self.sent["slow"].where:
+                worker.send_signal(signal.SIGSTOP)
+            real(self)
+
+        monkeypatch.setattr(cluster.Cluster, "check", check)
+        slow, begun = Job(notebook, {"gate": str(tmp_path / "never")}, "slow"), time.monotonic()
+        with cluster.Cluster(there.address) as place:
+            (outcome,) = run_batch([slow], **folders, place=place, timeout=3)
+        assert time.monotonic() - begun < 60
+    assert outcome.status == "failed"
+    assert outcome.error == "the notebook took longer than 3 s, and then did not end: its process hangs, or was stopped"
+    assert not list(folders["results"].iterdir())
 
 
 def test_a_scheduler_that_is_not_there_is_told_at_once(tmp_path, monkeypatch):
