@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from filelock import FileLock, Timeout
 
 LOCK = ".fwdlib-lock"
 HOLDER = ".fwdlib-lock-holder.txt"
+MADE = ".made-"  # a temporary folder has this name until it has its lock
 
 
 class InUseError(OSError):
@@ -45,3 +48,38 @@ def held(folder: Path, *, patience: float = 0, shown: Path | None = None) -> Ite
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Make a folder that this process holds for the duration of a ``with`` block, and remove it then.
+
+    If the process is killed, :func:`remove_leftovers` removes it.
+
+    Args:
+        parent: an existing folder.
+        name: of the kind of folder: the new one is called ``.<name>-<host>-...``.
+    """
+    made = Path(tempfile.mkdtemp(prefix=f"{MADE}{name}-{socket.gethostname()}-", dir=parent))
+    with held(made):
+        folder = made.rename(made.with_name(made.name.replace(MADE, ".", 1)))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path, name: str, remove: Callable[[Path], object] = shutil.rmtree) -> None:
+    """Remove the temporary folders of processes that were killed.
+
+    A living process holds a lock in each, whatever its number and wherever it runs. Folders of other machines stay, as
+    a lock on a shared disk may not reach so far.
+
+    Args:
+        parent: of the folders.
+        name: of their kind.
+        remove: removes a folder.
+    """
+    for folder in parent.glob(f".{name}-{socket.gethostname()}-*"):
+        with suppress(InUseError, FileNotFoundError), held(folder):
+            remove(folder)

@@ -273,7 +273,7 @@ def scratch() -> Iterator[Path]:
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Return all files of a folder with their modes and bytes, empty folders included."""
     return {
-        path.relative_to(folder).as_posix(): (path.stat().st_mode, path.read_bytes() if path.is_file() else b"")
+        path.relative_to(folder).as_posix(): (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"")
         for path in sorted(folder.rglob("*"))
     }
 
