@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 
+from fwdlib.atomic import message_of, naming
 from fwdlib.locks import remove_leftovers, temporary_folder
 from fwdlib.runtime import cache_dir, data_dir, is_offline
 
@@ -127,8 +128,8 @@ def _download(archive: Archive, tried: str) -> None:
         with scratch:
             part = folder / path.name
             try:
-                opening = partial(urllib.request.urlopen, url, timeout=DOWNLOAD_SECONDS)
-                with _within(DOWNLOAD_SECONDS, opening) as response, part.open("wb") as file:
+                opened = _within(DOWNLOAD_SECONDS, partial(urllib.request.urlopen, url, timeout=DOWNLOAD_SECONDS))
+                with naming(path.parent), opened as response, part.open("wb") as file:
                     _copy(response, file, path.name)
                 _check(part, archive.digest)
                 part.replace(path)
@@ -136,7 +137,7 @@ def _download(archive: Archive, tried: str) -> None:
             except DamagedFileError:
                 reasons.append(f"{host} sent a file that is not the published {path.name}")
             except (OSError, http.client.HTTPException) as error:
-                reasons.append(f"the download from {host} failed ({error})")
+                reasons.append(f"the download from {host} failed ({message_of(error)})")
     raise UnavailableError(", ".join(reasons))
 
 

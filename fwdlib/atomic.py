@@ -5,7 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+OF_THE_DISK = (*FULL, errno.EFBIG, errno.EROFS, errno.EIO)  # Python does not say at which file they occurred
 
 
 def write_bytes(path: Path, content: bytes | memoryview, advice: str = "") -> None:
@@ -20,25 +26,68 @@ def write_bytes(path: Path, content: bytes | memoryview, advice: str = "") -> No
         OSError: if that fails; the message names the file and says what to do. The old file is left in place, and no
             temporary file remains.
     """
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
-        ) as file:
+        _write(path.parent, path.name, content, path)
+    except OSError as error:
+        _fail(error, path, advice)
+
+
+def check_writable(path: Path) -> None:
+    """Try whether a file could be written, and leave nothing behind. A long command calls it before it begins.
+
+    Args:
+        path: of the file. Neither it nor its folder need exist.
+
+    Raises:
+        OSError: if it cannot be written; the message names the file and says what to do.
+    """
+    try:
+        if path.is_dir():
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        _write(folder, path.name, b"tried")
+    except OSError as error:
+        _fail(error, path)
+
+
+def _write(folder: Path, name: str, content: bytes | memoryview, target: Path | None = None) -> None:
+    # Write a temporary file; move it to ``target``, or remove it.
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=".part", delete=False) as file:
             temporary = Path(file.name)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # NamedTemporaryFile makes private files
-        temporary.replace(path)
-    except OSError as error:
-        todo = "free some space" if error.errno == errno.ENOSPC else "choose a folder you can write to"
-        todo += f" ({advice})" if advice else ""
-        raise OSError(error.errno, f"could not write {path}: {error.strerror}. To go on, {todo}") from error
+        if target:
+            temporary.chmod(0o644)  # NamedTemporaryFile makes private files
+            temporary.replace(target)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Let errors of the disk in a ``with`` block name the folder that the block writes to.
+
+    Raises:
+        OSError: in place of one that names no file, such as that of a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        is_nameless = error.filename is None and error.errno in OF_THE_DISK
+        if is_nameless and error.strerror == os.strerror(error.errno):  # not one of ours, which name their file
+            _fail(error, folder)
+        raise
+
+
+def _fail(error: OSError, path: Path, advice: str = "") -> NoReturn:
+    todo = "free some space" if error.errno in FULL else "choose a folder you can write to"
+    todo += f" ({advice})" if advice else ""
+    raise OSError(error.errno, f"could not write {path}: {error.strerror}. To go on, {todo}") from error
 
 
 def message_of(error: Exception) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union
 
 import tyro
 
-from fwdlib.atomic import message_of
+from fwdlib.atomic import check_writable, message_of, naming
 from fwdlib.doctor import PROG, Doctor
 from fwdlib.trainer import settings
 
@@ -243,14 +243,19 @@ class Bench:
     """The JSON file. (default: build/bench-DEVICE.json, with -quick or -partial in its name if it is)"""
 
     def run(self) -> int:
-        """Measure, save and print.
+        """Measure, print and save.
 
         Raises:
+            OSError: if the file cannot be written, which is tried first.
             ValueError: if an option has a value that is not allowed.
         """
         from fwdlib.bench import benchmark, table
         from fwdlib.results import write_json
 
+        partial = bool(self.models) or not (self.memory and self.depth)
+        path = self.out or benchmark.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
+        path = path.expanduser()
+        check_writable(path)
         found = benchmark.run(
             device=self.device,
             models=self.models or None,
@@ -259,10 +264,8 @@ class Bench:
             depth=self.depth,
             quick=self.quick,
         )
-        partial = bool(self.models) or not (self.memory and self.depth)
-        path = self.out or benchmark.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
+        print(table.text(found), flush=True)
         write_json(path, found)
-        print(table.text(found))
         print(f"All numbers: {path}")
         return 0
 
@@ -315,6 +318,7 @@ class Run:
         """Check everything, run what is missing, write the table, list the failures.
 
         Raises:
+            OSError: if the folder cannot be written to, which is tried first.
             ValueError: if the words are not a batch, or the table cannot be written in that format.
             PlaceError: if the cluster cannot be reached, or is gone; the message says how to go on.
             KeyboardInterrupt: if it is stopped; the message says how to go on.
@@ -325,6 +329,9 @@ class Run:
         tables.check_format(self.to)
         asked = self._jobs()
         output = (self.output or runtime.results_dir() / ("run-quick" if runtime.is_quick() else "run")).expanduser()
+        if not self.dry_run:
+            for name in (f"table.{self.to}", "results/record.json", "executed/copy.ipynb"):
+                check_writable(output / name)
         missing = declarations.get_data(asked)
         for reason in missing.values():
             print(f"{reason} A notebook that has a SUBSTITUTE uses it.", file=sys.stderr)
@@ -341,7 +348,7 @@ class Run:
             return 0
         how = {"num_jobs": self.jobs, "resume": self.resume, "timeout": self.timeout}
         try:
-            with self._place() as place:
+            with self._place() as place, naming(output):
                 outcomes = batch.run_batch(asked, **where, **how, place=place)
         except places.PlaceError:
             self._save(batch.finished(asked, **where), len(asked), output)
@@ -350,9 +357,9 @@ class Run:
             self._save(batch.finished(asked, **where), len(asked), output)
             again = "" if self.resume else ", without --no-resume,"
             raise KeyboardInterrupt(f"stopped. What was finished is kept; the same command{again} goes on") from None
-        self._save(outcomes, len(asked), output)
         failed = jobs.failures(outcomes)
-        print(failed, file=sys.stderr, end="\n" if failed else "")
+        print(failed, file=sys.stderr, end="\n" if failed else "", flush=True)
+        self._save(outcomes, len(asked), output)
         return int(bool(failed))
 
     def _jobs(self) -> list[Job]:

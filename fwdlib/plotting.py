@@ -259,7 +259,8 @@ def _draw_quantity(axes: Axes, records: Sequence[Record], quantity: str) -> None
         # off the panel, but drawable; 1 for seeds that were never finite
         finite = np.where(np.isfinite(high), high, 1e3 * np.max(rows[np.isfinite(rows)], initial=1e-3))
         style = METHOD_STYLES.get(record.title, {"color": "0.3", "linestyle": "-."})
-        draw_band(axes, np.arange(longest), (low, middle, finite), style, label=record.title)
+        title = record.title.replace("$", r"\$")  # matplotlib would read a formula between two of them
+        draw_band(axes, np.arange(longest), (low, middle, finite), style, label=title)
         ends.append(np.quantile([len(values) - 1 for values in series], 0.95, method="inverted_cdf"))
     axes.set(title=quantity.capitalize(), xlabel="iteration (optimizer steps)", xlim=(0, max(ends) * 1.02 or 1))
     if quantity == "test loss":
@@ -351,4 +352,5 @@ def stamp_records(figure: Figure, records: Sequence[Record]) -> None:
 def write_stamp(figure: Figure, words: Sequence[str]) -> None:
     """Write on top of a figure what its reader must know first, for example that the data are a substitute."""
     if words:
-        figure.suptitle(" · ".join(dict.fromkeys(words)), color="#B00020", fontsize=9, fontweight="bold")
+        bold = {"color": "#B00020", "fontsize": 9, "fontweight": "bold"}
+        figure.suptitle(" · ".join(dict.fromkeys(words)), parse_math=False, **bold)

@@ -76,6 +76,7 @@ class Build:
             OSError: if something cannot be read or written, or the cluster cannot be reached or is gone.
             ValueError: if a setting or a result is not usable.
         """
+        from fwdlib.atomic import check_writable
         from report.output import hold
 
         if not self.publish:
@@ -87,6 +88,7 @@ class Build:
         if (self.output, self.studies) != (BUILT, RESULTS):
             raise BuildError("--publish takes no --output and no --studies: it writes report/, from report/results")
         records = RESULTS
+        check_writable(HERE / "report.html")
         if not self.only_render:
             with hold(ROOT / "build" / "publish") as output:
                 self._run(output)

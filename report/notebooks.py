@@ -26,6 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fwdlib import results, runtime
+from fwdlib.atomic import check_writable, message_of
 
 ROOT = Path(__file__).resolve().parents[1]
 COLAB = "https://colab.research.google.com"
@@ -53,11 +54,17 @@ def main(options: Options) -> None:
     """Refresh the notebooks that ``options`` names.
 
     Raises:
-        SystemExit: with a message, if a notebook fails or ran on substitute data. Its file is not changed then.
+        SystemExit: with a message, if a notebook fails or ran on substitute data; its file is not changed then. Also if
+            a file cannot be written, before anything runs.
     """
     paths = list(options.notebooks) or sorted((ROOT / "notebooks").glob("**/[0-9]*.ipynb"))
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
     address = config["project"].get("urls", {}).get("Repository")
+    try:
+        for path in paths:
+            check_writable(path)
+    except OSError as error:
+        sys.exit(message_of(error))
     for path in (bar := tqdm(paths, unit="notebook")):
         bar.set_postfix_str(path.stem)
         notebook = nbformat.read(path, as_version=4)

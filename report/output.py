@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from fwdlib.atomic import write_bytes
+from fwdlib.atomic import check_writable, naming, write_bytes
 from fwdlib.locks import held
 
 MANIFEST = "report-manifest.json"
@@ -133,9 +133,10 @@ def hold(folder: Path) -> Iterator[Output]:
     if others and not (folder / MANIFEST).is_file():
         some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise OutputError(f"{folder} has files that no build has written ({some}); name a new or an empty folder")
+    check_writable(folder / MANIFEST)
     hidden = folder / HIDDEN
     hidden.mkdir(parents=True, exist_ok=True)
-    with held(hidden, shown=folder):
+    with naming(folder), held(hidden, shown=folder):
         try:
             output = Output(folder)
             output.restore()  # after a build that was killed

@@ -140,6 +140,6 @@ def default_path(device: str, *, quick: bool = False, batch: int | None = None, 
         batch: the number of examples, if it was given.
         partial: whether models, memory or depth were left out.
     """
-    words = ["bench", torch.device(device).type, *([f"batch{batch}"] if batch is not None else [])]
+    words = ["bench", device.partition(":")[0], *([f"batch{batch}"] if batch is not None else [])]
     words += ["partial"] * partial + ["quick"] * quick
     return (runtime.project_root() or Path.cwd()) / "build" / f"{'-'.join(words)}.json"

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 from fwdlib import runtime
-from fwdlib.atomic import write_bytes
+from fwdlib.atomic import check_writable, write_bytes
 from fwdlib.data import Dataset, fetch, load_images
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.history import History, Run
@@ -93,6 +93,7 @@ def _run(settings: Settings, device: torch.device, processes: Processes, progres
 def _claim(folder: Path, settings: Settings, stack: ExitStack) -> bool:
     # Hold the folder until the stack closes, and return whether to go on with the run in it. After torchrun has
     # restarted the processes, they go on with what this very start of torchrun has begun, and with nothing else.
+    check_writable(folder / "checkpoint.pt")
     stack.callback(_remove_unused, folder, [path for path in (folder, *folder.parents) if not path.exists()])
     folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(held(folder, patience=10 if num_restarts() else 0))

@@ -1,4 +1,5 @@
--- For HTML: what pandoc's reader leaves out.
+-- For HTML: what pandoc's reader leaves out, and classes where its writer would put style attributes, which the page's
+-- content security policy forbids.
 
 local stringify = pandoc.utils.stringify
 
@@ -13,12 +14,33 @@ local function name_figure(figure)
   return figure
 end
 
+-- An image is as wide as its figure, or has the class "narrow".
+local function class_image(image)
+  local width = image.attributes.width
+  if width and width ~= "100%" then image.classes:insert("narrow") end
+  image.attributes.width = nil
+  return image
+end
+
 -- Columns are as wide as they need to be, and the first one heads its rows. An empty cell there means the same as the cell
--- above; it gets that text, because sorting may move its row.
+-- above; it gets that text, because sorting may move its row. Cells of numbers have the class "right".
 local function complete_table(table)
-  for _, column in ipairs(table.colspecs) do column[2] = nil end
+  local rights = {}
+  for i, column in ipairs(table.colspecs) do
+    rights[i] = column[1] == "AlignRight"
+    column[1], column[2] = "AlignDefault", nil
+  end
+  local function class_cells(rows)
+    for _, row in ipairs(rows) do
+      for i, cell in ipairs(row.cells) do
+        if rights[i] then cell.classes:insert("right") end
+      end
+    end
+  end
+  class_cells(table.head.rows)
   for _, body in ipairs(table.bodies) do
     body.row_head_columns = 1
+    class_cells(body.body)
     local above
     for _, row in ipairs(body.body) do
       local first = row.cells[1]
@@ -41,4 +63,4 @@ local function keep_interval(inlines)
   return inlines
 end
 
-return { { Figure = name_figure, Table = complete_table, Inlines = keep_interval } }
+return { { Figure = name_figure, Image = class_image, Table = complete_table, Inlines = keep_interval } }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from fwdlib.statistics import Interval
 from report.output import Output
 from report.page import figures
 from report.page.context import METHODS, Results, build_context
+from report.page.escaping import Markdown, code, escaped, policy
 from report.wording import count, duration, enumerated, interval, megabytes, number, times
 
 HERE = Path(__file__).parent
@@ -56,28 +58,38 @@ def render(results: Results, output: Output) -> list[Path]:
 
 
 def markdown(context: dict[str, Any]) -> str:
-    """Return the text of the report as pandoc's Markdown.
+    """Return the text of the report as pandoc's Markdown. What the context holds becomes text, never markup.
 
     Raises:
         jinja2.UndefinedError: if the template uses a name that the context does not have.
     """
+    found = environment()
+    found.globals |= {"names": NAMES, "infinity": math.inf, "summary_of": partial(summary_of, context)}
+    return found.get_template("report.md.j2").render(context)
+
+
+def environment() -> jinja2.Environment:
+    """Return what fills the templates of the page and of its sections."""
     comments = {"comment_start_string": "<#", "comment_end_string": "#>"}  # {# begins the name of a heading
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([HERE, HERE.parent]), undefined=jinja2.StrictUndefined, **comments
-    )
-    words = {"number": number, "count": count, "loss": loss, "interval": interval, "duration": duration, "times": times}
-    words |= {"megabytes": megabytes}
-    sentences = {"signed": signed, "statuses": statuses, "strays": strays, "machine": machine, "capfirst": capfirst}
-    environment.filters |= words | sentences | {"enumerated": enumerated}
-    environment.globals |= words | {"names": NAMES, "infinity": math.inf, "summary_of": partial(summary_of, context)}
-    return environment.get_template("report.md.j2").render(context)
+    loader = jinja2.FileSystemLoader([HERE, HERE.parent])
+    made = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, finalize=escaped, **comments)
+    words = {form.__name__: _as_markdown(form) for form in (number, count, loss, interval, duration, times, megabytes)}
+    sentences = {"signed": _as_markdown(signed), "statuses": statuses, "strays": strays, "machine": machine}
+    made.filters |= words | sentences | {"capfirst": capfirst, "enumerated": enumerated, "safe": Markdown, "code": code}
+    made.globals |= words
+    return made
+
+
+def _as_markdown(form: Callable[..., str]) -> Callable[..., Markdown]:
+    # What these make of numbers has no markup, whatever the numbers are; so it stays readable in the Markdown.
+    return lambda *args, **options: Markdown(form(*args, **options))
 
 
 def to_html(text: str, folder: Path) -> str:
     r"""Return one HTML page that needs no other file, no network, and no script to be complete.
 
     Style sheet, script and figures are inside; formulas are MathML. Sections, figures and the first cells of tables get
-    what links and screen readers need (``page.lua``).
+    what links and screen readers need (``page.lua``). Browsers run and apply nothing but this script and this style.
 
     Args:
         text: Markdown.
@@ -91,7 +103,8 @@ def to_html(text: str, folder: Path) -> str:
     options = ["--standalone", f"--template={HERE / 'page.html'}", "--embed-resources", "--mathml", "--wrap=none"]
     options += [f"--resource-path={folder}{os.pathsep}{HERE}", f"--lua-filter={HERE / 'page.lua'}"]
     options += ["--toc", "--toc-depth=3", "--syntax-highlighting=none", *CITE]
-    return pypandoc.convert_text(text, "html5", MARKDOWN, extra_args=options)
+    page = pypandoc.convert_text(text, "html5", MARKDOWN, extra_args=options)
+    return page.replace('content="POLICY"', f'content="{policy(page)}"', 1)
 
 
 def to_pdf(text: str, folder: Path) -> bytes:

@@ -12,6 +12,7 @@ extensions = [
     "sphinx-mathjax-offline",
     "report.site.pages",
     "report.site.descriptions",
+    "report.site.outputs",
 ]
 exclude_patterns = ["notebooks/**/.ipynb_checkpoints", "notebooks/results"]
 language = "en"

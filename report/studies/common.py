@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from fwdlib import runtime
+from fwdlib.atomic import check_writable, message_of
 from fwdlib.data import Dataset
 from fwdlib.results import write_json
 from report.names import read
@@ -33,7 +34,8 @@ def main(measure: Callable[..., object], full: NamedTuple, short: NamedTuple, pa
         parts: names of all parts; none if the study is all of one piece.
 
     Raises:
-        SystemExit: after printing help (code 0), or if the words make no command (code 2).
+        SystemExit: after printing help (code 0), with a message if a file cannot be read or written (code 1), or if the
+            words make no command (code 2).
     """
     names = tuple(parts)
     words = tuple[Literal[*names], ...] if names else tuple[()]
@@ -52,10 +54,15 @@ def main(measure: Callable[..., object], full: NamedTuple, short: NamedTuple, pa
             folder: Folder of the results. What it already holds is not measured again.
         """
         runtime.keep_freed_memory()
-        measure(short if is_short else full, folder.expanduser(), *([parts] if names else []))
+        try:
+            check_writable(folder.expanduser() / "results.json")
+            measure(short if is_short else full, folder.expanduser(), *([parts] if names else []))
+        except (OSError, ValueError) as error:
+            sys.exit(f"{prog}: {message_of(error)}")
 
     study = sys.modules[measure.__module__]
-    tyro.cli(command, prog=f"python -m {study.__spec__.name}", description=study.__doc__)
+    prog = f"python -m {study.__spec__.name}"
+    tyro.cli(command, prog=prog, description=study.__doc__)
 
 
 def reopen(file: Path, settings: dict[str, Any], **begin: Any) -> dict[str, Any]:

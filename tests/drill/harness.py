@@ -162,9 +162,11 @@ class Trial:
         """Wait until a condition is true.
 
         Raises:
-            AssertionError: if that takes longer.
+            AssertionError: if that takes longer, or all processes of the item have ended before.
         """
-        if not wait_until(condition, seconds):
+        ended = lambda: self.started and all(process.poll() is not None for process, _ in self.started)  # noqa: E731
+        wait_until(lambda: condition() or ended(), seconds)
+        if not wait_until(condition, 1):
             said = "; ".join(log.read_text(errors="replace")[-300:] for _, log in self.started)
             raise AssertionError(f"waited {seconds:.0f} s in vain; the processes said: {said}")
 

@@ -146,4 +146,5 @@ def strangers_folder(trial: Trial) -> str:
         assert changed == [], f"{name} has changed {', '.join(changed)}"
         added = differing(before, contents(mine))
         assert codes[name] == 0 or added == [], f"{name} was refused and has added {', '.join(added)}"
+    shutil.rmtree(mine)
     return f"not a byte has changed; exit codes: {', '.join(f'{name} {code}' for name, code in codes.items())}"

@@ -172,9 +172,10 @@ def host(trial: Trial, way: str) -> Iterator[dict[str, str | None]]:
     handler = functools.partial(type("Way", (Host,), {"way": way}), directory=str(trial.folder / "published"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        yield proxied(address)
-        server.shutdown()
+        try:
+            yield proxied(f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
 
 
 def proxied(address: str) -> dict[str, str | None]:
