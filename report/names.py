@@ -16,8 +16,16 @@ STEPS = "steps.json"
 
 
 def read(path: Path) -> Any:
-    """Return the content of a JSON file, None if it is not there."""
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    """Return the content of a JSON file, None if it is not there.
+
+    Raises:
+        ValueError: if it is not JSON; the message names the file.
+    """
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    except ValueError as error:
+        advice = "Restore it, or delete it to measure again"
+        raise ValueError(f"{path} is damaged: it is not JSON ({error}). {advice}") from error
 
 
 # --- feedback: the modes of a task -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ The file is a dict that ``torch.load(path, weights_only=True)`` reads. ``model.l
 from __future__ import annotations
 
 import io
+import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,6 +23,7 @@ from fwdlib.atomic import write_bytes
 from fwdlib.trainer.processes import ALONE, Processes
 
 FORMAT = 1
+ADVICE = "delete it to start anew, or name another place for the checkpoint"
 NAMED = 4  # differences that a message names; networks of different depth have a hundred
 
 
@@ -81,8 +83,7 @@ class Checkpoint:
         """Restore all parts from the file, and return its progress.
 
         Raises:
-            ValueError: in process 0, if the file is damaged, is not a checkpoint, or belongs to a different run. No
-                part has changed then.
+            ValueError: in process 0, if the file is damaged, is not a checkpoint, or belongs to a different run.
             AlreadyReportedError: in the others.
         """
         content = self.processes.from_first(partial(_read, self.path))
@@ -99,8 +100,15 @@ class Checkpoint:
             )
             raise self.processes.reported_once(error)
         for name, part in self.parts.items():
-            part.load_state_dict(content[name])
+            try:
+                part.load_state_dict(content[name])
+            except Exception as error:  # a damaged state can raise anything
+                raise self.damaged(f"its state of the {name} does not fit, {error!r}") from error
         return content["progress"]
+
+    def damaged(self, reason: str) -> Exception:
+        """Return the error to raise in every process if the file cannot be used."""
+        return self.processes.reported_once(_damaged(self.path, reason))
 
 
 def differences(lines: list[str]) -> str:
@@ -109,8 +117,11 @@ def differences(lines: list[str]) -> str:
     return "; ".join(lines[:NAMED]) + more
 
 
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is damaged, or not a checkpoint ({reason}): {ADVICE}")
+
+
 def _read(path: Path) -> dict[str, Any]:
-    advice = "delete it to start anew, or name another place for the checkpoint"
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # torch.load does not check: a flipped bit would change a weight
@@ -119,11 +130,15 @@ def _read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError):
         raise
+    except pickle.UnpicklingError as error:  # its text advises to load the file all the same
+        reason = "it holds other things than numbers, texts and tensors; they could run a program and are not loaded"
+        raise _damaged(path, reason) from error
     except Exception as error:  # a damaged file can raise anything
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(f"{path} is damaged, or not a checkpoint ({reason}): {advice}") from error
+        raise _damaged(path, next(iter(str(error).splitlines()), "") or type(error).__name__) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of format {FORMAT}: {advice}")
+        raise ValueError(f"{path} is not a checkpoint of format {FORMAT}: {ADVICE}")
+    if lacking := sorted({"about", "progress"} - content.keys()):
+        raise _damaged(path, f"it lacks {', '.join(lacking)}")
     return content
 
 

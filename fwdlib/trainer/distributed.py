@@ -18,13 +18,14 @@ import logging
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,14 +50,16 @@ from fwdlib.training import train
 
 T = TypeVar("T")
 MEETING = "FWDLIB_MEETING"  # environment variable: the file in which the processes of start() meet
-TIMEOUT = timedelta(minutes=5)  # for the slowest process to reach the same point
+TIMEOUT = timedelta(minutes=2)  # for the slowest process to reach the same point; then it counts as hung
+GRACE = 5.0  # seconds for the other processes to end when one has
 
 
 class ProcessGroup(Processes):
     """The processes of torch.distributed's default group, see :func:`joined`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, store: dist.Store) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._store, self._num_made = store, 0
         self.exchange = Exchange(device)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -123,12 +126,21 @@ class ProcessGroup(Processes):
                 made[0] = make()
             except Exception as error:
                 problem, made[1] = error, str(error)
+        self._await_first()
         dist.broadcast_object_list(made, src=0)
         if problem:
             raise problem
         if made[1] is not None:
             raise AlreadyReportedError(made[1])
         return made[0]
+
+    def _await_first(self) -> None:
+        # Process 0 may download for longer than TIMEOUT, and is not hung.
+        key, self._num_made = f"made {self._num_made}", self._num_made + 1
+        if self.rank == 0:
+            self._store.set(key, "")
+        while not self._store.check([key]):
+            time.sleep(0.05)
 
     def _gather(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.size
@@ -196,6 +208,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
 
     Raises:
         AlreadyReportedError: if another process has ended.
+        TimeoutError: if another process hangs.
         RuntimeError: if anything else goes wrong in the block.
     """
     if num_started() == 1:
@@ -209,18 +222,28 @@ def joined(device: torch.device) -> Iterator[Processes]:
     if socket.gethostbyname(master).startswith("127."):  # or gloo would listen on the address of the machine's name
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     place = {"rank": int(os.environ["RANK"]), "world_size": num_started()}
-    store, *_ = next(dist.rendezvous(os.environ.get(MEETING, "env://"), timeout=TIMEOUT, **place))
-    # A new name after each restart: torchrun's store still has the addresses of the lost processes.
-    store = dist.PrefixStore(f"start {num_restarts()}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, timeout=TIMEOUT, **place)
     try:
-        yield ProcessGroup(device)
+        store, *_ = next(dist.rendezvous(os.environ.get(MEETING, "env://"), timeout=TIMEOUT, **place))
+        # A new name after each restart: torchrun's store still has the addresses of the lost processes.
+        store = dist.PrefixStore(f"start {num_restarts()}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, timeout=TIMEOUT, **place)
+        yield ProcessGroup(device, store)
     except RuntimeError as error:
-        is_lost = "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error)
-        raise (AlreadyReportedError(f"another process was lost: {error}") if is_lost else error) from error
+        if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+            raise AlreadyReportedError(f"another process was lost: {error}") from error
+        if "timed out" in str(error).lower():
+            raise TimeoutError(HUNG.format(num_started(), TIMEOUT.total_seconds())) from error
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+HUNG = (
+    "one of the {} processes that train together has not answered for {:.0f} seconds: it hangs, or its machine is "
+    "gone. The same command with --resume goes on from the last whole epoch"
+)
 
 
 def _loopback() -> str:
@@ -247,21 +270,25 @@ def start(count: int, function: Callable[..., None], *args: Any) -> None:
         children = torch.multiprocessing.start_processes(_start, given, nprocs=count, join=False)
         # the ChildError below, or process 0, says why the others end
         logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-        lost = None
+        processes, codes = children.processes, []
         try:
-            while not children.join():
-                pass
+            while True:
+                wait([process.sentinel for process in processes if process.exitcode is None])
+                codes = [process.exitcode for process in processes]  # before join() ends the others
+                if children.join(grace_period=GRACE):
+                    return
         except torch.multiprocessing.ProcessExitedException as end:
-            lost = end.error_index
+            # prefer a rank killed by a signal over one that merely noticed
+            killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
+            rank = (killed or [end.error_index])[0]
+            raise ChildError(rank, processes[rank].exitcode) from None
         finally:  # after Ctrl-C some are still running
-            for process in children.processes:
+            for process in processes:
                 process.terminate()
+            for process in processes:
+                process.join(GRACE)
+                process.kill()  # one that hangs, or was stopped, ignores SIGTERM
                 process.join()
-        codes = [process.exitcode for process in children.processes]
-        if lost is not None:  # prefer a rank killed by a signal over one that merely noticed
-            killed = [rank for rank, code in enumerate(codes) if code < 0 and code != -signal.SIGTERM]
-            rank = (killed or [lost])[0]
-            raise ChildError(rank, codes[rank])
 
 
 class ChildError(RuntimeError):

@@ -17,6 +17,8 @@ from fwdlib.stacked.dual import Dual
 from fwdlib.stacked.forward_pass import Pass, register_rule
 from fwdlib.trainer.processes import prime_factors
 
+GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
+
 
 class Exchange:
     """The mean of a small tensor over all processes.
@@ -38,7 +40,7 @@ class Exchange:
         total = values.detach().reshape(-1)
         for side, group in zip(self._sides, self._groups, strict=True):
             rows = total.new_empty(side * len(total))
-            dist.all_gather_into_tensor(rows, total, group=group)
+            GATHER(rows, total, group=group)
             total = rows.view(side, -1).sum(0)
         return (total / self.size).reshape(values.shape)
 

@@ -86,14 +86,18 @@ class TrainerSession(Session):
         if not (self.resume and self._checkpoint.exists()):
             return None
         content = self._checkpoint.load()
-        if content["iteration"] > running.max_iterations:
+        try:
+            progress = Progress(content["iteration"], Run(**content["run"]), content["recent"], content["seconds"])
+        except (KeyError, TypeError) as error:
+            raise self._checkpoint.damaged(f"it does not say how far the run had come, {error!r}") from error
+        if progress.iteration > running.max_iterations:
             raise self.processes.reported_once(
                 ValueError(
-                    f"{self.path} was written after {content['iteration']} iterations, so max_iterations must be at "
+                    f"{self.path} was written after {progress.iteration} iterations, so max_iterations must be at "
                     f"least that, got {running.max_iterations}"
                 )
             )
-        return Progress(content["iteration"], Run(**content["run"]), content["recent"], content["seconds"])
+        return progress
 
     def before_evaluation(self, running: Running, progress: Progress) -> None:
         """Give all processes the same buffers, and pack the state of the run in memory."""

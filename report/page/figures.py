@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import matplotlib.style
@@ -32,12 +33,18 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
     Returns:
         The files: three for the summary, three for each model, and those of the sections whose studies were made.
+
+    Raises:
+        ChildProcessError: if a process that draws is killed.
     """
     groups = sorted(["summary", *TASKS, *PARTS], key="functions".__ne__)  # the animation first: it takes longest
     method = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, method, initializer=_end_with_parent) as pool:
-        drawn = pool.map(_draw_group, groups, (_needed(results, name) for name in groups), [folder] * len(groups))
-        return [path for paths in drawn for path in paths]
+    try:
+        with ProcessPoolExecutor(2, method, initializer=_end_with_parent) as pool:
+            drawn = pool.map(_draw_group, groups, (_needed(results, name) for name in groups), [folder] * len(groups))
+            return [path for paths in drawn for path in paths]
+    except BrokenProcessPool as error:
+        raise ChildProcessError("a process that draws figures was killed, perhaps for its memory; try again") from error
 
 
 def _end_with_parent() -> None:

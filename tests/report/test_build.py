@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from tests.report.records import change, contents, draw
 pytestmark = pytest.mark.slow  # starts processes, or trains large networks
 
 ROOT = Path(__file__).parents[2]
+STUDIES = ["tangents.json", "bench-cpu.json", "feedback/steps.json", "protocols/cnn.json", "scaling.json"]
 NAMES = [getattr(task, method) for task in TASKS.values() for method in METHODS]
 
 
@@ -98,6 +100,36 @@ def test_drawing_ends_with_the_process_that_asked_for_it(tmp_path):
         child = int(process.stdout.readline())
         process.send_signal(signal.SIGKILL)
     assert wait_until(lambda: not psutil.pid_exists(child), 10)
+
+
+def test_a_killed_drawing_process_is_said(built, monkeypatch, capsys):
+    monkeypatch.setattr(render.figures, "_draw_group", kill_itself)
+    assert program.main(["--only-render", *options(built)]) == 1
+    assert "a process that draws figures was killed" in capsys.readouterr().err
+    assert (built / "report.html").read_text() == "old"
+
+
+def kill_itself(*_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_truncated_study_is_named(built, capsys, name):
+    path = built / "results" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text((program.RESULTS / name).read_text()[:1000])
+    assert program.main(["--only-render", *options(built)]) == 1
+    assert f"{path} is damaged: it is not JSON" in capsys.readouterr().err
+    assert (built / "report.html").read_text() == "old"
+
+
+def test_a_full_disk_is_named(built, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(render, "to_pdf", full)
+    assert program.main(["--only-render", *options(built)]) == 1
+    assert f"could not write {built}: No space left on device. To go on, free some space" in capsys.readouterr().err
 
 
 def test_a_failing_notebook_stops_the_report(built, monkeypatch, capsys):

@@ -312,10 +312,28 @@ def dangerous_content(path):
     torch.save({"format": 1, "call": os.system}, path)
 
 
+def without(*keys):
+    """Return what takes an entry out of a checkpoint, by the keys that lead to it."""
+
+    def damage(path):
+        whole = content(path)
+        inner = whole
+        for key in keys[:-1]:
+            inner = inner[key]
+        del inner[keys[-1]]
+        torch.save(whole, path)
+
+    damage.__name__ = f"without {'.'.join(keys)}"
+    return damage
+
+
 DAMAGE = [damage_end, damage_middle, damage_weights, empty, words, other_archive, other_content, dangerous_content]
+DAMAGE += [without("about"), without("progress"), without("optimizer"), without("optimizer", "state")]
+DAMAGE += [without("progress", "run"), without("progress", "run", "seed"), without("random numbers", "own")]
+DAMAGE += [without("model", "0.weight")]
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
 def test_a_damaged_checkpoint_is_named_and_left_alone(train, tmp_path, damage):
     path = tmp_path / "checkpoint.pt"
     train(max_iterations=3)
@@ -324,6 +342,15 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(train, tmp_path, damage):
     with pytest.raises(ValueError, match=r"checkpoint\.pt is (damaged|not a checkpoint).*: delete it to start anew"):
         train(resume=True)
     assert path.read_bytes() == before
+
+
+def test_nobody_is_advised_to_load_what_was_refused(train, tmp_path):
+    train(max_iterations=3)
+    dangerous_content(tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="they could run a program and are not loaded") as error:
+        train(resume=True)
+    assert "weights_only" not in str(error.value)
+    assert "can still be loaded" not in str(error.value)
 
 
 def test_a_checkpoint_beyond_the_iterations_asked_for(train):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -276,6 +277,42 @@ def test_a_lost_process_ends_the_others():
     assert time.monotonic() - start < 45
 
 
+def hang(where: int, folder: str) -> None:
+    distributed.TIMEOUT = timedelta(seconds=4)
+    try:
+        with distributed.joined(CPU) as processes:
+            if processes.rank == where:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            processes.exchange.mean(torch.zeros(1))
+    except TimeoutError as error:
+        (Path(folder) / "said").write_text(str(error))
+        sys.exit(1)
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_process_that_hangs_ends_the_others_with_words(tmp_path, where):
+    start = time.monotonic()
+    with pytest.raises(distributed.ChildError) as caught:
+        distributed.start(2, hang, where, str(tmp_path))
+    assert (caught.value.rank, caught.value.code) == (1 - where, 1)
+    assert time.monotonic() - start < 45
+    said = (tmp_path / "said").read_text()
+    assert "one of the 2 processes that train together has not answered for 4 seconds: it hangs" in said
+    assert "--resume" in said
+
+
+def slow_first(folder: str) -> None:
+    distributed.TIMEOUT = timedelta(seconds=2)
+    with distributed.joined(CPU) as processes:
+        found = processes.from_first(lambda: time.sleep(6) or "downloaded")
+        (Path(folder) / str(processes.rank)).write_text(found)
+
+
+def test_a_long_download_is_no_hanging_process(tmp_path):
+    distributed.start(2, slow_first, str(tmp_path))
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["downloaded"] * 2
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 TRAIN = ["-m", "fwdlib", "train", "--dataset", "digits", "--n-layers", "1", "--log-interval", "1", "--lr", "1e-3"]
@@ -295,7 +332,8 @@ def epochs_of(folder: Path) -> int:
 def test_torchrun_goes_on_after_a_killed_process_and_ends_with_the_same_weights(tmp_path):
     command = [*SMALL, "--epochs", "12", "--log-dir"]
     undisturbed = [sys.executable, *command, str(tmp_path / "undisturbed"), "--processes", "2"]
-    subprocess.run(undisturbed, env=ENVIRONMENT, check=True, capture_output=True, timeout=120)
+    said = subprocess.run(undisturbed, env=ENVIRONMENT, check=True, capture_output=True, text=True, timeout=120).stderr
+    assert "Warning" not in said
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
     folder = tmp_path / "killed"
     process = subprocess.Popen(
