@@ -346,6 +346,7 @@ class Run:
                 print(f"{'done' if job.name in done else 'to run':<8}{job.name}")
             print(f"{len(asked)} jobs, {len(asked) - len(done)} to run, with results in {output}")
             return 0
+        batch.claim(output, f"table.{self.to}")
         how = {"num_jobs": self.jobs, "resume": self.resume, "timeout": self.timeout}
         try:
             with self._place() as place, naming(output):

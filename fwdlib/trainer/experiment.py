@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ from fwdlib.trainer.settings import SHARED_MODES, Settings, why_not_shared
 from fwdlib.training import Augment, MakeOptimizer, make_optimizer, train
 
 FORMAT = 1
+FILES = ("checkpoint.pt", "log.csv", "record.json", "curves.png", "curves.svg")
 BEGUN = ".begun-by"  # names the torchrun, or other parent, that has begun the run in this folder
 ALEXNET_SIZE = 224
 FUSED = ("Adam", "AdamW", "SGD", "Adagrad")  # have one kernel for the whole step, also on a CPU
@@ -69,8 +71,9 @@ def run(settings: Settings, *, progress: bool = True) -> dict[str, Any]:
 
     Raises:
         InUseError: if another process writes to the folder.
-        ValueError: if the folder has a checkpoint and ``resume`` is not set; if the checkpoint is damaged or belongs to
-            a different run; or if the training diverged: the files up to the last whole epoch are kept.
+        ValueError: if the folder has a checkpoint and ``resume`` is not set, or somebody else's files with our names; if
+            the checkpoint is damaged or belongs to a different run; or if the training diverged: the files up to the
+            last whole epoch are kept.
         FileNotFoundError: if the data set is not available. No other takes its place.
         DamagedFileError: if the data set's archive is not the published one.
         OSError: if a file cannot be written.
@@ -94,6 +97,7 @@ def _claim(folder: Path, settings: Settings, stack: ExitStack) -> bool:
     # Hold the folder until the stack closes, and return whether to go on with the run in it. After torchrun has
     # restarted the processes, they go on with what this very start of torchrun has begun, and with nothing else.
     check_writable(folder / "checkpoint.pt")
+    _check_ours(folder)
     stack.callback(_remove_unused, folder, [path for path in (folder, *folder.parents) if not path.exists()])
     folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(held(folder, patience=10 if num_restarts() else 0))
@@ -109,6 +113,19 @@ def _claim(folder: Path, settings: Settings, stack: ExitStack) -> bool:
     if RESTARTS in os.environ:
         write_text(begun, launch)
     return resume
+
+
+def _check_ours(folder: Path) -> None:
+    # A training writes its checkpoint first, and its record is its own: other files of these names are somebody else's.
+    there = [name for name in FILES if (folder / name).exists()]
+    if there and "checkpoint.pt" not in there:
+        try:
+            record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+            is_ours = {"format", "settings", "network"} <= set(record)
+        except (OSError, ValueError, TypeError):
+            is_ours = False
+        if not is_ours:
+            raise ValueError(f"{folder} has {', '.join(there)}, which no training has written: name another --log-dir")
 
 
 def _remove_unused(folder: Path, made: list[Path]) -> None:
@@ -133,8 +150,9 @@ def _train_in(
     record = _record(settings, data, device, steps, processes.size)
     writes = processes.rank == 0 and not settings.dry_run
     if writes:
-        for left in folder.glob(".*.part"):  # of a run that was killed while it wrote
-            left.unlink()
+        for name in (*FILES, BEGUN):
+            for left in folder.glob(f".{name.removeprefix('.')}.*.part"):  # of a run that was killed while it wrote
+                left.unlink()
     belongs = {name: getattr(settings, name) for name in BELONGS}
     history = fit(
         settings,

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = "FWDLIB_DRILL"  # environment variable of all processes of an item, inherited by whatever they start
 PATIENCE = 10.0  # seconds that processes get to end after an item
 RESTS = re.compile(r"\.part$|^\.running-|^\.made-|^\.download-")  # the project's own unfinished files and folders
-TORCHS_OWN = "torchelastic_"  # torchrun never removes its folder for logs
+TORCHS_OWN = ("torchelastic_", "torchinductor_")  # what torch keeps in the temporary folder: logs, and compiled code
 KINDS = {  # the sections of the page
     "whole": "What is atomic",
     "yours": "Whose files are touched",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 
 from fwdlib.locks import LOCK
@@ -60,14 +61,17 @@ def drawing_killed(trial: Trial) -> str:
     return f"no process after {max(seconds):.1f} s; the pages before were whole, and the next ones are the same bytes"
 
 
+def is_study(command: list[str]) -> bool:
+    return command[:1] == [sys.executable] and "report.studies" in command[2]
+
+
 @item("ends", "No study outlives the command that has started it.", short=True)
 def evidence_killed(trial: Trial) -> str:
     """End report.evidence by SIGKILL, SIGTERM or SIGINT at a random moment while two studies run."""
     told = []
     for sent in [trial.moments.choice(SIGNALS)] if trial.short else SIGNALS:
         process = trial.start("-m", "report.evidence", trial.folder / "evidence")
-        studies = lambda: [each for each in trial.processes() if "report.studies" in " ".join(each.cmdline())]  # noqa: E731
-        trial.until(lambda studies=studies: len(studies()) >= 2)
+        trial.until(lambda: len([each for each in trial.processes() if is_study(each.cmdline())]) >= 2)
         trial.pause(0, 4)
         trial.end(process, sent)
         told.append(f"{sent.name}: {trial.all_end():.1f} s")
