@@ -58,13 +58,16 @@ class Dask:
         return self.start("worker", self.address, *at, "--nthreads", "1", "--name", name, *words)
 
     def end(self) -> None:
+        """Kill the scheduler and the workers; what runs for them ends by itself, or else is killed, too."""
+        living = [psutil.Process(process.pid) for process in self.started if process.poll() is None]
+        family = [each for process in living for each in process.children(recursive=True)]
         for process in self.started:
-            for each in (
-                [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []
-            ):
-                each.kill()
-        for process in self.started:
+            process.kill()
             process.wait()
+        wait_until(lambda: not runs_in(self.folder), 15)
+        for each in family:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def run(settings: Settings, *, progress: bool = True) -> dict[str, Any]:
 
     Raises:
         InUseError: if another process writes to the folder.
-        ValueError: if the folder has a checkpoint and ``resume`` is not set, or somebody else's files with our names; if
+        ValueError: if the folder has a checkpoint and ``resume`` is not set, or somebody else's files of our names; if
             the checkpoint is damaged or belongs to a different run; or if the training diverged: the files up to the
             last whole epoch are kept.
         FileNotFoundError: if the data set is not available. No other takes its place.

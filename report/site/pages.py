@@ -82,7 +82,7 @@ def promises() -> dict[str, list[Any]]:
     from tests.drill.harness import KINDS
     from tests.drill.items import ITEMS
 
-    return {title: [item for item in ITEMS if item.kind == kind] for kind, title in KINDS.items()}
+    return {title: [item for item in ITEMS.values() if item.kind == kind] for kind, title in KINDS.items()}
 
 
 def fill(app: Sphinx, document: str, source: list[str]) -> None:

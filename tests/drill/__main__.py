@@ -29,7 +29,7 @@ class Drill:
 
 def main(drill: Drill) -> int:
     """Try the items, and return the exit code."""
-    chosen = [item for item in ITEMS if drill.only in item.name and (item.short or not drill.short)]
+    chosen = [item for item in ITEMS.values() if drill.only in item.name and (item.short or not drill.short)]
     print(f"drill with seed {drill.seed}: {len(chosen)} items", flush=True)
     begun, states = time.monotonic(), Counter()
     with harness.scratch() as folder, tqdm(chosen, unit="item", leave=False, disable=None) as bar:

@@ -67,9 +67,9 @@ def scheduler_killed(trial: Trial) -> str:
     return f"said after {seconds:.0f} s; no job runs on"
 
 
-@item("ends", "--timeout holds also when the worker that has the job hangs.")
+@item("ends", "`--timeout` holds also when the worker that has the job hangs.")
 def worker_stopped(trial: Trial) -> str:
-    """SIGSTOP the only worker of a cluster while it runs a job with --timeout 10."""
+    """SIGSTOP the only worker of a cluster while it runs a job with `--timeout 10`."""
     output, gate = trial.folder / "out", trial.folder / "gate"
     command = (*RUN, tiny(trial), "--set", f"gate={gate}", "--timeout", "10", "--output", output)
     with cluster(trial, 1) as there:

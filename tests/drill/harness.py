@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = "FWDLIB_DRILL"  # environment variable of all processes of an item, inherited by whatever they start
 PATIENCE = 10.0  # seconds that processes get to end after an item
 RESTS = re.compile(r"\.part$|^\.running-|^\.made-|^\.download-")  # the project's own unfinished files and folders
-TORCHS_OWN = ("torchelastic_", "torchinductor_")  # what torch keeps in the temporary folder: logs, and compiled code
+KEPT = ("torchelastic_", "torchinductor_", "dask-scratch-space")  # what torch and Dask leave in the temporary folder
 KINDS = {  # the sections of the page
     "whole": "What is atomic",
     "yours": "Whose files are touched",
@@ -62,7 +62,7 @@ class Item(NamedTuple):
         return " ".join(self.work.__doc__.split()).removesuffix(".")
 
 
-ITEMS: list[Item] = []
+ITEMS: dict[str, Item] = {}
 
 
 def item(kind: str, promise: str, *, short: bool = False) -> Callable[[Callable[[Trial], str]], Callable[[Trial], str]]:
@@ -76,7 +76,9 @@ def item(kind: str, promise: str, *, short: bool = False) -> Callable[[Callable[
 
     def register(work: Callable[[Trial], str]) -> Callable[[Trial], str]:
         assert kind in KINDS
-        ITEMS.append(Item(kind, promise, short, work))
+        same = ITEMS.get(work.__name__)  # pytest imports a module twice, under two names
+        assert not same or same.work.__code__ == work.__code__, f"two items are called {work.__name__}"
+        ITEMS[work.__name__] = Item(kind, promise, short, work)
         return work
 
     return register
@@ -166,7 +168,7 @@ class Trial:
         """
         ended = lambda: self.started and all(process.poll() is not None for process, _ in self.started)  # noqa: E731
         wait_until(lambda: condition() or ended(), seconds)
-        if not wait_until(condition, 1):
+        if not wait_until(condition, min(seconds, 20)):
             said = "; ".join(log.read_text(errors="replace")[-300:] for _, log in self.started)
             raise AssertionError(f"waited {seconds:.0f} s in vain; the processes said: {said}")
 
@@ -207,7 +209,7 @@ class Trial:
             time.sleep(0.05)
         for process, _ in self.started:
             process.wait()
-        temporary = [path.name for path in self.temporary.iterdir() if not path.name.startswith(TORCHS_OWN)]
+        temporary = [path.name for path in self.temporary.iterdir() if not path.name.startswith(KEPT)]
         left += [f"temporary {name}" for name in temporary]
         left += [f"unfinished {path.name}" for path in self.folder.rglob("*") if RESTS.search(path.name)]
         return left

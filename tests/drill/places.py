@@ -115,7 +115,7 @@ STRANGERS = (
     short=True,
 )
 def strangers_folder(trial: Trial) -> str:
-    """Name a folder full of somebody else's files to every command with an --output, --out or --log-dir."""
+    """Name a folder full of somebody else's files to every command with an `--output`, `--out` or `--log-dir`."""
     mine, notebook = trial.folder / "mine", tiny(trial)
     for name in STRANGERS:
         (mine / name).parent.mkdir(parents=True, exist_ok=True)

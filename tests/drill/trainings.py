@@ -32,7 +32,7 @@ def epochs_in(folder: Path) -> int:
     short=True,
 )
 def training_killed(trial: Trial) -> str:
-    """SIGKILL `train` twice at random moments, in BP, FG-RANK1, FG-CV and FDFA, and --resume."""
+    """SIGKILL `train` twice at random moments, in BP, FG-RANK1, FG-CV and FDFA, and `--resume`."""
     moments = []
     for mode in [trial.moments.choice(MODES)] if trial.short else MODES:
         whole, killed = trial.folder / f"{mode}-whole", trial.folder / f"{mode}-killed"
@@ -75,7 +75,7 @@ def launcher_killed(trial: Trial) -> str:
     "Under torchrun, a training that loses a process goes on from its last whole epoch, to the same weights.",
 )
 def rank_killed(trial: Trial) -> str:
-    """SIGKILL one of two processes under torchrun --max-restarts 2, at a random moment."""
+    """SIGKILL one of two processes under `torchrun --max-restarts 2`, at a random moment."""
     command = (*SHARED, "--epochs", "8", "--log-dir")
     whole, killed = trial.folder / "whole", trial.folder / "killed"
     trial.run(*command, whole, "--processes", "2")
@@ -93,7 +93,7 @@ def rank_killed(trial: Trial) -> str:
 
 @item("said", "A restart by torchrun is no leave to resume: it goes on only with what its own launch has begun.")
 def torchrun_on_finished_folder(trial: Trial) -> str:
-    """Start torchrun --max-restarts 2 without --resume on the folder of a finished training."""
+    """Start `torchrun --max-restarts 2` without `--resume` on the folder of a finished training."""
     folder = trial.folder / "finished"
     trial.run(*SHARED, "--epochs", "1", "--log-dir", folder, "--processes", "2")
     before = contents(folder)
@@ -110,7 +110,7 @@ def torchrun_on_finished_folder(trial: Trial) -> str:
     short=True,
 )
 def two_trainings(trial: Trial) -> str:
-    """Start a second `train` on the same folder, then SIGKILL the first and --resume."""
+    """Start a second `train` on the same folder, then SIGKILL the first and `--resume`."""
     folder = trial.folder / "shared"
     first = trial.start(*TRAIN, "--train-mode", "BP", "--epochs", "500", "--log-dir", folder)
     trial.until(lambda: epochs_in(folder) >= 1)
@@ -136,7 +136,7 @@ class Code:
 
 @item("executed", "Reading a checkpoint executes nothing: one that contains code is refused.", short=True)
 def checkpoint_with_code(trial: Trial) -> str:
-    """Put code into a checkpoint, and --resume."""
+    """Put code into a checkpoint, and `--resume`."""
     folder, sign = trial.folder / "log", trial.folder / "executed"
     folder.mkdir()
     torch.save({"format": 1, "about": Code(sign)}, folder / "checkpoint.pt")
@@ -172,7 +172,7 @@ sys.exit(cli.main(sys.argv[1:]))"""
 
 @item("whole", "No result depends on the clock: files from the future and a clock that is set back change nothing.")
 def clock_set_back_in_training(trial: Trial) -> str:
-    """Set the clock back an hour while `train` runs, kill it, date its files a day ahead, and --resume."""
+    """Set the clock back an hour while `train` runs, kill it, date its files a day ahead, and `--resume`."""
     killed, whole = trial.folder / "killed", trial.folder / "whole"
     command = (*TRAIN[2:], "--train-mode", "BP", "--epochs", "6", "--log-dir")
     process = trial.start("-c", BACK, *command, killed)
