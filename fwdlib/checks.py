@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
 MAX_SEED = 2**32 - 1  # the largest that numpy and scikit-learn take
@@ -63,3 +66,32 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
+
+
+def check_inserted(cells: Sequence[str]) -> None:
+    r"""Check the parameters that papermill has inserted into a notebook.
+
+    papermill only warns of a name that the notebook does not know, and runs with the default. Quick mode sets a number
+    of seeds of its own, so nothing else would look at the one that was asked for.
+
+    Args:
+        cells: the code of a notebook. Inserted parameters are a cell of their own after the notebook's parameters.
+
+    Raises:
+        ValueError: if the notebook has no parameter of a name, or ``num_seeds`` is not a whole number of at least 1.
+
+    Example:
+        >>> check_inserted(["num_seeds = 20", "# Parameters\nnum_seeds = 3"])
+        >>> check_inserted(["num_seeds = 20", "# Parameters\nnmu_seeds = 3"])
+        Traceback (most recent call last):
+            ...
+        ValueError: this notebook has no parameter 'nmu_seeds'; it has num_seeds
+    """
+    for own, inserted in itertools.pairwise(cells):
+        if not inserted.startswith("# Parameters\n"):
+            continue
+        known, given = (dict(re.findall(r"^(\w+) *= *(.*)$", code, re.MULTILINE)) for code in (own, inserted))
+        if strange := [name for name in given if name not in known]:
+            raise ValueError(f"this notebook has no parameter {strange[0]!r}; it has {', '.join(known)}")
+        if "num_seeds" in given:
+            check_count("num_seeds", ast.literal_eval(given["num_seeds"]))

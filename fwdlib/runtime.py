@@ -11,13 +11,14 @@ import sys
 import textwrap
 import tomllib
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import platformdirs
 
-from fwdlib.checks import check_choice, check_count, check_seed
+from fwdlib.checks import check_choice, check_count, check_inserted, check_seed
 
 # torch takes seconds to import, and drawing figures or printing help does without it.
 if TYPE_CHECKING:
@@ -181,15 +182,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def summary(seeds: list[int], device: torch.device | str = "cpu") -> str:
+def summary(seeds: list[int], device: torch.device | str = "cpu", cells: Sequence[str] = ()) -> str:
     """Return the first output of a notebook: packages and versions, device and threads, seeds.
 
     Args:
         seeds: of its runs.
         device: that it trains on.
+        cells: the code that has run so far, IPython's ``In``. Parameters that papermill has inserted are checked.
+
+    Raises:
+        ValueError: if this machine has no such device, or as :func:`fwdlib.checks.check_inserted`.
     """
     import torch
 
+    check_inserted(cells)
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     mode = "; quick mode: only to see that everything runs" if is_quick() else ""

@@ -311,3 +311,27 @@ def test_runs_in_quick_mode_and_the_solutions_pass_their_checkers(name, tmp_path
     assert file.name == f"{name}.json"
     assert set(json.loads(file.read_text())["parameters"]) == set(parameters_of(notebook))
     assert not any(output.get("name") == "stderr" for output in outputs_of(notebook))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"nmu_seeds": 3}, "this notebook has no parameter 'nmu_seeds'; it has seed, num_seeds"), ({"num_seeds": 0}, "0")],
+)
+def test_refuses_what_papermill_would_let_pass(given, message, tmp_path, monkeypatch):
+    import papermill
+
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel "python3" is this Python
+    monkeypatch.setenv("FWDLIB_QUICK", "1")
+    monkeypatch.setenv("FWDLIB_RESULTS", str(tmp_path / "results"))
+    source = FOLDER / "1a_logistic_backprop.ipynb"
+    with pytest.raises(papermill.PapermillExecutionError, match=message) as error:
+        papermill.execute_notebook(source, tmp_path / "out.ipynb", given, kernel_name="python3", progress_bar=False)
+    assert "check_inserted" in str(error.value)
+    assert not (tmp_path / "results").exists()
+
+
+@every_notebook
+def test_checks_the_parameters_that_papermill_inserts(path):
+    code = "\n".join(cell.source for cell in code_cells(load(path)))
+    assert "runtime.summary(seeds, device, In)" in code
