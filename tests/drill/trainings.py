@@ -17,6 +17,7 @@ WORDS = ("--dataset", "digits", "--n-layers", "1", "--batch-size", "256", "--lr"
 TRAIN = ("-m", "fwdlib", "train", *WORDS)
 SHARED = (*TRAIN, "--train-mode", "FG-RANK1")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2")
+LAUNCHERS = {"torchrun": (*TORCHRUN, *SHARED), "train": (*SHARED, "--processes", "2")}
 
 
 def epochs_in(folder: Path) -> int:
@@ -57,17 +58,16 @@ def training_killed(trial: Trial) -> str:
     short=True,
 )
 def launcher_killed(trial: Trial) -> str:
-    """SIGKILL torchrun, and `train --processes 2`, while their processes train."""
-    seconds = []
-    ways = [(TORCHRUN, ()), ((), ("--processes", "2"))]
-    for launcher, words in [trial.moments.choice(ways)] if trial.short else ways:
-        folder = trial.folder / f"by-{len(seconds)}"
-        process = trial.start(*launcher, *SHARED, "--epochs", "500", "--log-dir", folder, *words)
+    """End torchrun, and `train --processes 2`, by SIGKILL and SIGTERM, while their processes train."""
+    told, ways = [], [(launcher, sent) for launcher in LAUNCHERS for sent in (signal.SIGKILL, signal.SIGTERM)]
+    for launcher, sent in [trial.moments.choice(ways)] if trial.short else ways:
+        folder = trial.folder / f"{launcher} {sent.name}"
+        process = trial.start(*LAUNCHERS[launcher], "--epochs", "500", "--log-dir", folder)
         trial.until(lambda folder=folder: epochs_in(folder) >= 1)
         trial.pause(0, 1)
-        trial.end(process, signal.SIGKILL)
-        seconds.append(trial.all_end(10))
-    return f"all ended after {' and '.join(f'{each:.1f}' for each in seconds)} s"
+        trial.end(process, sent)
+        told.append(f"{launcher}, {sent.name}: {trial.all_end(10):.1f} s")
+    return f"all ended; {', '.join(told)}"
 
 
 @item(
