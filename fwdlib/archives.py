@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import os
 import threading
 import time
 import urllib.request
@@ -194,6 +195,7 @@ def answers(url: str) -> bool:
     return _answered.get(host, False)
 
 
-def found_no_network() -> bool:
-    """Tell whether this process has asked hosts and none has answered."""
-    return bool(_answered) and not any(_answered.values())
+def stay_offline_without_network() -> None:
+    """Set ``FWDLIB_OFFLINE`` if this process has asked hosts and none has answered, so that its children do not ask."""
+    if _answered and not any(_answered.values()):
+        os.environ["FWDLIB_OFFLINE"] = "1"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -127,12 +126,11 @@ class Build:
         Raises:
             BuildError: if a substitute was loaded and the report is to be published.
         """
-        from fwdlib.archives import found_no_network
+        from fwdlib.archives import stay_offline_without_network
         from fwdlib.data import describe, load_kmnist, load_penguins
 
         found = [load_penguins(), load_kmnist()]
-        if found_no_network():
-            os.environ["FWDLIB_OFFLINE"] = "1"  # so that the notebooks' processes do not wait for a network again
+        stay_offline_without_network()
         for dataset in found:
             first, second, *_ = describe(dataset).splitlines()
             is_real = dataset.source.substitute_for is None

@@ -53,6 +53,13 @@ class Dask:
         self.started.append(process)
         return process
 
+    def restart_scheduler(self) -> None:
+        self.scheduler.kill()
+        self.scheduler.wait()
+        host, port = self.address.rpartition("//")[2].split(":")
+        self.scheduler = self.start("scheduler", "--host", host, "--port", port, "--dashboard-address", f"{host}:0")
+        assert wait_until(lambda: listens_at([psutil.Process(self.scheduler.pid)]), 60)
+
     def worker(self, name: str, *words: str) -> subprocess.Popen:
         at = ["--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0", "--local-directory", str(self.folder)]
         return self.start("worker", self.address, *at, "--nthreads", "1", "--name", name, *words)

@@ -21,7 +21,7 @@ from urllib.error import URLError
 
 import pytest
 
-from fwdlib import archives, locks
+from fwdlib import archives, locks, runtime
 from fwdlib.archives import Archive, DamagedFileError, UnavailableError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -300,10 +300,11 @@ def test_offline_asks_nobody(monkeypatch):
     assert not archives.answers("http://example.invalid/file")
 
 
-def test_found_no_network_needs_a_question_that_nobody_answered(monkeypatch):
-    monkeypatch.setattr(archives, "_answered", {})
-    assert not archives.found_no_network()
-    monkeypatch.setattr(archives, "_answered", {"one": False})
-    assert archives.found_no_network()
-    monkeypatch.setattr(archives, "_answered", {"one": False, "two": True})
-    assert not archives.found_no_network()
+@pytest.mark.parametrize(
+    ("answered", "set_"), [({}, False), ({"one": False}, True), ({"one": False, "two": True}, False)]
+)
+def test_children_stay_offline_only_if_nobody_has_answered(monkeypatch, answered, set_):
+    monkeypatch.setenv("FWDLIB_OFFLINE", "")
+    monkeypatch.setattr(archives, "_answered", answered)
+    archives.stay_offline_without_network()
+    assert runtime.is_offline() == set_

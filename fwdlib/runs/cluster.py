@@ -15,6 +15,7 @@ import functools
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -39,6 +40,7 @@ from fwdlib.runs.places import STAGGER, PlaceError, RunningJob, replace_paths
 CONNECT_SECONDS = 10
 PING_SECONDS = 2
 SILENCE_SECONDS = 20  # without an answer; then the scheduler counts as gone
+DESERTED_SECONDS = 120  # without a worker, where there were some; then they count as gone
 # As text, so that the scheduler, which forwards it, needs no fwdlib.
 CALL = "__import__('fwdlib.runs.cluster', fromlist=['run']).run(order)"
 Order = dict[str, Any]
@@ -74,6 +76,7 @@ class Cluster:
         self._executor = self.client.get_executor(pure=False)
         self._name = f"fwdlib-{uuid.uuid4().hex[:8]}"
         self._num_sent, self._heard, self._state = 0, time.monotonic(), None
+        self._seen = math.inf  # when there was a worker last; one that never had any may take as long as it likes
         self.sent: dict[str, RemoteJob] = {}
         self.client.subscribe_topic(self._name, self._on_start)
         self._pings = asyncio.run_coroutine_threadsafe(self._ping(), self.client.loop.asyncio_loop)
@@ -101,7 +104,7 @@ class Cluster:
             from fwdlib import data
 
             self._state = _code_state() | {"data": data.lacking()}
-        remote = RemoteJob(job, results, slot, self.scheduler)
+        remote = RemoteJob(job, results, timeout, slot, self.scheduler)
         self.sent[job.name] = remote
         # With one name and a number each, Dask treats the jobs as a group and holds back those that cannot run yet.
         key, self._num_sent = (self._name, self._num_sent), self._num_sent + 1
@@ -121,10 +124,12 @@ class Cluster:
         """Check that the scheduler is still there.
 
         Raises:
-            PlaceError: if it is gone.
+            PlaceError: if it is gone, or all its workers are and do not come back.
         """
         if self._is_gone():
             raise PlaceError(GONE.format(self.scheduler))
+        if (seconds := time.monotonic() - self._seen) > DESERTED_SECONDS:
+            raise PlaceError(DESERTED.format(self.scheduler, seconds))
 
     def _is_gone(self) -> bool:
         return self.client.status != "running" or time.monotonic() - self._heard > SILENCE_SECONDS
@@ -133,8 +138,10 @@ class Cluster:
         # Dask notices a broken connection; this notices a scheduler that hangs and a network that is cut.
         while True:
             with suppress(OSError):  # a single failure does not matter
-                await self.client.scheduler.identity(n_workers=0)
+                about = await self.client.scheduler.identity(n_workers=1)
                 self._heard = time.monotonic()
+                if about["workers"]:
+                    self._seen = self._heard
             await asyncio.sleep(PING_SECONDS)
 
     def _on_start(self, event: tuple[float, dict[str, str]]) -> None:
@@ -143,7 +150,7 @@ class Cluster:
             self.news.append(f"again    {remote.job.name} on {worker}; it was lost{remote.where}")
         else:
             self.news.append(f"started  {remote.job.name} ({remote.num_cells} cells) on {worker}")
-        remote.where = f" on {worker}"
+        remote.where, remote.begun = f" on {worker}", time.monotonic()
 
 
 async def _greet(scheduler: str) -> None:
@@ -159,8 +166,8 @@ class RemoteJob(RunningJob):
 
     future: Future[dict[str, Any]]
 
-    def __init__(self, job: Job, results: Path, slot: int, scheduler: str) -> None:
-        super().__init__(job, results, slot)
+    def __init__(self, job: Job, results: Path, timeout: float, slot: int, scheduler: str) -> None:
+        super().__init__(job, results, timeout, slot)
         self.scheduler = scheduler
         self.staging.mkdir()
 
@@ -171,7 +178,10 @@ class RemoteJob(RunningJob):
             PlaceError: if the scheduler is gone, or a worker cannot run our jobs.
         """
         if not self.future.done():
-            return False
+            is_overdue = bool(self.where) and time.monotonic() - self.begun > self.timeout + 2 * notebook.OVERDUE
+            if is_overdue:  # a worker that does not hang would have ended it
+                self._fail(notebook.HANGS.format(self.timeout))
+            return is_overdue
         if self.future.cancelled():  # not by us
             raise PlaceError(GONE.format(self.scheduler))
         error = self.future.exception()
@@ -180,15 +190,17 @@ class RemoteJob(RunningJob):
         if error:
             self.is_lost = isinstance(error, distributed.KilledWorker)
             lost = f"lost: each of {error.allowed_failures + 1} workers that had it died" if self.is_lost else ""
-            text = lost or f"its worker could not run it: {type(error).__name__}: {error}"
-            for name, content in {"log.txt": "", "error.txt": text}.items():
-                (self.folder / name).write_text(content, encoding="utf-8")
+            self._fail(lost or f"its worker could not run it: {type(error).__name__}: {error}")
             return True
         answer = self.future.result()
         if "refused" in answer:
             raise PlaceError(f"worker {answer['worker']} is not like this machine: {answer['refused']}. {ADVICE}")
         self._unpack(**answer)
         return True
+
+    def _fail(self, text: str) -> None:
+        for name, content in {"log.txt": "", "error.txt": text}.items():
+            (self.folder / name).write_text(content, encoding="utf-8")
 
     def _unpack(self, worker: str, seconds: float, status: int, folder: str, files: dict[str, bytes]) -> None:
         self.where, self.status, self.begun = f" on {worker}", status, time.monotonic() - seconds
@@ -211,6 +223,10 @@ NO_DATA = "it has no {} (if only this machine can download that, set FWDLIB_OFFL
 GONE = (
     "the Dask scheduler at {} is gone. Everything finished so far is kept; when the scheduler is back, the same "
     "command runs what is missing"
+)
+DESERTED = (
+    "the Dask scheduler at {} has had no worker for {:.0f} s. Everything finished so far is kept; when there are "
+    "workers again, the same command runs what is missing"
 )
 ADVICE = (
     "Install the wheel and the versions of this machine there, point FWDLIB_DATA to the same data, or remove the "
@@ -262,6 +278,7 @@ def run(order: Order) -> dict[str, Any]:
                 task = worker.state.tasks.get(key)
                 if task is None or task.state == "cancelled" or worker.status.name in ("closing", "closed", "failed"):
                     raise RuntimeError(f"the client gave up {order['name']}, or this worker is closing")
+                notebook.end_overdue(process, folder, order["timeout"], begun)
                 time.sleep(0.1)
         finally:
             children.end(process)

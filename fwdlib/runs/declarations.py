@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -24,7 +23,7 @@ from typing import Any
 import nbformat
 
 from fwdlib import data
-from fwdlib.archives import found_no_network
+from fwdlib.archives import stay_offline_without_network
 from fwdlib.checks import check_count
 from fwdlib.runs.jobs import Job
 from fwdlib.runs.parameters import check_parameter, defaults_of, parse, split
@@ -196,6 +195,5 @@ def get_data(jobs: list[Job]) -> dict[str, str]:
                 missing |= {} if name == "penguins" else {name: str(error)}
             except data.DamagedFileError:
                 pass  # the job that needs it says so
-    if found_no_network():
-        os.environ["FWDLIB_OFFLINE"] = "1"
+    stay_offline_without_network()
     return missing

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from fwdlib import children
 # papermill and nbformat take a second; they are imported once the process listens for its parent's end.
 START_RETRIES = 2  # kernels that start at the same time can race for ports
 GRACE = 10.0  # seconds to end the kernel and remove the folder
+OVERDUE = 30.0  # seconds after the time-out, in which a process that does not hang has ended its kernel and itself
+HANGS = "the notebook took longer than {:g} s, and then did not end: its process hangs, or was stopped"
 
 
 def start(
@@ -57,6 +60,24 @@ def start(
     options = {"environment": environment, "folder": folder / "cwd", "grace": GRACE}  # an empty working folder
     with (folder / "log.txt").open("w") as log:
         return children.start(command, stdout=log, stderr=subprocess.STDOUT, **options)
+
+
+def end_overdue(process: children.Child, folder: Path, timeout: float, begun: float) -> None:
+    """End a process, and its kernel, if it is long past its time-out; ``error.txt`` says so.
+
+    Args:
+        process: that :func:`start` returned.
+        folder: of the job.
+        timeout: seconds.
+        begun: when it started, by ``time.monotonic()``.
+    """
+    if time.monotonic() - begun < timeout + OVERDUE:
+        return
+    with suppress(psutil.NoSuchProcess):
+        for kernel in psutil.Process(process.pid).children(recursive=True):  # each in a session of its own
+            kernel.kill()
+    (folder / "error.txt").write_text(HANGS.format(timeout), encoding="utf-8")
+    process.kill()
 
 
 def _environment(folder: Path, one_thread: bool) -> dict[str, str]:
@@ -135,15 +156,16 @@ def _execute(folder: Path, notebook: str, parameters: dict[str, Any], timeout: f
         "iopub_timeout": 60,  # nbclient's 4 s for a cell's last output are short on a busy machine
     }
     for retries_left in reversed(range(1 + START_RETRIES)):
+        left = max(1, min(60, round(deadline - time.monotonic())))  # for the start of the kernel
         try:
-            papermill.execute_notebook(notebook, str(copy), parameters, **options)
+            papermill.execute_notebook(notebook, str(copy), parameters, start_timeout=left, **options)
             return
         except Exception as stop:
             has_started = progress.exists()
             if has_started and not isinstance(stop, PapermillExecutionError):
                 late = f"the notebook took longer than {timeout:g} s" if time.monotonic() >= deadline else ""
                 _mark_failure(copy, int(progress.read_text()), stop, late or str(stop).partition("\n")[0])
-            if has_started or not retries_left:
+            if has_started or not retries_left or time.monotonic() >= deadline:
                 raise
             time.sleep(1)
 

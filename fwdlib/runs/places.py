@@ -48,7 +48,8 @@ class Place(Protocol):
         """Raise :class:`PlaceError` if the place is gone."""
 
 
-MADE = ".made-"  # a job's folder has this name until it has its lock
+MADE, RUNNING = ".made-", ".running-"  # a job's folder has the first name until it has its lock
+MAKING = 60  # seconds after which a folder that has no lock yet is that of a dead batch
 
 
 class RunningJob:
@@ -57,15 +58,15 @@ class RunningJob:
     status: int | None = None  # that the process ended with
     is_lost = False  # with the machine that it was on
 
-    def __init__(self, job: Job, results: Path, slot: int) -> None:
-        self.job, self.slot, self.begun, self.where = job, slot, time.monotonic(), ""
+    def __init__(self, job: Job, results: Path, timeout: float, slot: int) -> None:
+        self.job, self.timeout, self.slot, self.begun, self.where = job, timeout, slot, time.monotonic(), ""
         # papermill inserts a cell for the parameters
         self.num_cells = len(nbformat.read(job.notebook, 4).cells) + bool(job.parameters)
         # Inside the folder of the results, so that a result moves in one step: it is there whole or not at all.
-        made = Path(tempfile.mkdtemp(prefix=f"{MADE}{job.name}-", dir=results))
+        made = Path(tempfile.mkdtemp(prefix=f"{MADE}{socket.gethostname()}-{job.name}-", dir=results))
         self._held = ExitStack()
         self._held.enter_context(held(made))  # as long as this process lives, see remove_leftovers
-        self.folder = made.rename(made.with_name(made.name.replace(MADE, f".running-{socket.gethostname()}-", 1)))
+        self.folder = made.rename(made.with_name(made.name.replace(MADE, RUNNING, 1)))
         self.staging = self.folder / "results"
 
     def has_ended(self) -> bool:
@@ -128,7 +129,9 @@ def remove_leftovers(results: Path) -> None:
     A living batch holds a lock in each, whatever its number and wherever it runs. Folders of other machines stay, as
     a lock on a shared disk may not reach so far.
     """
-    for folder in results.glob(f".running-{socket.gethostname()}-*"):
+    host, now = socket.gethostname(), time.time()
+    unlocked = [path for path in results.glob(f"{MADE}{host}-*") if now - path.stat().st_mtime > MAKING]
+    for folder in [*results.glob(f"{RUNNING}{host}-*"), *unlocked]:
         with suppress(InUseError, FileNotFoundError), held(folder):
             notebook.discard(folder)
 
@@ -168,7 +171,7 @@ class LocalJob(RunningJob):
     """A job in a process on this machine, with a progress bar."""
 
     def __init__(self, job: Job, results: Path, timeout: float, one_thread: bool, slot: int, progress: bool) -> None:
-        super().__init__(job, results, slot)
+        super().__init__(job, results, timeout, slot)
         self.process = notebook.start(self.folder, job.notebook, job.parameters, timeout, one_thread)
         hidden = not (progress and sys.stderr.isatty())
         bar = {"position": slot + 1, "leave": False, "disable": hidden, "bar_format": BAR}
@@ -180,6 +183,8 @@ class LocalJob(RunningJob):
             self.bar.n = int((self.folder / "cell.txt").read_text() or 0) + 1  # empty while it is being written
             self.bar.refresh()
         self.status = self.process.poll()
+        if self.status is None:
+            notebook.end_overdue(self.process, self.folder, self.timeout, self.begun)
         return self.status is not None
 
     def remove(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -337,6 +339,27 @@ def test_time_outs_dead_kernels_and_killed_workers_are_failures_and_undo_the_sta
     assert lines.startswith("started  slow (3 cells)\nstarted  dead (3 cells)\nFAILED   dead: cell 2: DeadKernelError")
 
 
+STOP = {
+    "worker": "os.kill(os.getppid(), signal.SIGSTOP)",
+    "kernel": "os.kill(os.getpid(), signal.SIGSTOP)",
+    "both": "os.kill(os.getppid(), signal.SIGSTOP)\nos.kill(os.getpid(), signal.SIGSTOP)",
+}
+
+
+@pytest.mark.parametrize("stopped", STOP)
+def test_the_time_out_holds_for_processes_that_hang(tmp_path, monkeypatch, stopped):
+    monkeypatch.setattr(places.notebook, "OVERDUE", 15)
+    hung = write_notebook(tmp_path / "hung.ipynb", f"import os, signal, time\n{STOP[stopped]}\ntime.sleep(300)")
+    begun = time.monotonic()
+    (outcome,) = run_batch([Job(hung)], results=tmp_path / "r", executed=tmp_path / "executed", timeout=8)
+    assert time.monotonic() - begun < 60
+    assert outcome.status == "failed"
+    assert "the notebook took longer than 8 s" in outcome.error
+    assert stopped == "kernel" or "its process hangs, or was stopped" in outcome.error
+    assert wait_until(lambda: not processes_of(tmp_path), 5)
+    assert not list((tmp_path / "r").iterdir())
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
 def test_an_interrupted_batch_leaves_nothing_and_can_be_run_again(tmp_path, sent):
     gate = "while not Path(dataset).exists():\n    time.sleep(0.05)"
@@ -395,9 +418,13 @@ def test_a_batch_that_dies_while_it_moves_results_leaves_no_stamp(again, monkeyp
 
 def test_folders_of_dead_batches_are_removed_and_those_of_living_ones_are_not(tmp_path):
     here = socket.gethostname()
-    names = [f".running-{here}-dead-x", f".running-{here}-alive-x", ".made-new-x", ".running-elsewhere-x-x"]
-    for name in names:
+    names = [f".running-{here}-dead-x", f".running-{here}-alive-x", f".made-{here}-new-x", ".running-elsewhere-x-x"]
+    names += [".made-elsewhere-old-x"]
+    old = f".made-{here}-old-x"  # its batch was killed before it had locked it
+    for name in [*names, old]:
         (tmp_path / name).mkdir()
+    for name in (names[-1], old):
+        os.utime(tmp_path / name, (time.time() - 100,) * 2)
     with held(tmp_path / names[1]):
         assert run_batch([], results=tmp_path, executed=tmp_path / "executed") == []
     assert {path.name for path in tmp_path.iterdir()} == set(names[1:])

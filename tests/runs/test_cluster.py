@@ -198,6 +198,35 @@ def test_without_its_scheduler_a_batch_ends_soon_and_keeps_what_is_finished(
     assert again.job.name == "quick"
 
 
+@pytest.mark.parametrize("lost", ["worker", "scheduler"])
+def test_a_batch_whose_workers_do_not_come_back_ends_with_words(tmp_path, folders, monkeypatch, lost):
+    (tmp_path / "dask").mkdir()
+    notebook = write_notebook(tmp_path / "tiny.ipynb", TELL, WAIT)
+    monkeypatch.setattr(cluster, "DESERTED_SECONDS", 4)
+    real, gone = cluster.Cluster.check, []
+    with dask(tmp_path / "dask", DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="9") as there:
+        worker = there.worker("one", "--no-nanny")
+
+        def check(self):
+            if not gone and self.sent and self.sent["slow"].where:
+                worker.kill()
+                if lost == "scheduler":
+                    there.restart_scheduler()
+                gone.append(time.monotonic())
+            real(self)
+
+        monkeypatch.setattr(cluster.Cluster, "check", check)
+        slow = Job(notebook, {"gate": str(tmp_path / "never")}, "slow")
+        with (
+            pytest.raises(
+                PlaceError, match=r"(has had no worker for \d+ s|is gone)\. Everything finished so far is kept"
+            ),
+            cluster.Cluster(there.address) as place,
+        ):
+            run_batch([slow], **folders, place=place)
+        assert time.monotonic() - gone[0] < 30
+
+
 def test_a_scheduler_that_is_not_there_is_told_at_once(tmp_path, monkeypatch):
     before = {thread.ident for thread in threading.enumerate()}
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1)
