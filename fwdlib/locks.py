@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -15,7 +16,8 @@ from filelock import FileLock, Timeout
 
 LOCK = ".fwdlib-lock"
 HOLDER = ".fwdlib-lock-holder.txt"
-MADE = ".made-"  # a temporary folder has this name until it has its lock
+MADE = ".made-"  # begins the name of a temporary folder until it has its lock
+MAKING = 60  # seconds after which a folder that has no lock yet is that of a dead process
 
 
 class InUseError(OSError):
@@ -51,16 +53,17 @@ def held(folder: Path, *, patience: float = 0, shown: Path | None = None) -> Ite
 
 
 @contextmanager
-def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+def temporary_folder(parent: Path, kind: str, label: str = "") -> Iterator[Path]:
     """Make a folder that this process holds for the duration of a ``with`` block, and remove it then.
 
     If the process is killed, :func:`remove_leftovers` removes it.
 
     Args:
         parent: an existing folder.
-        name: of the kind of folder: the new one is called ``.<name>-<host>-...``.
+        kind: begins the folder's name, ``.<kind>-<host>-<label>...``.
+        label: the rest of its name, to tell it from others.
     """
-    made = Path(tempfile.mkdtemp(prefix=f"{MADE}{name}-{socket.gethostname()}-", dir=parent))
+    made = Path(tempfile.mkdtemp(prefix=f"{MADE}{kind}-{socket.gethostname()}-{label}-", dir=parent))
     with held(made):
         folder = made.rename(made.with_name(made.name.replace(MADE, ".", 1)))
         try:
@@ -69,17 +72,19 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_leftovers(parent: Path, name: str, remove: Callable[[Path], object] = shutil.rmtree) -> None:
-    """Remove the temporary folders of processes that were killed.
+def remove_leftovers(parent: Path, kind: str, remove: Callable[[Path], object] = shutil.rmtree) -> None:
+    """Remove the temporary folders of one kind whose processes were killed.
 
     A living process holds a lock in each, whatever its number and wherever it runs. Folders of other machines stay, as
     a lock on a shared disk may not reach so far.
 
     Args:
         parent: of the folders.
-        name: of their kind.
-        remove: removes a folder.
+        kind: of the folders.
+        remove: removes one.
     """
-    for folder in parent.glob(f".{name}-{socket.gethostname()}-*"):
+    name, now = f"{kind}-{socket.gethostname()}-*", time.time()
+    unlocked = [path for path in parent.glob(f"{MADE}{name}") if now - path.stat().st_mtime > MAKING]
+    for folder in [*parent.glob(f".{name}"), *unlocked]:
         with suppress(InUseError, FileNotFoundError), held(folder):
             remove(folder)

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from fwdlib.atomic import write_bytes
 from fwdlib.checks import check_count, check_positive
-from fwdlib.runs import stamps
+from fwdlib.locks import remove_leftovers
+from fwdlib.runs import notebook, stamps
 from fwdlib.runs.jobs import Job, Outcome, check_jobs
-from fwdlib.runs.places import Here, Place, RunningJob, remove_leftovers
+from fwdlib.runs.places import RUNNING, Here, Place, RunningJob
 
 MARK = ".fwdlib-run"
 JOBS_BAR = "{n_fmt} of {total_fmt} jobs |{bar:20}| {elapsed}"
@@ -72,7 +73,7 @@ def run_batch(
     check_jobs(jobs)
     results, executed = Path(results).resolve(), Path(executed).resolve()
     results.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(results)
+    remove_leftovers(results, RUNNING, notebook.discard)
 
     say = partial(tqdm.write, file=sys.stderr if progress else io.StringIO())  # goes above the bars
     hidden = not (progress and sys.stderr.isatty())

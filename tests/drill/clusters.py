@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from tests.clusters import Dask, dask, runs_in
 from tests.drill.batches import RUN, running_in, tiny
@@ -15,8 +17,7 @@ from tests.notebook_files import content_of, stamp_times
 
 @contextmanager
 def cluster(trial: Trial, num_workers: int) -> Iterator[Dask]:
-    folder = trial.folder / "dask"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="dask-", dir=trial.folder))
     with dask(folder, **trial.environment(FWDLIB_DATA="")) as there:
         there.workers = [there.worker(str(number), "--no-nanny") for number in range(num_workers)]
         yield there
@@ -67,19 +68,31 @@ def scheduler_killed(trial: Trial) -> str:
     return f"said after {seconds:.0f} s; no job runs on"
 
 
-@item("ends", "`--timeout` holds also when the worker that has the job hangs.")
-def worker_stopped(trial: Trial) -> str:
-    """SIGSTOP the only worker of a cluster while it runs a job with `--timeout 10`."""
-    output, gate = trial.folder / "out", trial.folder / "gate"
-    command = (*RUN, tiny(trial), "--set", f"gate={gate}", "--timeout", "10", "--output", output)
-    with cluster(trial, 1) as there:
-        client = trial.start(*command, "--scheduler", there.address)
-        trial.until(lambda: runs_in(there.folder))
-        there.workers[0].send_signal(signal.SIGSTOP)
-        begun = time.monotonic()
-        ended = trial.end(client, seconds=90)
-        seconds = time.monotonic() - begun
-    assert ended.code == 1, ended.said
-    assert "Traceback" not in ended.said, ended.said
-    assert running_in(output) == []
-    return f"ended after {seconds:.0f} s: {ended.said.splitlines()[-1]}"
+# The command with shorter limits, so that the items take seconds.
+HASTY = """\
+import sys
+from fwdlib import cli
+from fwdlib.runs import cluster, notebook
+notebook.OVERDUE, cluster.DESERTED_SECONDS = 5, 10
+sys.exit(cli.main(sys.argv[1:]))"""
+
+
+@item("ends", "`--timeout` holds also when the worker that has the job hangs, and a batch without workers ends.")
+def workers_stopped_and_killed(trial: Trial) -> str:
+    """SIGSTOP the only worker of a cluster while it runs a job with `--timeout 5`; the same with SIGKILL."""
+    told, notebook = [], tiny(trial)
+    for sent, words in {signal.SIGSTOP: "took longer than 5 s", signal.SIGKILL: "has had no worker for"}.items():
+        output, gate = trial.folder / sent.name, trial.folder / "gate"
+        command = (*RUN[2:], notebook, "--set", f"gate={gate}", "--timeout", "5", "--output", output)
+        with cluster(trial, 1) as there:
+            client = trial.start("-c", HASTY, *command, "--scheduler", there.address)
+            trial.until(lambda there=there: runs_in(there.folder))
+            there.workers[0].send_signal(sent)
+            begun = time.monotonic()
+            ended = trial.end(client, seconds=90)
+            told.append(f"{sent.name}: after {time.monotonic() - begun:.0f} s")
+        assert ended.code == 1, ended.said
+        assert words in ended.said, ended.said
+        assert "Traceback" not in ended.said, ended.said
+        assert running_in(output) == []
+    return f"ended with words; {', '.join(told)}"
