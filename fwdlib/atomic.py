@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -66,6 +67,33 @@ def _write(folder: Path, name: str, content: bytes | memoryview, target: Path | 
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def check_own(folder: Path, names: Iterable[str], mark: str, keys: Collection[str] = ()) -> None:
+    """Check that none of the files that a command is to write belongs to somebody else.
+
+    Args:
+        folder: of the files; it need not exist.
+        names: of the files, or of folders of files.
+        mark: name of a file that is in the folder if an earlier command has written there.
+        keys: what the mark has, if it is a JSON file that somebody else may have, too.
+
+    Raises:
+        FileExistsError: if a file is there, and no mark.
+    """
+    strange = [name for name in names if os.path.lexists(folder / name)]
+    if strange and not _is_marked(folder / mark, keys):
+        raise FileExistsError(
+            f"{folder} has files that no such command has written, where this one writes its own: "
+            f"{', '.join(strange)}. Move them away, or name another place"
+        )
+
+
+def _is_marked(mark: Path, keys: Collection[str]) -> bool:
+    try:
+        return mark.is_file() and (not keys or set(keys) <= set(json.loads(mark.read_text(encoding="utf-8"))))
+    except (ValueError, TypeError):  # no JSON, or a number
+        return False
 
 
 @contextmanager

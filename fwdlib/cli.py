@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union
 
 import tyro
 
-from fwdlib.atomic import check_writable, message_of, naming
+from fwdlib.atomic import check_own, check_writable, message_of, naming, write_bytes
 from fwdlib.doctor import PROG, Doctor
 from fwdlib.trainer import settings
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fwdlib.runs.jobs import Job, Outcome
     from fwdlib.runs.places import Place
 
+RUN_MARK = ".fwdlib-run"  # in a folder that `run` writes to
 ABOUT = "Gradients without backpropagation: forward gradients beside backprop."
 
 
@@ -246,7 +247,7 @@ class Bench:
         """Measure, print and save.
 
         Raises:
-            OSError: if the file cannot be written, which is tried first.
+            OSError: if the file cannot be written, which is tried first, or is somebody else's.
             ValueError: if an option has a value that is not allowed.
         """
         from fwdlib.bench import benchmark, table
@@ -256,6 +257,7 @@ class Bench:
         path = self.out or benchmark.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
         path = path.expanduser()
         check_writable(path)
+        check_own(path.parent, [path.name], path.name, ("format", "environment", "models", "depth"))
         found = benchmark.run(
             device=self.device,
             models=self.models or None,
@@ -318,7 +320,7 @@ class Run:
         """Check everything, run what is missing, write the table, list the failures.
 
         Raises:
-            OSError: if the folder cannot be written to, which is tried first.
+            OSError: if the folder cannot be written to, which is tried first, or has files of somebody else.
             ValueError: if the words are not a batch, or the table cannot be written in that format.
             PlaceError: if the cluster cannot be reached, or is gone; the message says how to go on.
             KeyboardInterrupt: if it is stopped; the message says how to go on.
@@ -330,6 +332,8 @@ class Run:
         asked = self._jobs()
         output = (self.output or runtime.results_dir() / ("run-quick" if runtime.is_quick() else "run")).expanduser()
         if not self.dry_run:
+            if self.output:  # the folder of our own needs no mark
+                check_own(output, (f"table.{self.to}", "results", "executed"), RUN_MARK)
             for name in (f"table.{self.to}", "results/record.json", "executed/copy.ipynb"):
                 check_writable(output / name)
         missing = declarations.get_data(asked)
@@ -346,7 +350,7 @@ class Run:
                 print(f"{'done' if job.name in done else 'to run':<8}{job.name}")
             print(f"{len(asked)} jobs, {len(asked) - len(done)} to run, with results in {output}")
             return 0
-        batch.claim(output, f"table.{self.to}")
+        write_bytes(output / RUN_MARK, b"`python -m fwdlib run` writes here.\n")
         how = {"num_jobs": self.jobs, "resume": self.resume, "timeout": self.timeout}
         try:
             with self._place() as place, naming(output):

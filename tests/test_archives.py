@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import http.server
@@ -298,6 +299,19 @@ def test_offline_asks_nobody(monkeypatch):
     monkeypatch.setenv("FWDLIB_OFFLINE", "1")
     monkeypatch.setattr(archives.urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
     assert not archives.answers("http://example.invalid/file")
+
+
+def test_a_full_disk_is_named(bare_machine, monkeypatch, tmp_path):
+    class Full(io.BytesIO):
+        length = None
+
+        def read1(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Full())
+    archive = Archive("a/b.gz", "0" * 32, ("https://one.test/b.gz",))
+    with pytest.raises(UnavailableError, match=rf"could not write {tmp_path / 'cache' / 'a'}: No space left on device"):
+        archives.obtain([archive])
 
 
 @pytest.mark.parametrize(

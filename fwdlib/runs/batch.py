@@ -14,14 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fwdlib.atomic import write_bytes
 from fwdlib.checks import check_count, check_positive
 from fwdlib.locks import remove_leftovers
 from fwdlib.runs import notebook, stamps
 from fwdlib.runs.jobs import Job, Outcome, check_jobs
 from fwdlib.runs.places import RUNNING, Here, Place, RunningJob
 
-MARK = ".fwdlib-run"
 JOBS_BAR = "{n_fmt} of {total_fmt} jobs |{bar:20}| {elapsed}"
 
 
@@ -110,25 +108,6 @@ def run_batch(
         for each in running:
             each.remove()
     return [outcomes[job.name] for job in jobs]
-
-
-def claim(output: Path, table: str) -> None:
-    """Mark a folder as one that batches write to.
-
-    Args:
-        output: of the table, ``results/`` and ``executed/``; it is made if needed.
-        table: name of the table's file.
-
-    Raises:
-        ValueError: if it has such files, and no batch has written them.
-        OSError: if it cannot be written to.
-    """
-    mark = output / MARK
-    if not mark.is_file():
-        strange = [name for name in (table, "results", "executed") if (output / name).exists()]
-        if strange and not stamps.has_any(output / "executed"):
-            raise ValueError(f"{output} has {', '.join(strange)}, which no batch has written: name another --output")
-        write_bytes(mark, b"python -m fwdlib run writes its table, results/ and executed/ here.\n")
 
 
 def finished(jobs: list[Job], *, results: Path, executed: Path, fingerprint: str = "") -> list[Outcome]:

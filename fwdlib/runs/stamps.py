@@ -111,15 +111,6 @@ def valid_results(job: Job, fingerprint: str, results: Path, executed: Path) -> 
         return None
 
 
-def has_any(executed: Path) -> bool:
-    """Tell whether a folder has the stamp of a batch."""
-    for path in executed.glob("*.json"):
-        with suppress(ValueError, TypeError):
-            if {"fingerprint", "seconds", "results"} <= set(json.loads(path.read_text(encoding="utf-8"))):
-                return True
-    return False
-
-
 def sha256(path: Path) -> str:
     """Return the hash of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 from fwdlib import runtime
-from fwdlib.atomic import check_writable, write_bytes
+from fwdlib.atomic import check_own, check_writable, write_bytes
 from fwdlib.data import Dataset, fetch, load_images
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.history import History, Run
@@ -44,13 +43,13 @@ from fwdlib.trainer.settings import SHARED_MODES, Settings, why_not_shared
 from fwdlib.training import Augment, MakeOptimizer, make_optimizer, train
 
 FORMAT = 1
-FILES = ("checkpoint.pt", "log.csv", "record.json", "curves.png", "curves.svg")
 BEGUN = ".begun-by"  # names the torchrun, or other parent, that has begun the run in this folder
 ALEXNET_SIZE = 224
 FUSED = ("Adam", "AdamW", "SGD", "Adagrad")  # have one kernel for the whole step, also on a CPU
 COLUMNS = ("epoch", "train_loss", "test_loss", "test_accuracy", "seconds", "images_per_second", "learning_rate")
 # Settings that a checkpoint depends on. The session notes batch size, seed, optimizer and learning rates by itself.
 BELONGS = ("dataset", "train_mode", "num_tangents", "b_lr", "feedback_decay", "alpha", "alpha_decay")
+FILES = ("record.json", "log.csv", "curves.png", "curves.svg")
 PASSING = ("log_dir", "resume", "dry_run", "log_interval", "processes")  # settings that do not change the result
 
 
@@ -71,9 +70,9 @@ def run(settings: Settings, *, progress: bool = True) -> dict[str, Any]:
 
     Raises:
         InUseError: if another process writes to the folder.
-        ValueError: if the folder has a checkpoint and ``resume`` is not set, or somebody else's files of our names; if
-            the checkpoint is damaged or belongs to a different run; or if the training diverged: the files up to the
-            last whole epoch are kept.
+        FileExistsError: if the folder has files of somebody else, where the run would write its own.
+        ValueError: if the folder has a checkpoint and ``resume`` is not set; if the checkpoint is damaged or belongs to
+            a different run; or if the training diverged: the files up to the last whole epoch are kept.
         FileNotFoundError: if the data set is not available. No other takes its place.
         DamagedFileError: if the data set's archive is not the published one.
         OSError: if a file cannot be written.
@@ -97,7 +96,6 @@ def _claim(folder: Path, settings: Settings, stack: ExitStack) -> bool:
     # Hold the folder until the stack closes, and return whether to go on with the run in it. After torchrun has
     # restarted the processes, they go on with what this very start of torchrun has begun, and with nothing else.
     check_writable(folder / "checkpoint.pt")
-    _check_ours(folder)
     stack.callback(_remove_unused, folder, [path for path in (folder, *folder.parents) if not path.exists()])
     folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(held(folder, patience=10 if num_restarts() else 0))
@@ -110,22 +108,11 @@ def _claim(folder: Path, settings: Settings, stack: ExitStack) -> bool:
             f"{checkpoint} exists: it is there from an earlier run. To resume that run, add --resume; to start anew, "
             f"delete the file or name another --log-dir"
         )
+    if not checkpoint.exists():  # else the checkpoint says whose files these are
+        check_own(folder, FILES, "record.json", ("format", "settings", "network"))
     if RESTARTS in os.environ:
         write_text(begun, launch)
     return resume
-
-
-def _check_ours(folder: Path) -> None:
-    # A training writes its checkpoint first, and its record is its own: other files of these names are somebody else's.
-    there = [name for name in FILES if (folder / name).exists()]
-    if there and "checkpoint.pt" not in there:
-        try:
-            record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-            is_ours = {"format", "settings", "network"} <= set(record)
-        except (OSError, ValueError, TypeError):
-            is_ours = False
-        if not is_ours:
-            raise ValueError(f"{folder} has {', '.join(there)}, which no training has written: name another --log-dir")
 
 
 def _remove_unused(folder: Path, made: list[Path]) -> None:
@@ -150,8 +137,8 @@ def _train_in(
     record = _record(settings, data, device, steps, processes.size)
     writes = processes.rank == 0 and not settings.dry_run
     if writes:
-        for name in (*FILES, BEGUN):
-            for left in folder.glob(f".{name.removeprefix('.')}.*.part"):  # of a run that was killed while it wrote
+        for name in (*FILES, "checkpoint.pt"):
+            for left in folder.glob(f".{name}.*.part"):  # of a run that was killed while it wrote
                 left.unlink()
     belongs = {name: getattr(settings, name) for name in BELONGS}
     history = fit(
@@ -383,7 +370,7 @@ def finished(record: dict[str, Any], run: Run) -> dict[str, Any]:
 
 
 def write_logs(folder: Path, record: dict[str, Any], run: Run) -> None:
-    """Replace ``log.csv`` and ``record.json``.
+    """Replace ``record.json`` and ``log.csv``, in this order: the record says whose files these are.
 
     Raises:
         OSError: if that fails; the old files are intact.
@@ -393,8 +380,8 @@ def write_logs(folder: Path, record: dict[str, Any], run: Run) -> None:
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     table.writeheader()
     table.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in content["epochs"])
-    write_text(folder / "log.csv", text.getvalue())
     write_json(folder / "record.json", content, exact=("settings",))
+    write_text(folder / "log.csv", text.getvalue())
 
 
 def draw(folder: Path, record: dict[str, Any]) -> None:

@@ -74,10 +74,12 @@ def reopen(file: Path, settings: dict[str, Any], **begin: Any) -> dict[str, Any]
         begin: what an empty file would hold besides.
 
     Raises:
-        ValueError: if the file was made with other settings.
+        ValueError: if the file was made with other settings, or by somebody else.
     """
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     found = read(file) or begin
+    if found is not begin and not (isinstance(found, dict) and "settings" in found):
+        raise ValueError(f"{file} is not a result of this study; move it away, or name another folder")
     kept = found.setdefault("settings", settings)
     if kept != settings:
         missing = "not there"

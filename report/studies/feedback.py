@@ -24,6 +24,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from fwdlib import runtime
+from fwdlib.atomic import check_own
 from fwdlib.bench.measuring import interleave
 from fwdlib.data import Dataset
 from fwdlib.estimators import Estimator, GradientEstimate
@@ -189,6 +190,7 @@ def measure_steps(settings: Settings, folder: Path) -> dict[str, Any]:
         ``seconds``: net -> mode -> seconds per step, one number a round; ``environment``.
     """
     found: dict[str, Any] = {"environment": runtime.environment(), "seconds": {}}
+    check_own(folder / FEEDBACK, [STEPS], STEPS, found)
     for task in ("MNIST-2x800", "MNIST-cnn"):
         steps = {}
         for mode in MAIN_MODES:

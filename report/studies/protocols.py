@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fwdlib import runtime
+from fwdlib.atomic import check_own
 from fwdlib.bench.measuring import interleave
 from fwdlib.data import Dataset, load_kmnist, load_penguins
 from fwdlib.estimators import Estimator, GradientEstimate, backprop_gradient, forward_gradient
@@ -321,6 +322,7 @@ def measure_steps(settings: Settings, folder: Path) -> dict[str, Any]:
         evaluations inside.
     """
     found: dict[str, Any] = {"environment": runtime.environment(), "seconds": {}}
+    check_own(folder / PROTOCOLS, [STEPS], STEPS, found)
     (seconds, their_seconds), (num_rounds, num_their_rounds) = settings.seconds, settings.num_rounds
     for name, model in MODELS.items():
         data = model.load()

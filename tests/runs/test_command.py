@@ -171,20 +171,6 @@ def test_a_declared_batch_runs_through_the_same_command(run, no_start, checkout,
     assert said.startswith("4 rows, from 2 of 2 jobs")
 
 
-@pytest.mark.parametrize("name", ["table.csv", "results/mine.json", "executed/mine.json"])
-def test_a_folder_of_somebody_else_is_refused_and_one_of_ours_is_not(run, no_start, swept, tmp_path, name):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("mine")
-    code, _, errors = run(f"{GRID} --output {tmp_path}")
-    assert code == 1
-    assert f"{tmp_path} has {name.partition('/')[0]}, which no batch has written: name another --output" in errors
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
-    ours = shutil.copytree(swept[3].parent, tmp_path / "ours")
-    (ours / ".fwdlib-run").unlink()  # a batch of an earlier version: its stamps tell
-    assert run(f"{GRID.replace(',8', '')} --output {ours}")[0] == 0
-    assert no_start == []
-
-
 def test_quick_runs_do_not_overwrite_real_ones(run, checkout, monkeypatch):
     monkeypatch.setenv("FWDLIB_QUICK", "1")
     _, said, _ = run(f"{GRID} --dry-run")

@@ -269,20 +269,6 @@ def test_parts_of_files_that_a_kill_left_are_removed(tiny, tmp_path):
     assert list(tmp_path.glob("*.part")) == []
 
 
-@pytest.mark.parametrize("name", ["log.csv", "record.json", "curves.png"])
-def test_files_of_somebody_else_are_not_overwritten_and_those_of_an_earlier_run_are(name, tiny, tmp_path):
-    (tmp_path / name).write_text("mine")
-    (tmp_path / ".movie.part").write_text("mine")
-    with pytest.raises(ValueError, match=rf"has {name}, which no training has written: name another --log-dir"):
-        run(tiny(), progress=False)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine", ".movie.part": "mine"}
-    (tmp_path / name).unlink()
-    run(tiny(epochs=1), progress=False)
-    (tmp_path / "checkpoint.pt").unlink()  # as the message about an earlier run advises
-    run(tiny(epochs=1), progress=False)
-    assert (tmp_path / ".movie.part").read_text() == "mine"
-
-
 def test_two_runs_do_not_write_into_one_folder(tiny, tmp_path):
     run(tiny(), progress=False)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
