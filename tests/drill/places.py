@@ -104,7 +104,7 @@ def read_only(trial: Trial) -> str:
 STRANGERS = (
     *("notes.txt", ".hidden/key", ".movie.part", "index.html", "report.html", "figures/mine.svg", "results/mine.json"),
     *("results/1a_logistic_backprop.json", "executed/tiny.ipynb", "executed/tiny.json", "table.csv", "log.csv"),
-    *("record.json", "curves.png", "timings.json", "bench-cpu.json", "cache/KMNIST/raw/mine.gz"),
+    *("record.json", "curves.png", "descent.json", "bench-cpu.json", "cache/KMNIST/raw/mine.gz"),
 )
 
 
@@ -121,8 +121,7 @@ def strangers_folder(trial: Trial) -> str:
         (mine / name).parent.mkdir(parents=True, exist_ok=True)
         (mine / name).write_text(f"my own {name}")
     before = contents(mine)
-    new, drawn = mine / "new", drawing(trial, trial.folder / "page")
-    small = ("bench", "--quick", "--models", "penguins-logistic", "--no-memory", "--no-depth", "--out")
+    drawn = drawing(trial, trial.folder / "page")
     ways = {
         "train": (*TRAIN, "--epochs", "1", "--log-dir", mine),
         "train --resume": (*TRAIN, "--epochs", "1", "--resume", "--log-dir", mine),
@@ -132,7 +131,8 @@ def strangers_folder(trial: Trial) -> str:
         "report": (*REPORT, "--output", mine),
         "report --only-render": (*drawn[:3], "--output", mine, *drawn[5:]),
         "evidence": ("-m", "report.evidence", mine),
-        "bench": ("-m", "fwdlib", *small, mine / "new" / "bench.json"),
+        "bench": ("-m", "fwdlib", "bench", "--quick", "--out", mine / "bench-cpu.json"),
+        "study": ("-m", "report.studies.descent", "--short", "--folder", mine),
         "data fetch": ("-m", "fwdlib", "data", "fetch", "KMNIST"),
     }
     if trial.short:
@@ -141,7 +141,6 @@ def strangers_folder(trial: Trial) -> str:
     for name, words in ways.items():
         cache = {"FWDLIB_CACHE": str(mine / "cache")} if name == "data fetch" else {}
         codes[name] = trial.run(*words, code=None, **cache).code
-        shutil.rmtree(new, ignore_errors=True)
         changed = [path for path in differing(before, contents(mine)) if path in before]
         assert changed == [], f"{name} has changed {', '.join(changed)}"
         added = differing(before, contents(mine))
