@@ -25,7 +25,7 @@ FOLDERS = {
     "with names of ours": (*PLAIN, *HIDDEN, *OURS),
     "with a checkpoint": ("checkpoint.pt",),
 }
-TRAIN = ["-m", "fwdlib", "train", "--dataset", "digits", "--n-layers", "1", "--width", "8", "--epochs", "1"]
+TRAIN = ["-m", "fwdlib", "train", "--dataset", "digits", "--n-layers", "1", "--epochs", "1"]
 RUN = ["-m", "fwdlib", "run", "--notebook", "{notebook}"]
 # Evidence and study start, but measure nothing.
 EVIDENCE = """import sys
@@ -80,9 +80,10 @@ def test_a_strangers_files_survive(command, kind, tmp_path):
     after = contents(tmp_path / "mine")
     assert {name: after.get(name) for name in before} == before
     assert "Traceback" not in ended.stderr
+    assert ended.returncode in (0, 1, 130), ended.stderr  # 2: the words make no command
     if ended.returncode == 1:
         assert str(tmp_path / "mine") in ended.stderr
-        assert set(after) == set(before)
+        assert set(after) <= {*before, *((".fwdlib-lock",) if "checkpoint.pt" in before else ())}
 
 
 def test_own_files_are_known_by_their_mark(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -32,6 +33,8 @@ def main(drill: Drill) -> int:
     chosen = [item for item in ITEMS.values() if drill.only in item.name and (item.short or not drill.short)]
     print(f"drill with seed {drill.seed}: {len(chosen)} items", flush=True)
     begun, states = time.monotonic(), Counter()
+    for sent in (signal.SIGINT, signal.SIGTERM):  # both clean up, also where a shell has told us to ignore the first
+        signal.signal(sent, signal.default_int_handler)
     with harness.scratch() as folder, tqdm(chosen, unit="item", leave=False, disable=None) as bar:
         for number, item in enumerate(bar):
             bar.set_postfix_str(item.name)
@@ -46,4 +49,8 @@ def main(drill: Drill) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Drill, prog="python -m tests.drill", description=Drill.__doc__)))
+    drill = tyro.cli(Drill, prog="python -m tests.drill", description=Drill.__doc__)
+    try:
+        sys.exit(main(drill))
+    except KeyboardInterrupt:
+        sys.exit(130)

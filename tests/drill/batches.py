@@ -101,7 +101,7 @@ def timings_killed(trial: Trial) -> str:
     return "no stamp after the kills; the third pass was whole, and was reused"
 
 
-@item("locked", "Two batches may share a folder: neither touches the running jobs of the other.", short=True)
+@item("locked", "Two batches may share a folder: neither touches the running jobs of the other.")
 def two_batches(trial: Trial) -> str:
     """Start a second `run` on the same folder and notebooks while the first one runs."""
     output, gate = trial.folder / "out", trial.folder / "gate"
@@ -136,6 +136,8 @@ def other_namespace(trial: Trial) -> str:
     trial.until(lambda: epochs_in(folder) >= 1)
     assert "in use by process" in trial.run(*TRAIN, "--epochs", "1", "--log-dir", folder, code=1).said
     trial.end(first, signal.SIGKILL)
+    trial.all_end()
+    trial.give_up(folder)
     return "live folders were left alone both ways; the second `train` was refused"
 
 

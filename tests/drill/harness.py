@@ -198,6 +198,10 @@ class Trial:
             raise AssertionError(f"still running after {seconds:.0f} s: {', '.join(map(_name, self.processes()))}")
         return time.monotonic() - begun
 
+    def give_up(self, folder: Path) -> None:
+        """Remove the folder of a command that was killed and is not started again, which would remove what it left."""
+        shutil.rmtree(folder, ignore_errors=True)
+
     def rests(self) -> list[str]:
         """End what still runs, and return what the item has left: processes, temporary and half-finished files."""
         wait_until(lambda: not self.processes(), PATIENCE)

@@ -140,6 +140,7 @@ def test_one_failure_is_exit_code_1(monkeypatch, capsys):
     items = {work.__name__: Item("whole", "it holds", work is fine, work) for work in (fine, wrong)}
     wrong.__doc__ = "Count."
     monkeypatch.setattr(program, "ITEMS", items)
+    monkeypatch.setattr(program.signal, "signal", lambda *_: None)
     assert program.main(program.Drill(seed=5)) == 1
     first, line, failed, last = capsys.readouterr().out.splitlines()
     assert first == "drill with seed 5: 2 items"
