@@ -6,11 +6,14 @@ and :func:`promises`, so that no list of notebooks, modules or promises is kept 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jinja2
 import nbformat
@@ -19,6 +22,9 @@ from docutils.parsers.rst.states import Inliner
 from sphinx import addnodes
 from sphinx.application import Sphinx
 
+from fwdlib.atomic import message_of
+
+T = TypeVar("T")
 REPORT = Path(__file__).parents[1]
 ROOT = REPORT.parent
 NOTEBOOK_LINK = re.compile(r'href="[^"]*?notebooks/([\w/]+)\.ipynb"')
@@ -128,11 +134,24 @@ def copy_report(app: Sphinx, error: Exception | None) -> None:
         (app.outdir / "report.pdf").write_bytes((REPORT / "report.pdf").read_bytes())
 
 
+def in_words(handler: Callable[..., T]) -> Callable[..., T]:
+    """Return a step of the build that ends it with a sentence, not with a traceback, if a file cannot be used."""
+
+    @functools.wraps(handler)
+    def handle(*args: Any) -> T:
+        try:
+            return handler(*args)
+        except (OSError, ValueError) as error:
+            sys.exit(f"the site was not made: {message_of(error)}")  # of an exception, Sphinx would show a traceback
+
+    return handle
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect the steps above to Sphinx's build."""
     Inliner.dispatch["|"] = keep_bars
-    app.connect("source-read", fill)
+    app.connect("source-read", in_words(fill))
     app.connect("doctree-read", mend_links)
     app.connect("autodoc-process-docstring", keep_colons, priority=400)  # napoleon's is 500
-    app.connect("build-finished", copy_report)
+    app.connect("build-finished", in_words(copy_report))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from report.site.outputs import clean
@@ -34,6 +35,24 @@ def test_a_hostile_output_does_nothing(tmp_path):
     assert page.all("iframe", "svg") == []
     assert "http://x" not in page.source
     assert "javascript:" not in page.source
+
+
+@pytest.mark.parametrize("damage", ["no report", "a damaged notebook"])
+def test_a_site_that_cannot_be_built_says_so_in_a_sentence(tmp_path, damage):
+    page = "{{ notebooks('notebooks') }}" if damage == "a damaged notebook" else "Title\n====="
+    (tmp_path / "index.rst").write_text(page)
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "1a.ipynb").write_text("{")
+    code = "from pathlib import Path\nfrom report.site import pages\nroot = Path(__file__).parent\n"
+    code += (
+        "pages.ROOT, pages.REPORT = root, root / 'report'\nextensions = ['sphinx.ext.autodoc', 'report.site.pages']\n"
+    )
+    (tmp_path / "conf.py").write_text(code + "exclude_patterns = ['notebooks']")
+    words = [sys.executable, "-m", "sphinx", "--quiet", str(tmp_path), str(tmp_path / "built")]
+    ended = subprocess.run(words, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode
+    assert "Traceback" not in ended.stderr
+    assert ("report.html" if damage == "no report" else "does not appear to be JSON") in ended.stderr
 
 
 def test_a_table_and_a_picture_stay():

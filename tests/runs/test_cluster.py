@@ -227,6 +227,29 @@ def test_a_batch_whose_workers_do_not_come_back_ends_with_words(tmp_path, folder
         assert time.monotonic() - gone[0] < 30
 
 
+def test_the_time_out_holds_for_a_worker_that_hangs(tmp_path, folders, monkeypatch):
+    (tmp_path / "dask").mkdir()
+    notebook = write_notebook(tmp_path / "tiny.ipynb", TELL, WAIT)
+    monkeypatch.setattr(cluster.notebook, "OVERDUE", 2)
+    real = cluster.Cluster.check
+    with dask(tmp_path / "dask") as there:
+        worker = there.worker("one", "--no-nanny")
+
+        def check(self):
+            if self.sent and self.sent["slow"].where:
+                worker.send_signal(signal.SIGSTOP)
+            real(self)
+
+        monkeypatch.setattr(cluster.Cluster, "check", check)
+        slow, begun = Job(notebook, {"gate": str(tmp_path / "never")}, "slow"), time.monotonic()
+        with cluster.Cluster(there.address) as place:
+            (outcome,) = run_batch([slow], **folders, place=place, timeout=3)
+        assert time.monotonic() - begun < 60
+    assert outcome.status == "failed"
+    assert outcome.error == "the notebook took longer than 3 s, and then did not end: its process hangs, or was stopped"
+    assert not list(folders["results"].iterdir())
+
+
 def test_a_scheduler_that_is_not_there_is_told_at_once(tmp_path, monkeypatch):
     before = {thread.ident for thread in threading.enumerate()}
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1)
