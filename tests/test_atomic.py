@@ -6,12 +6,13 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from fwdlib import cli
-from fwdlib.atomic import check_writable, message_of, naming
+from fwdlib.atomic import check_writable, message_of, naming, write_bytes
 from fwdlib.bench import benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
