@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -75,7 +74,8 @@ def check_inserted(cells: Sequence[str]) -> None:
     of seeds of its own, so nothing else would look at the one that was asked for.
 
     Args:
-        cells: the code of a notebook. Inserted parameters are a cell of their own after the notebook's parameters.
+        cells: the code of a notebook. Inserted parameters are a cell of their own after the notebook's parameters, and
+            in Jupyter a reader may run it again later.
 
     Raises:
         ValueError: if the notebook has no parameter of a name, or ``num_seeds`` is not a whole number of at least 1.
@@ -87,11 +87,12 @@ def check_inserted(cells: Sequence[str]) -> None:
             ...
         ValueError: this notebook has no parameter 'nmu_seeds'; it has num_seeds
     """
-    for own, inserted in itertools.pairwise(cells):
-        if not inserted.startswith("# Parameters\n"):
-            continue
-        known, given = (dict(re.findall(r"^(\w+) *= *(.*)$", code, re.MULTILINE)) for code in (own, inserted))
-        if strange := [name for name in given if name not in known]:
-            raise ValueError(f"this notebook has no parameter {strange[0]!r}; it has {', '.join(known)}")
-        if "num_seeds" in given:
-            check_count("num_seeds", ast.literal_eval(given["num_seeds"]))
+    known: dict[str, str] = {}
+    for cell in cells:
+        given = dict(re.findall(r"^(\w+) *= *(.*)$", cell, re.MULTILINE))
+        if cell.startswith("# Parameters\n"):
+            if strange := [name for name in given if name not in known]:
+                raise ValueError(f"this notebook has no parameter {strange[0]!r}; it has {', '.join(known)}")
+            if "num_seeds" in given:
+                check_count("num_seeds", ast.literal_eval(given["num_seeds"]))
+        known |= given

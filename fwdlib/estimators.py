@@ -28,7 +28,16 @@ from fwdlib.objectives import (
     requiring_grad,
     through_hooks,
 )
-from fwdlib.tangents import TANGENTS, AnyGenerator, Params, Sampler, check_params, is_transformed, sample_tangents
+from fwdlib.tangents import (
+    NAMED,
+    AnyGenerator,
+    Params,
+    Sampler,
+    check_params,
+    count_tangents,
+    is_transformed,
+    sample_tangents,
+)
 
 if TYPE_CHECKING:
     from fwdlib.forward.derivatives import Derivatives
@@ -135,10 +144,11 @@ def forward_gradient(
     unless ``chunk_size`` is set. The tangents themselves take K P numbers, with blocks K P times the number of tensors.
 
     Engines: both give the same numbers from the same tangents, up to rounding. ``"torch"`` is torch's own forward mode.
-    ``"stacked"`` sends the primal and its tangents through the model as one batch (:mod:`fwdlib.stacked`); structured
-    tangents are never written out there, so a pass costs less than one of backprop. ``"auto"`` takes the stacked engine
-    where it is faster: for the loss of a model with joint blocks, along structured tangents or several others. Where
-    that engine refuses the model, ``"auto"`` takes torch's along the same tangents, then and from then on.
+    ``"stacked"`` sends the primal and its tangents through the objective as one batch (:mod:`fwdlib.stacked`);
+    structured tangents are never written out there, so a pass costs less than one of backprop. ``"auto"`` takes the
+    stacked engine where it is faster: with joint blocks, along structured tangents of a model or several tangents of
+    any objective. Where that engine refuses the objective, ``"auto"`` takes torch's along the same tangents, then and
+    from then on.
 
     Every operation of the model needs a forward derivative in torch, or a backward pass that can be differentiated; one
     that has neither raises NotImplementedError with its name. BatchNorm's running
@@ -150,8 +160,10 @@ def forward_gradient(
         params: the point, a dict of real tensors.
         num_tangents: K, how many tangents to average over.
         tangents: ``"rank-one"``, ``"normal"``, ``"rademacher"``, ``"orthonormal"`` or a sampler (see
-            :mod:`fwdlib.tangents`); for the loss of a model also ``"per-example"`` and ``"activity"`` (see
-            :mod:`fwdlib.stacked.perturbations`), which have less variance and exist in the stacked engine alone.
+            :mod:`fwdlib.tangents`). ``"unit"`` gives the exact gradient, the sum over K = P unit tangents, one for each
+            of the P parameters; leave out ``num_tangents``. For the loss of a model also ``"per-example"`` and
+            ``"activity"`` (see :mod:`fwdlib.stacked.perturbations`), which have less variance and exist in the stacked
+            engine alone.
         blocks: ``"joint"``, one tangent over all parameters together, or ``"parameter"``, one per parameter tensor.
         engine: ``"auto"``, ``"stacked"`` or ``"torch"``.
         chunk_size: how many tangents go through torch's engine at once; None for all. Bounds the memory and changes no
@@ -166,8 +178,7 @@ def forward_gradient(
     Raises:
         ValueError: if ``num_tangents`` or ``chunk_size`` is below 1, ``tangents``, ``blocks`` or ``engine`` is unknown
             or does not go with the others, there are no parameters, or the objective is not a scalar.
-        TypeError: if a parameter is not a real floating tensor, or the objective does not show its model and the
-            stacked engine is asked for.
+        TypeError: if a parameter is not a real floating tensor.
         NotImplementedError: if a function of the model has no forward derivative.
 
     Example:
@@ -183,11 +194,12 @@ def forward_gradient(
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
     if isinstance(tangents, str):
-        check_choice("tangents", tangents, dict.fromkeys([*TANGENTS, *STRUCTURED]))
+        check_choice("tangents", tangents, dict.fromkeys([*NAMED, *STRUCTURED]))
     is_structured = isinstance(tangents, str) and tangents in STRUCTURED
     from fwdlib.forward.derivatives import derivatives_along, either_engine, suits_stacked
 
-    is_suited = suits_stacked(objective, blocks, chunk_size)
+    num_tangents = count_tangents(params, num_tangents, tangents)
+    is_suited = suits_stacked(objective, num_tangents, blocks, chunk_size)
     if engine == "stacked" and (blocks != "joint" or chunk_size is not None):
         raise ValueError(f"the stacked engine takes blocks='joint' and no chunk_size, got {blocks!r}, {chunk_size}")
 
@@ -201,26 +213,26 @@ def forward_gradient(
         along = sampled if blocks == "joint" else _one_block_at_a_time(sampled)
         by = engine if blocks == "joint" else "torch"
         found = derivatives_along(objective, params, along, engine=by, chunk_size=chunk_size)
-        return _mean(found, found.trained(sampled), num_tangents)
+        return _combined(found, found.trained(sampled), num_tangents, 1 if tangents == "unit" else num_tangents)
 
-    if engine == "stacked" or (engine == "auto" and is_structured and is_suited and tangents not in TANGENTS):
+    if engine == "stacked" or (engine == "auto" and is_structured and is_suited and tangents not in NAMED):
         return _hooked(objective, params, by_stack())
-    if is_structured and tangents not in TANGENTS:
+    if is_structured and tangents not in NAMED:
         raise ValueError(
             f"{tangents!r} tangents belong to the layers of a model: they need a BatchLoss or ClosureLoss, "
             f"blocks='joint', no chunk_size, and engine 'auto' or 'stacked'"
         )
     if engine == "auto" and is_structured and is_suited:
-        return _hooked(objective, params, either_engine(objective.model, by_stack, by_derivatives, generator))
+        return _hooked(objective, params, either_engine(objective, by_stack, by_derivatives, generator))
     return _hooked(objective, params, by_derivatives())
 
 
-def _mean(found: Derivatives, tangents: Params, num_tangents: int) -> GradientEstimate:
-    # Over the tangents (K, ...). Derivatives by blocks, (K * n,), belong each to one of the n tensors.
+def _combined(found: Derivatives, tangents: Params, num_tangents: int, divisor: int) -> GradientEstimate:
+    # The sum over the tangents (K, ...). Derivatives by blocks, (K * n,), belong each to one of the n tensors.
     jvps = found.jvps if len(found.jvps) == num_tangents else found.jvps.reshape(num_tangents, len(tangents))
     of_tensors = [jvps] * len(tangents) if jvps.dim() == 1 else jvps.unbind(1)
     grads = {
-        name: torch.tensordot(jvp.to(v.dtype), v, dims=1) / num_tangents
+        name: torch.tensordot(jvp.to(v.dtype), v, dims=1) / divisor
         for jvp, (name, v) in zip(of_tensors, tangents.items(), strict=True)
     }
     return GradientEstimate(found.loss, grads, jvps)

@@ -148,12 +148,50 @@ def _sign_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     return (2 * bits - 1).to(device, dtype)
 
 
+MAX_UNIT_BYTES = 2**32
+
+
+def unit(params: Params, num_tangents: int, generator: AnyGenerator = None) -> Params:
+    """Return the P unit tangents, one for each component of the parameters; nothing is drawn.
+
+    The jvps are the partial derivatives, so the sum of jvp times tangent is the gradient: exact, in place of a mean
+    that estimates it. That is for few parameters; see :mod:`fwdlib.methods.sensitivity`. Arguments and return value are
+    those of :func:`normal`.
+
+    Raises:
+        ValueError: if ``num_tangents`` is not P, or the tangents take more than 4 GiB.
+    """
+    first, size = next(iter(params.values())), sum(p.numel() for p in params.values())
+    if num_tangents != size:
+        raise ValueError(f"there are {size} unit tangents, one for each number in params, got {num_tangents}")
+    if (num_bytes := size * size * first.element_size()) > MAX_UNIT_BYTES:
+        raise ValueError(
+            f"unit tangents of {size:,} parameters are as many rows of that length, {num_bytes / 2**30:.0f} GiB; they "
+            f"are for few parameters. Use other tangents, such as 'rank-one', or backprop_gradient"
+        )
+    return _cut(params, torch.eye(size, dtype=first.dtype, device=first.device))
+
+
 TANGENTS: dict[str, Sampler] = {
     "normal": normal,
     "rademacher": rademacher,
     "orthonormal": orthonormal,
     "rank-one": rank_one,
 }
+"""Random tangents of unit variance, by name."""
+NAMED = TANGENTS | {"unit": unit}
+"""All tangents that have a name."""
+
+
+def count_tangents(params: Params, num_tangents: int, tangents: str | Sampler) -> int:
+    """Return K: ``num_tangents``, or the number of parameters for unit tangents if ``num_tangents`` is left at 1.
+
+    Raises:
+        ValueError: if ``num_tangents`` is below 1.
+    """
+    check_count("num_tangents", num_tangents)
+    is_open = num_tangents == 1 and isinstance(tangents, str) and tangents == "unit"
+    return sum(p.numel() for p in params.values()) if is_open else num_tangents
 
 
 def sample_tangents(
@@ -164,8 +202,8 @@ def sample_tangents(
     Args:
         params: the parameters, real and floating.
         num_tangents: K, at least 1.
-        tangents: ``"normal"``, ``"rademacher"``, ``"orthonormal"``, ``"rank-one"``, or a sampler of your own with the
-            signature of :func:`normal`.
+        tangents: ``"normal"``, ``"rademacher"``, ``"orthonormal"``, ``"rank-one"``, ``"unit"``, or a sampler of your
+            own with the signature of :func:`normal`.
         generator: where the randomness comes from; None for torch's global generator.
 
     Returns:
@@ -185,7 +223,7 @@ def sample_tangents(
     """
     check_count("num_tangents", num_tangents)
     check_params(params)
-    sampler = tangents if callable(tangents) else TANGENTS[check_choice("tangents", tangents, TANGENTS)]
+    sampler = tangents if callable(tangents) else NAMED[check_choice("tangents", tangents, NAMED)]
     sampled = sampler(params, num_tangents, generator)
     for name, p in params.items():
         expected, given = (num_tangents, *p.shape), tuple(sampled[name].shape) if name in sampled else None

@@ -2,7 +2,15 @@ import math
 
 import pytest
 
-from fwdlib.checks import MAX_SEED, check_choice, check_count, check_fraction, check_positive, check_seed
+from fwdlib.checks import (
+    MAX_SEED,
+    check_choice,
+    check_count,
+    check_fraction,
+    check_inserted,
+    check_positive,
+    check_seed,
+)
 
 
 @pytest.mark.parametrize("value", [0, -0.1, math.nan, math.inf, -math.inf, "0.1", None, True])
@@ -41,3 +49,12 @@ def test_checks_return_the_value():
     assert check_count("x", 3) == 3
     assert check_choice("x", "a", "ab") == "a"
     assert [check_fraction("x", value) for value in (0, 0.5, 1)] == [0, 0.5, 1]
+
+
+def test_inserted_parameters_may_run_again():
+    cells = ["", "import sys", "seed = 0\nnum_seeds = 20  # of them", "# Parameters\nnum_seeds = 3\n", "x = 1"]
+    check_inserted([*cells, cells[3]])
+    check_inserted([])
+    for inserted in ("seeed = 1", "num_seeds = 0", "num_seeds = 1.5", "num_seeds = 'few'"):
+        with pytest.raises(ValueError, match=r"no parameter 'seeed'; it has seed, num_seeds|num_seeds must be a whole"):
+            check_inserted([*cells[:3], f"# Parameters\n{inserted}"])

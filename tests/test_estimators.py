@@ -106,6 +106,73 @@ def test_forward_gradient_on_unit_tangents_is_exact(build):
     torch.testing.assert_close(estimate.loss, expected.loss)
 
 
+FUNCTIONS = {  # of params {"a": (3,), "b": (2, 3), "c": ()}: what a user writes for a few parameters
+    "a loop": lambda p: sum((p["c"] * step * (p["a"] * p["b"][0]).sin()).sum() for step in range(1, 5)),
+    "filled piece by piece": lambda p: _filled(p).square().sum(),
+    "in place": lambda p: p["b"].clone().mul_(p["a"]).add_(p["c"]).exp().mean(),
+    "a linear layer": lambda p: (
+        torch.nn.functional.linear(torch.eye(3, dtype=p["a"].dtype), p["b"]).tanh().sum() + p["c"]
+    ),
+    "a solve": lambda p: (
+        torch.linalg.solve(torch.eye(3, dtype=p["a"].dtype) + p["a"].outer(p["a"]), p["b"].T).sum() * p["c"]
+    ),
+    "no_grad inside": lambda p: (p["a"] * p["b"].detach()).sum() * p["c"],
+    "a parameter itself": lambda p: p["c"],
+    "a branch on values": lambda p: (p["a"] if p["c"].item() > 0 else p["b"][0]).pow(3).sum(),
+    "autograd inside": lambda p: _inner_gradient(p).sum() * p["c"],
+}
+
+
+def _filled(p):
+    found = torch.zeros(3, 2, dtype=p["a"].dtype)
+    for i in range(3):
+        found[i] = p["a"][i] * p["b"][:, i] + p["c"]
+    return found
+
+
+def _inner_gradient(p):
+    return torch.func.grad(lambda a: (a.sin() * p["b"]).sum())(p["a"])
+
+
+@pytest.mark.parametrize("engine", ["auto", "stacked", "torch"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_unit_tangents_give_the_gradient_of_a_plain_function(name, engine):
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"a": (3,), "b": (2, 3), "c": ()}
+    params = {key: torch.rand(shape, generator=draw, dtype=torch.float64) for key, shape in shapes.items()}
+    exact = backprop_gradient(FUNCTIONS[name], params)
+    if engine == "stacked" and name == "autograd inside":
+        with pytest.raises(NotImplementedError, match=r"torch\.func transform"):
+            forward_gradient(FUNCTIONS[name], params, tangents="unit", engine=engine)
+        return
+    estimate = forward_gradient(FUNCTIONS[name], params, tangents="unit", engine=engine)
+    assert_near(estimate.grads, exact.grads)
+    assert_near({"loss": estimate.loss}, {"loss": exact.loss})
+    assert_near({"jvps": estimate.jvps}, {"jvps": flat(exact.grads)})
+    sampled = sample_tangents(params, 4, "rademacher", draw)
+    several = forward_gradient(FUNCTIONS[name], params, num_tangents=4, tangents=lambda *_: sampled, engine=engine)
+    along = sum((v * exact.grads[key]).reshape(4, -1).sum(1) for key, v in sampled.items())
+    assert_near({"jvps": several.jvps}, {"jvps": along})
+
+
+def assert_near(found, expected):
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["auto", "stacked", "torch"])
+def test_unit_tangents_give_the_gradient_of_a_model(objective, params, engine):
+    estimate = forward_gradient(objective, params, tangents="unit", engine=engine)
+    assert_near(dict(estimate.grads), backprop_gradient(objective, params).grads)
+
+
+def test_refuses_another_number_of_unit_tangents(objective, params):
+    with pytest.raises(ValueError, match="there are 26 unit tangents, one for each number in params, got 3"):
+        forward_gradient(objective, params, tangents="unit", num_tangents=3)
+    with pytest.raises(ValueError, match=r"37 GiB; they are for few parameters"):
+        forward_gradient(lambda p: p["x"].sum(), {"x": torch.zeros(100_000)}, tangents="unit")
+
+
 def test_estimate_is_jvp_times_tangent(objective, params):
     def fixed(params, num_tangents, generator):
         draw = torch.Generator().manual_seed(5)

@@ -83,7 +83,7 @@ def test_refuses_a_bad_number_of_tangents(num_tangents):
 
 def test_refuses_unknown_tangents():
     with pytest.raises(
-        ValueError, match=r"tangents must be one of 'normal', 'rademacher', 'orthonormal', 'rank-one', got"
+        ValueError, match=r"tangents must be one of 'normal', 'rademacher', 'orthonormal', 'rank-one', 'unit', got"
     ):
         sample_tangents(PARAMS, 1, "uniform")
 

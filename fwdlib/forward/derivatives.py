@@ -7,8 +7,9 @@ place, then and from then on (:func:`either_engine`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from fwdlib.tangents import AnyGenerator, Params, is_transformed
 
 T = TypeVar("T")
 
-_REFUSED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that the stacked engine has refused
+_REFUSED: weakref.WeakSet = weakref.WeakSet()  # models and functions that the stacked engine has refused
 
 
 class Derivatives(NamedTuple):
@@ -43,30 +44,39 @@ class Derivatives(NamedTuple):
         return {name: without_rows(v, rows[name]) if name in rows else v for name, v in tangents.items()}
 
 
-def suits_stacked(objective: Objective, blocks: str = "joint", chunk_size: int | None = None) -> bool:
-    """Return whether the stacked engine takes such an estimate at all: of the loss of a model, in one piece."""
-    return isinstance(objective, ModelLoss) and blocks == "joint" and chunk_size is None
+def suits_stacked(
+    objective: Objective, num_tangents: int, blocks: str = "joint", chunk_size: int | None = None
+) -> bool:
+    """Return whether the stacked engine takes such an estimate: of a model, or along several tangents, in one piece."""
+    if blocks != "joint" or chunk_size is not None:
+        return False
+    return isinstance(objective, ModelLoss) or (num_tangents > 1 and not is_transformed())
 
 
 def either_engine(
-    model: nn.Module, stacked: Callable[[], T], torch_engine: Callable[[], T], generator: AnyGenerator = None
+    objective: Objective, stacked: Callable[[], T], torch_engine: Callable[[], T], generator: AnyGenerator = None
 ) -> T:
-    """Return ``stacked()``, or ``torch_engine()`` for a model that the stacked engine refuses or has refused.
+    """Return ``stacked()``, or ``torch_engine()`` where the stacked engine refuses, or has refused, the objective.
 
     Args:
-        model: the model.
+        objective: the loss of a model, or a plain function.
         stacked: computes the result in a stacked pass.
         torch_engine: computes it by torch's forward mode.
         generator: where ``stacked`` draws from. After a refusal it, torch's global generator and the model's buffers
             are as before.
     """
-    if model not in _REFUSED:
+    model, refused = (objective.model,) * 2 if isinstance(objective, ModelLoss) else (nn.Module(), objective)
+    try:
+        is_refused = refused in _REFUSED
+    except TypeError:  # an object without weak references, or without a hash
+        is_refused, refused = False, model
+    if not is_refused:
         rewind = Rewind(model, generator, only_torch=True)
         try:
             return stacked()
         except NotImplementedError:
             rewind()
-            _REFUSED.add(model)
+            _REFUSED.add(refused)
     return torch_engine()
 
 
@@ -75,7 +85,8 @@ def derivatives_along(
 ) -> Derivatives:
     """Differentiate along given tangents.
 
-    Several tangents of a model are one stacked pass where that is possible, and one pass for each with torch's engine.
+    Several tangents are one stacked pass where that is possible. Torch's engine makes one pass for each tangent of a
+    model, and one vmapped pass for those of a plain function.
 
     Args:
         objective: params -> scalar.
@@ -99,10 +110,11 @@ def derivatives_along(
 
         return stacked_derivatives(objective, params, tangents)
 
-    is_single = len(next(iter(tangents.values()))) == 1
-    if engine == "torch" or is_single or is_transformed() or not suits_stacked(objective, chunk_size=chunk_size):
+    num_tangents = len(next(iter(tangents.values())))
+    is_suited = suits_stacked(objective, num_tangents, chunk_size=chunk_size)
+    if engine == "torch" or num_tangents == 1 or is_transformed() or not is_suited:
         return by_torch()
-    return either_engine(objective.model, by_stack, by_torch)
+    return either_engine(objective, by_stack, by_torch)
 
 
 def _pass_by_pass(objective: ModelLoss, params: Params, tangents: Params, chunk_size: int | None) -> Derivatives:
@@ -163,6 +175,59 @@ def _in_one_pass(objective: Objective, params: Params, tangents: Params, chunk_s
             jvps = jvps.reshape(1)
     keep_buffers(objective, buffers)
     return Derivatives(loss, jvps, padding)
+
+
+Multiple = Callable[[Params], tuple[list[Tensor], list[Tensor]]]
+"""A function from a point to results with a derivative, and results without one."""
+
+
+def pushforward(function: Multiple, point: Params, tangents: Params) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Differentiate a function with any number of results along K tangents, by torch's forward mode.
+
+    Args:
+        function: the function.
+        point: tensor by name.
+        tangents: for each tensor of shape (...) one of shape (K, ...).
+
+    Returns:
+        The results, their derivatives with a leading axis of length K, and the other results.
+
+    Raises:
+        NotImplementedError: if a function has no forward derivative.
+    """
+    along = partial(_push_one, function, point)
+    with named_refusal(), torch.enable_grad(), quiet_vmap():
+        return vmap(along, out_dims=(None, 0, None), randomness="same")(tangents)
+
+
+def unrolled_pushforward(
+    function: Multiple, point: Params, tangents: Params, active: Sequence[Collection[str]]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Differentiate as :func:`pushforward` does, one tangent at a time, for a compiler to fuse.
+
+    Where all is element-wise, the value and its K derivatives then are one loop, that keeps them in registers.
+
+    Args:
+        function: pure, and without random numbers: it runs K times.
+        point: tensor by name.
+        tangents: for each tensor of shape (...) one of shape (K, ...).
+        active: for each tangent the names of the tensors along which it is not zero.
+    """
+    with named_refusal(), torch.enable_grad():
+        found = [
+            _push_one(function, point, {name: tangents[name][k] for name in names}) for k, names in enumerate(active)
+        ]
+    values, _, others = found[0]
+    return values, [torch.stack(of) for of in zip(*(slopes for _, slopes, _ in found), strict=True)], others
+
+
+def _push_one(function: Multiple, point: Params, tangent: Params) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def evaluate(some: Params) -> tuple[list[Tensor], list[Tensor]]:
+        values = {name: some.get(name, x) for name, x in point.items()}
+        with ForwardMode(values):
+            return function(values)
+
+    return jvp(evaluate, ({name: point[name] for name in tangent},), (tangent,), has_aux=True)
 
 
 def _evaluated(evaluate: Callable[[], Any], duals: Params) -> Derivatives:

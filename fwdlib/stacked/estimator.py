@@ -16,20 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from fwdlib.checks import check_choice, check_count
+from fwdlib.checks import check_choice
 from fwdlib.estimators import GradientEstimate
 from fwdlib.forward.derivatives import Derivatives
-from fwdlib.objectives import ModelLoss, check_scalar, requiring_grad, swapped
-from fwdlib.stacked.dual import OTHER_ENGINE, Dual
+from fwdlib.objectives import ModelLoss, Objective, check_scalar, requiring_grad, swapped
+from fwdlib.stacked.dual import OTHER_ENGINE, Dual, pad_rows
 from fwdlib.stacked.forward_pass import Call, Pass
 from fwdlib.stacked.perturbations import PERTURBATIONS, DensePerturbation, Perturbation
 from fwdlib.tangents import (
-    TANGENTS,
+    NAMED,
     AnyGenerator,
     Params,
     Sampler,
     check_params,
+    count_tangents,
     is_traced,
     is_transformed,
     random_signs,
@@ -39,7 +41,7 @@ from fwdlib.tangents import (
 
 @torch.no_grad()
 def stacked_gradient(
-    objective: ModelLoss,
+    objective: Objective,
     params: Params,
     num_tangents: int = 1,
     tangents: str | Sampler = "rank-one",
@@ -67,7 +69,7 @@ def stacked_gradient(
     loss is neither a mean nor a sum over examples, this applies to all layers.
 
     Args:
-        objective: the loss of a model on a batch; a plain function has no layers.
+        objective: the loss of a model on a batch, or any function of the parameters.
         params: the point, by the model's names. With the model's own tensors, as :func:`params_of` returns them, the
             model runs as it is; with others it runs with these in their place.
         num_tangents: K.
@@ -79,7 +81,7 @@ def stacked_gradient(
         ``grads.add_to_(params, -learning_rate)`` takes a step of SGD without computing one in full.
 
     Raises:
-        TypeError: if the objective does not show its model, or a parameter is not a real floating tensor.
+        TypeError: if a parameter is not a real floating tensor.
         ValueError: if the batch is empty, ``num_tangents`` is below 1, ``tangents`` is unknown or needs a number of
             examples that the objective does not give, there are no parameters, or the loss is not a scalar.
         NotImplementedError: if a function of the model has neither a rule nor a forward derivative in torch.
@@ -92,29 +94,32 @@ def stacked_gradient(
         >>> estimate.jvps.shape, estimate.grads["weight"].shape
         (torch.Size([4]), torch.Size([2, 3]))
     """
-    check_count("num_tangents", num_tangents)
     check_objective(objective, params)
-    num_examples = objective.num_examples
+    num_tangents = count_tangents(params, num_tangents, tangents)
+    num_examples = _num_examples(objective)
     if isinstance(tangents, str):
-        check_choice("tangents", tangents, dict.fromkeys([*PERTURBATIONS, *TANGENTS]))
+        check_choice("tangents", tangents, dict.fromkeys([*PERTURBATIONS, *NAMED]))
     if tangents in PERTURBATIONS:
         if num_examples is None and PERTURBATIONS[tangents].per_example:
-            raise ValueError(f"{tangents!r} tangents need the number of examples: ClosureLoss(..., num_examples=B)")
+            raise ValueError(
+                f"{tangents!r} tangents need the layers of a model and the number of its examples: "
+                f"BatchLoss(model, inputs, targets), or ClosureLoss(model, closure, num_examples=B)"
+            )
         draw_signs = partial(random_signs, generator=generator)
         perturbation = PERTURBATIONS[tangents](params, num_tangents, num_examples, draw_signs)
     else:
         sampled = sample_tangents(params, num_tangents, tangents, generator)
         perturbation = DensePerturbation(params, num_examples, sampled)
     loss, jvps, of_examples = evaluate(objective, params, perturbation)
-    grads = perturbation.gradients(jvps, of_examples)
+    grads = perturbation.gradients(jvps * num_tangents if tangents == "unit" else jvps, of_examples)
     return GradientEstimate(loss, dict(grads) if is_transformed() else grads, jvps)
 
 
-def stacked_jvp(objective: ModelLoss, params: Params, tangents: Params) -> tuple[Tensor, Tensor]:
+def stacked_jvp(objective: Objective, params: Params, tangents: Params) -> tuple[Tensor, Tensor]:
     """Differentiate along given tangents, as :func:`torch.func.jvp` does, but along all of them in one stacked pass.
 
     Args:
-        objective: the loss of a model on a batch.
+        objective: the loss of a model on a batch, or any function of the parameters.
         params: the point.
         tangents: for each parameter of shape (...) a tensor of shape (K, ...).
 
@@ -129,7 +134,7 @@ def stacked_jvp(objective: ModelLoss, params: Params, tangents: Params) -> tuple
 
 
 @torch.no_grad()
-def stacked_derivatives(objective: ModelLoss, params: Params, tangents: Params) -> Derivatives:
+def stacked_derivatives(objective: Objective, params: Params, tangents: Params) -> Derivatives:
     """Differentiate as :func:`stacked_jvp` does, and tell which rows of embedding tables have no gradient.
 
     Raises:
@@ -142,18 +147,18 @@ def stacked_derivatives(objective: ModelLoss, params: Params, tangents: Params) 
         expected, given = (num_tangents, *p.shape), None if tangents[name] is None else tuple(tangents[name].shape)
         if given != expected:
             raise ValueError(f"tangents[{name!r}] must have shape {expected}, got {given}")
-    perturbation = DensePerturbation(params, objective.num_examples, tangents)
+    perturbation = DensePerturbation(params, _num_examples(objective), tangents)
     loss, jvps, _ = evaluate(objective, params, perturbation)
     return Derivatives(loss, jvps, perturbation.padding)
 
 
 def evaluate(
-    objective: ModelLoss, params: Params, perturbation: Perturbation, buffers: Params | None = None
+    objective: Objective, params: Params, perturbation: Perturbation, buffers: Params | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run the pass.
 
     Args:
-        objective: the loss of a model on a batch.
+        objective: the loss of a model on a batch, or any function of the parameters.
         params: the point.
         perturbation: the tangents of the parameters.
         buffers: replace the model's buffers; None for its own.
@@ -161,13 +166,14 @@ def evaluate(
     Returns:
         The loss, its derivatives (K,), and each example's contribution to them (K, B), None if it is not known.
     """
-    own = None if buffers is not None or is_transformed() else objective.own(params)
-    if own is not None:
+    if not isinstance(objective, ModelLoss):
+        leaves = _leaves(params)
+        loss = run(nn.Module(), partial(objective, leaves), perturbation, leaves)
+    elif (own := None if buffers is not None or is_transformed() else objective.own(params)) is not None:
         with requiring_grad(own.values()):
             loss = run(objective.model, objective.run, perturbation, own)
     else:
-        # They require a gradient of their own, see Pass; torch.func.vmap allows none.
-        leaves = params if is_transformed() else {name: p.detach().requires_grad_() for name, p in params.items()}
+        leaves = _leaves(params)
         with swapped(objective.model, leaves, {} if buffers is None else buffers):
             loss = run(objective.model, objective.run, perturbation, leaves)
     check_scalar(loss)
@@ -176,6 +182,23 @@ def evaluate(
     k = perturbation.num_tangents
     stack = loss.stack
     return stack[0], stack[1 : 1 + k], stack[1 + k :].reshape(k, -1) if len(stack) > 1 + k else None
+
+
+def _leaves(params: Params) -> Params:
+    # Copies that require a gradient of their own, see Pass; torch.func.vmap allows none.
+    return params if is_transformed() else {name: p.detach().requires_grad_() for name, p in params.items()}
+
+
+@torch.no_grad()
+def stacked_pushforward(
+    function: Callable[[Params], tuple[list[Tensor], list[Tensor]]], point: Params, tangents: Params
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Differentiate a function with any number of results, as :func:`fwdlib.forward.derivatives.pushforward` does."""
+    perturbation, leaves = DensePerturbation(point, None, tangents), _leaves(point)
+    found, others = run(nn.Module(), partial(function, leaves), perturbation, leaves)
+    k = perturbation.num_tangents
+    stacks = [y.stack if isinstance(y, Dual) else y.detach().unsqueeze(0) for y in found]
+    return [y[0] for y in stacks], [pad_rows(y, 1 + k)[1:] for y in stacks], others
 
 
 def run(
@@ -195,7 +218,7 @@ def run(
         calls: a list to record the calls in.
 
     Returns:
-        What the function returns, a dual if it has tangents.
+        What the function returns, with duals in place of the tensors that have tangents.
 
     Raises:
         NotImplementedError: if the pass cannot follow what the model does.
@@ -206,7 +229,7 @@ def run(
         _refuse_script(modules, params)
     try:
         with _eager(), Pass(perturbation, params, calls) as stacked_pass:
-            return stacked_pass.settle(call())
+            return tree_map(stacked_pass.result, call())
     except RuntimeError as error:
         if isinstance(error, NotImplementedError) or not any(words in str(error) for words in BELOW):
             raise
@@ -263,20 +286,19 @@ def _keep_primals(kept: dict | list, depth: int = 3) -> None:
             _keep_primals(value, depth - 1)
 
 
-def check_objective(objective: ModelLoss, params: Params) -> None:
+def check_objective(objective: Objective, params: Params) -> None:
     """Refuse an objective or parameters that the stacked pass cannot handle.
 
     Raises:
         TypeError: as :func:`stacked_gradient`.
         ValueError: if there are no parameters, the model does not have them, or the batch is empty.
     """
-    if not isinstance(objective, ModelLoss):
-        raise TypeError(
-            f"the stacked engine needs the layers of a model: the objective must be a BatchLoss(model, inputs, "
-            f"targets) or a ClosureLoss(model, closure), got {type(objective).__name__}. For a plain function use "
-            f"forward_gradient(..., engine='torch')."
-        )
     check_params(params)
-    objective.check_names(params)
-    if objective.num_examples == 0:
-        raise ValueError("inputs is an empty batch, whose mean loss is not a number: pass at least one example")
+    if isinstance(objective, ModelLoss):
+        objective.check_names(params)
+        if objective.num_examples == 0:
+            raise ValueError("inputs is an empty batch, whose mean loss is not a number: pass at least one example")
+
+
+def _num_examples(objective: Objective) -> int | None:
+    return objective.num_examples if isinstance(objective, ModelLoss) else None

@@ -198,13 +198,16 @@ class Pass(TorchFunctionMode):
         """Return the rows of ``x``, shape (1 + R, ...). A plain tensor has one row, itself."""
         if isinstance(x, Dual):
             return x.stack
-        if (name := self.names.get(id(x))) is not None:
-            return torch.cat([x.unsqueeze(0), self.perturbation.dense(name)])
+        if id(x) in self.names:
+            return self._rows_of_parameter(x)
         if x.layout is not torch.strided:
             raise NotImplementedError(
                 f"a sparse tensor met a tensor with tangents in a function's rule. {OTHER_ENGINE}"
             )
         return x.unsqueeze(0)
+
+    def _rows_of_parameter(self, x: Tensor) -> Tensor:
+        return torch.cat([x.unsqueeze(0), self.perturbation.dense(self.names[id(x)])])
 
     def name_of(self, x: Any) -> str | None:
         """Return the name of ``x`` if it is a parameter with a tangent."""
@@ -273,6 +276,13 @@ class Pass(TorchFunctionMode):
         if not self._is_filled(x):
             return x
         return Dual(joined(x.detach(), self._tangents(x)))
+
+    def result(self, x: Any) -> Any:
+        """Return a result of what runs in this pass: :meth:`settle`, and a parameter with a tangent as a dual."""
+        if id(x) not in self.names:
+            return self.settle(x)
+        with torch._C.DisableTorchFunction():
+            return Dual(self._rows_of_parameter(x))
 
     def forget(self, x: Tensor) -> None:
         """Drop the tangents of a plain tensor."""

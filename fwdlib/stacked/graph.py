@@ -115,24 +115,95 @@ def record(
         raise Refused("two parameters or buffers share memory")
     if any(share_memory([*state.tensors, leaf]) for leaf in leaves):
         raise Refused("the batch shares memory with the model")
+    return _recorded(
+        state,
+        lambda: _run_without_values(probe, state.tensors, leaves),
+        lambda: _trace_step(step, state.tensors, leaves, signs),
+        max_operations,
+    )
+
+
+def record_function(
+    function: Callable[..., list[Tensor]],
+    arguments: Sequence[Tensor],
+    state: State,
+    probe: Callable[..., object],
+    max_operations: int | None = None,
+) -> Recorded:
+    """Record a function of tensors, under the conditions of :func:`record`.
+
+    Args:
+        function: takes the tensors and returns others; writes into none of them.
+        arguments: shapes and dtypes of the tensors.
+        state: what the function reads besides them.
+        probe: takes the tensors and computes the same without tangents.
+        max_operations: the largest number of operations; None for no limit.
+
+    Raises:
+        Refused: if the record would not be right for other values or another call.
+    """
+    return _recorded(
+        state,
+        lambda: _run_without_values(lambda given, _: probe(*given), arguments, []),
+        lambda: _trace(function, arguments),
+        max_operations,
+    )
+
+
+def _recorded(
+    state: State, run_without_values: Callable, trace: Callable[[], GraphModule], max_operations: int | None
+) -> Recorded:
     limit = nullcontext() if max_operations is None else _Limit(LOOSE * max_operations)
     as_written = torch.compiler.set_stance("force_eager")  # compile no part of the model to find that out
     with state.kept() as changed, redirect_stdout(io.StringIO()) as printed, as_written:
-        _run_without_values(probe, state.tensors, leaves)
+        run_without_values()
         with limit:
-            graph = _trace(step, state.tensors, leaves, signs)
+            graph = trace()
         if (name := changed()) is not None:
             raise Refused(f"the forward pass changes {name}")
         num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
         if max_operations is not None and num_operations > max_operations:
             raise Refused(_too_large(how_large(num_operations)))
-        again = _trace(step, state.tensors, leaves, signs)
+        again = trace()
         if printed.getvalue():
             raise Refused("the forward pass prints")
     constants, constants_again = _lift_constants(graph), _lift_constants(again)
     if graph.code != again.code or not _are_equal(constants, constants_again):
         raise Refused("the forward pass does something else each time, as with a counter or a random number of Python")
     return Recorded(graph, constants, num_operations)
+
+
+CONSTANTS = ("zeros_like", "ones_like", "full_like", "full", "zeros", "ones", "new_zeros", "scalar_tensor", "_to_copy")
+"""Functions that compute nothing and are not said to be element-wise."""
+
+
+def is_elementwise(recorded: Recorded) -> bool:
+    """Return whether a record computes element by element alone, writes into nothing and draws no random numbers."""
+    functions = [node.target for node in recorded.graph.graph.nodes if node.op == "call_function"]
+    return all(
+        (torch.Tag.pointwise in func.tags or func.is_view or func._opname in CONSTANTS)
+        and torch.Tag.nondeterministic_seeded not in func.tags
+        and not func._schema.is_mutable
+        for func in functions
+        if isinstance(func, torch._ops.OpOverload)
+    )
+
+
+def compiled(recorded: Recorded, arguments: Sequence[Tensor], *, fixed: bool = False) -> Callable:
+    """Return a record as machine code, which takes its arguments and the constants.
+
+    Args:
+        recorded: the record.
+        arguments: shapes and dtypes of its arguments.
+        fixed: whether they lie in the same memory at each call, so that a GPU may replay its kernels.
+    """
+    # Not by torch.compile: the graph is there, and the caller holds the conditions that it would check.
+    import torch._inductor
+
+    options = {"fallback_random": True}  # random numbers of torch's generator, as without compiling
+    if fixed and arguments[0].is_cuda:
+        options["triton.cudagraphs"] = True
+    return torch._inductor.compile(recorded.graph, [*map(_copy, (*arguments, *recorded.constants))], options=options)
 
 
 class CompiledStep:
@@ -146,19 +217,12 @@ class CompiledStep:
     """
 
     def __init__(self, recorded: Recorded, tensors: list[Tensor], leaves: Sequence[Tensor], signs: Tensor) -> None:
-        # Not by torch.compile: the graph is there, and the caller holds the conditions that it would check.
-        import torch._inductor
-
         like = tensors[0]
         self._options = {"dtype": like.dtype, "device": like.device}
         self._like, self._num_signs = signs[:0], len(signs)
         self._constants = recorded.constants
-        options = {"fallback_random": True}  # random numbers of torch's generator, as without compiling
-        if like.is_cuda:
-            options["triton.cudagraphs"] = True
         rate = torch.ones((), **self._options)
-        examples = [_copy(x) for x in (*tensors, *leaves, rate, signs, *recorded.constants)]
-        self._graph = torch._inductor.compile(recorded.graph, examples, options=options)
+        self._graph = compiled(recorded, (*tensors, *leaves, rate, signs), fixed=True)
 
     def __call__(
         self, tensors: list[Tensor], leaves: Sequence[Tensor], learning_rate: float, generator: AnyGenerator
@@ -212,26 +276,30 @@ def _too_large(size: str) -> str:
     return f"compiling it takes long ({size}); pass compiled=True to compile it all the same"
 
 
-def _trace(step: Step, tensors: list[Tensor], leaves: Sequence[Tensor], signs: Tensor) -> GraphModule:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    num_tensors, num_leaves = len(tensors), len(leaves)
-    given = GivenSigns(signs)
+def _trace_step(step: Step, tensors: list[Tensor], leaves: Sequence[Tensor], signs: Tensor) -> GraphModule:
+    num_tensors, given = len(tensors), GivenSigns(signs)
 
     def run(*flat: Tensor) -> Tensor:
         *flat, rate, given._signs = flat
         return step(flat[:num_tensors], flat[num_tensors:], rate, given)
 
-    like = tensors[0]
-    rate = torch.ones((), dtype=like.dtype, device=like.device)
-    copies = [*map(_copy, tensors)], [*map(_copy, leaves)]
-    versions = [x._version for x in copies[1]]
-    graph = make_fx(run)(*copies[0], *copies[1], rate, signs)
-    if versions != [x._version for x in copies[1]]:
-        raise Refused("the forward pass writes into its batch")
+    rate = torch.ones((), dtype=tensors[0].dtype, device=tensors[0].device)
+    graph = _trace(run, [*tensors, *leaves, rate, signs], num_written=num_tensors)
     if given.used != len(signs):
         raise Refused("the number of its random signs is not the same in each step")
-    assert len([node for node in graph.graph.nodes if node.op == "placeholder"]) == num_tensors + num_leaves + 2
+    return graph
+
+
+def _trace(function: Callable, arguments: Sequence[Tensor], num_written: int = 0) -> GraphModule:
+    # A graph of the function, which may write into the first arguments.
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    copies = [*map(_copy, arguments)]
+    versions = [x._version for x in copies[num_written:]]
+    graph = make_fx(function)(*copies)
+    if versions != [x._version for x in copies[num_written:]]:
+        raise Refused("the forward pass writes into its batch")
+    assert len([node for node in graph.graph.nodes if node.op == "placeholder"]) == len(arguments)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

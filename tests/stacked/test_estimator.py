@@ -152,8 +152,8 @@ def test_refuses_parameters_without_a_tangent(dtype):
 
 
 def test_refuses_what_cannot_be_estimated(objective, params):
-    with pytest.raises(TypeError, match=r"BatchLoss\(model, inputs, targets\) .*got function.*forward_gradient"):
-        stacked_gradient(lambda p: p["x"].sum(), {"x": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"need the layers of a model .* BatchLoss\(model, inputs, targets\)"):
+        stacked_gradient(lambda p: p["x"].sum(), {"x": torch.ones(2)}, tangents="activity")
     with pytest.raises(ValueError, match="nothing to differentiate"):
         stacked_gradient(objective, {})
     with pytest.raises(ValueError, match="params has 'other'"):
