@@ -55,14 +55,14 @@ def unshared(*words: str) -> tuple[str, ...]:
     short=True,
 )
 def batch_killed(trial: Trial) -> str:
-    """End `run` of four notebooks by SIGKILL, SIGTERM and SIGINT at random moments, and run it again."""
+    """End `run` of six notebooks by SIGKILL, SIGTERM and SIGINT at random moments, and run it again."""
     whole, killed, told = trial.folder / "whole", trial.folder / "killed", []
-    command = (*RUN, tiny(trial), "--set", "seed=0,1,2,3", "--output")
+    command = (*RUN, tiny(trial), "--set", "seed=0,1,2,3,4,5", "--output")
     beside = trial.start(*command, whole)
     for sent in [signal.SIGKILL] if trial.short else [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL]:
         process = trial.start(*command, killed, "--jobs", "1")
-        trial.until(lambda: running_in(killed) or len(stamp_times(killed)) == 4)
-        trial.pause(0, 5)
+        trial.until(lambda: running_in(killed) or len(stamp_times(killed)) == 6)
+        trial.pause(0, 2.5)
         trial.end(process, sent)
         assert trial.end(beside).code == 0  # before all processes are counted
         trial.all_end(12)
