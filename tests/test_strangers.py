@@ -81,7 +81,6 @@ def test_a_strangers_files_survive(command, kind, tmp_path):
     assert {name: after.get(name) for name in before} == before
     assert ended.returncode in {0, 1, 130}, ended.stderr
     assert "Traceback" not in ended.stderr
-    assert ended.returncode in (0, 1, 130), ended.stderr  # 2: the words make no command
     if ended.returncode == 1:
         assert str(tmp_path / "mine") in ended.stderr
         assert set(after) <= {*before, *((".fwdlib-lock",) if "checkpoint.pt" in before else ())}
