@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 
+import psutil
 import pytest
 
 from report.site import pages
@@ -13,7 +17,7 @@ from tests.drill import __main__ as program
 from tests.drill import harness
 from tests.drill.harness import KINDS, Item, Skipped, Trial, Verdict
 from tests.drill.items import ITEMS
-from tests.processes import runs
+from tests.processes import runs, wait_until
 
 SLEEP = ("-c", "import time; time.sleep(100)")
 
@@ -150,6 +154,20 @@ def test_one_failure_is_exit_code_1(monkeypatch, capsys):
     assert last.startswith("1 ok, 1 FAILED, 0 skipped; seed 5, ")
     assert program.main(program.Drill(short=True)) == 0
     assert program.main(program.Drill(only="nothing")) == 1
+
+
+@pytest.mark.slow  # starts processes
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
+def test_a_drill_that_is_stopped_leaves_nothing(tmp_path, sent):
+    command = [sys.executable, "-m", "tests.drill", "--only", "training_listens"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    drill = subprocess.Popen(command, cwd=harness.ROOT, env=environment, stderr=subprocess.DEVNULL)
+    assert wait_until(lambda: list(tmp_path.glob("drill-*/0/log/*")), 60)
+    drill.send_signal(sent)
+    assert drill.wait(60) == 130
+    assert list(tmp_path.glob("drill-*")) == []
+    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if str(tmp_path) in command]
 
 
 def test_every_item_is_on_the_page_with_what_it_does_and_promises():
