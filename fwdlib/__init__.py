@@ -21,6 +21,8 @@ PUBLIC = {
     "GradientEstimate": "estimators",
     "sample_tangents": "tangents",
     "SGDStep": "stacked.step",
+    "ProcessLoss": "methods.sensitivity",
+    "sensitivity_gradient": "methods.sensitivity",
     "explain": "stacked.explain",
     "register_rule": "stacked.forward_pass",
     "Dual": "stacked.dual",

@@ -160,9 +160,14 @@ def _in_one_pass(objective: Objective, params: Params, tangents: Params, chunk_s
 
     with named_refusal(), torch.enable_grad():
         if len(next(iter(tangents.values()))) > 1:  # randomness="same": one Dropout mask for all tangents and chunks
-            with quiet_vmap():
-                losses, jvps, buffers = vmap(along, randomness="same", chunk_size=chunk_size)(tangents)
-            loss, buffers = losses[0], {name: buffer[0] for name, buffer in buffers.items()}
+            try:
+                with quiet_vmap():
+                    losses, jvps, buffers = vmap(along, randomness="same", chunk_size=chunk_size)(tangents)
+                loss, buffers = losses[0], {name: buffer[0] for name, buffer in buffers.items()}
+            except RuntimeError as error:
+                if is_transformed() or "vmap: inplace" not in str(error):
+                    raise
+                loss, jvps, buffers = _one_by_one(along, tangents)
         else:
             tangent = {name: v[0] for name, v in tangents.items()}
             if not is_transformed() and not isinstance(objective, ModelLoss):
@@ -179,6 +184,16 @@ def _in_one_pass(objective: Objective, params: Params, tangents: Params, chunk_s
 
 Multiple = Callable[[Params], tuple[list[Tensor], list[Tensor]]]
 """A function from a point to results with a derivative, and results without one."""
+
+
+def _one_by_one(along: Callable, tangents: Params) -> tuple[Tensor, Tensor, Params]:
+    # Where vmap refuses: it lets nothing with a row for each tangent be written into what has one for all.
+    found, state = [], torch.get_rng_state()
+    for row in zip(*tangents.values(), strict=True):
+        torch.set_rng_state(state)
+        found.append(along(dict(zip(tangents, row, strict=True))))
+    loss, _, buffers = found[0]
+    return loss, torch.stack([one[1] for one in found]), buffers
 
 
 def pushforward(function: Multiple, point: Params, tangents: Params) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -157,7 +157,7 @@ class Linear(Module):
         weight, bias = self.params["weight"], self.params["bias"]
         if inputs.dim() != 2 or inputs.shape[1] != weight.shape[1]:
             raise ValueError(f"inputs must have the shape (batch, {weight.shape[1]}), got {tuple(inputs.shape)}")
-        if inputs.requires_grad:
+        if type(inputs) is Tensor and inputs.requires_grad:  # tensors with tangents, of another type, may pass
             raise ValueError("inputs require a gradient, but tinynet has no autograd: pass inputs.detach()")
         self.kept = inputs
         return torch.addmm(bias, inputs, weight.t())  # bias + inputs @ weight.t(), in one call

@@ -409,7 +409,7 @@ class Pass(TorchFunctionMode):
             if self.perturbation.per_example:
                 self._follow_examples(found)
             is_doubtful = kind is not None or (kwargs and kwargs.get("memory_format") is not None)
-            if is_doubtful and isinstance(args[0], Dual):
+            if isinstance(args[0], Dual) and (is_doubtful or (func is Tensor.view and _is_copy(found, args[0]))):
                 self._doubt(args[0], found, function_name(func))
         return found
 
@@ -531,6 +531,11 @@ class Pass(TorchFunctionMode):
     def _check_value(self, value: Tensor) -> None:
         if not self._keeps_tape and value.requires_grad:
             self._check_tape(value)
+
+
+def _is_copy(y: Dual, x: Dual) -> bool:
+    # Torch's view is none, but the pass does not always keep the layout that allows one.
+    return memory_of(y.stack) != memory_of(x.stack)
 
 
 def _with_entries(x: Tensor, index: Any, value: Any) -> Tensor:

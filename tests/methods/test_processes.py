@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fwdlib.estimators import backprop_gradient
+from fwdlib.methods import tinynet
 from fwdlib.methods.processes import (
     RECURRENT,
     lotka_volterra,
@@ -17,7 +20,7 @@ from fwdlib.methods.processes import (
     runge_kutta,
     training,
 )
-from fwdlib.methods.sensitivity import online_gradient, sensitivity_gradient
+from fwdlib.methods.sensitivity import ProcessLoss, online_gradient, sensitivity_gradient
 
 DOUBLE = torch.float64
 
@@ -81,6 +84,50 @@ def test_training_is_that_of_torchs_sgd():
     torch.testing.assert_close(process(params), F.cross_entropy(model(inputs[0]), targets[0]).detach())
     found, exact = sensitivity_gradient(process, params, compiled=False), backprop_gradient(process, params)
     torch.testing.assert_close(found.grads, exact.grads, rtol=1e-12, atol=1e-14)
+
+
+def test_the_derivative_goes_forward_through_backprop_from_scratch():
+    # tinynet's backward pass is a program like any other: duals go through it, and its gradients are filled with them.
+    draw = torch.Generator().manual_seed(0)
+    inputs, targets = (
+        torch.randn(6, 5, 3, generator=draw, dtype=DOUBLE),
+        torch.randn(6, 5, 2, generator=draw, dtype=DOUBLE),
+    )
+    net = tinynet.Sequential(
+        tinynet.Linear(3, 4, generator=draw, dtype=DOUBLE),
+        tinynet.Tanh(),
+        tinynet.Linear(4, 2, generator=draw, dtype=DOUBLE),
+    )
+    weights = {name: p.clone() for name, p in net.params.items()}
+
+    def of(w):
+        copy, criterion = deepcopy(net), tinynet.MSELoss()
+        for name, p in w.items():
+            layer, _, key = name.partition(".")
+            copy.layers[int(layer)].params[key] = p
+        return copy, criterion
+
+    def step(w, p, batch):
+        copy, criterion = of(w)
+        criterion(copy(batch[0]), batch[1])
+        copy.backward(criterion.backward())
+        return {name: w[name] - p["rate"] * copy.grads[name] for name in w}
+
+    def loss(w, p):
+        copy, criterion = of(w)
+        return criterion(copy(inputs[0]), targets[0])
+
+    def by_autograd(w, x, y):
+        return F.mse_loss(F.linear(torch.tanh(F.linear(x, w["0.weight"], w["0.bias"])), w["2.weight"], w["2.bias"]), y)
+
+    rate = {"rate": torch.tensor(0.1, dtype=DOUBLE)}
+    process = ProcessLoss(step, weights, loss, 6, inputs=(inputs, targets))
+    found = sensitivity_gradient(process, rate, compiled=False)
+    twin = training(by_autograd, weights, inputs, targets, lambda w: by_autograd(w, inputs[0], targets[0]))
+    others = {"momentum": torch.zeros((), dtype=DOUBLE), "decay": torch.zeros((), dtype=DOUBLE)}
+    exact = backprop_gradient(twin, rate | others)
+    torch.testing.assert_close(found.loss, exact.loss)
+    torch.testing.assert_close(found.grads["rate"], exact.grads["rate"], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("every", [None, 4])

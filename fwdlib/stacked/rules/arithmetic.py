@@ -48,8 +48,9 @@ def neg(run: Pass, x: Any) -> Dual:
 @rule_of(torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 def mul(run: Pass, x: Any, other: Any) -> Any:
     """Apply the product rule; a constant scales all rows."""
-    if not run.has_tangents(x):
-        x, other = other, x
+    if not run.has_tangents(x):  # in this order, which decides on the layout of the result
+        stack = _rows_beside(run, other, x)
+        return NotImplemented if stack is None else Dual(x * stack)
     if not run.has_tangents(other):
         stack = _rows_beside(run, x, other)
         return NotImplemented if stack is None else Dual(stack * other)
@@ -108,7 +109,7 @@ def _sum(run: Pass, function: Callable, x: Any, other: Any, alpha: float) -> Any
     if function is torch.sub:
         return dual_of(torch.rsub(primal, x, alpha=alpha), stack[1:] * -alpha)
     scale = (lambda rows: rows) if alpha == 1 else (lambda rows: rows * alpha)
-    return dual_of(scale(primal) + x, scale(stack[1:]))
+    return dual_of(x + scale(primal), scale(stack[1:]))
 
 
 def _rows_beside(run: Pass, x: Any, constant: Any) -> Tensor | None:
