@@ -86,5 +86,5 @@ def remove_leftovers(parent: Path, kind: str, remove: Callable[[Path], object] =
     name, now = f"{kind}-{socket.gethostname()}-*", time.time()
     unlocked = [path for path in parent.glob(f"{MADE}{name}") if now - path.stat().st_mtime > MAKING]
     for folder in [*parent.glob(f".{name}"), *unlocked]:
-        with suppress(InUseError, FileNotFoundError), held(folder):
+        with suppress(OSError), held(folder):  # in use, or its own process removes it at this moment
             remove(folder)
