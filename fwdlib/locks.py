@@ -84,7 +84,9 @@ def remove_leftovers(parent: Path, kind: str, remove: Callable[[Path], object] =
         remove: removes one.
     """
     name, now = f"{kind}-{socket.gethostname()}-*", time.time()
-    unlocked = [path for path in parent.glob(f"{MADE}{name}") if now - path.stat().st_mtime > MAKING]
-    for folder in [*parent.glob(f".{name}"), *unlocked]:
-        with suppress(OSError), held(folder):  # in use, or its own process removes it at this moment
-            remove(folder)
+    for folder in [*parent.glob(f".{name}"), *parent.glob(f"{MADE}{name}")]:
+        with suppress(OSError):  # in use, or its own process renames or removes it at this moment
+            if folder.name.startswith(MADE) and now - folder.stat().st_mtime < MAKING:
+                continue
+            with held(folder):
+                remove(folder)
