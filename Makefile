@@ -12,7 +12,7 @@ ZOO    := build/zoo
 PIP    := $(RUN) -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help report page publish site evidence bench test test-all test-zoo test-browser lint format notebooks wheel lab clean
+.PHONY: help report page publish site evidence bench test test-all test-zoo test-browser drill lint format notebooks wheel lab clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ test: $(STAMP)  ## run the tests but the slow ones, and the six notebooks in qui
 test-all: test  ## run the slow tests and the other notebooks as well
 	@$(RUN) -m pytest -n 2 --dist loadfile -m slow
 	@$(NBVAL) notebooks/beyond
+
+drill: $(STAMP)  ## break things on purpose, in temporary folders, and see that every promise holds (ARGS=--short: three minutes)
+	@$(RUN) -m tests.drill $(ARGS)
 
 test-zoo: $(STAMP)  ## try every engine on 170 models and 96 losses, with packages of its own; writes report/site/zoo.md
 	@$(PIP) install --no-build-isolation --editable '.[zoo]' $(if $(wildcard $(VENV)/torch.txt),--constraint $(VENV)/torch.txt)

@@ -10,20 +10,24 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import tempfile
 import threading
 import time
 import urllib.request
-from contextlib import suppress
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 
 from fwdlib.atomic import message_of, naming
+from fwdlib.locks import remove_leftovers, temporary_folder
 from fwdlib.runtime import cache_dir, data_dir, is_offline
 
+T = TypeVar("T")
 PROBE_SECONDS = 2.0  # longest wait for the answer of one host
 PROBE_BUDGET = 4.5  # longest wait for all hosts that do not answer, per process
 DOWNLOAD_SECONDS = 20.0  # longest pause of a host during a download
@@ -112,18 +116,20 @@ def _download(archive: Archive, tried: str) -> None:
         if not answers(url):
             reasons.append(f"{host} does not answer")
             continue
+        scratch = ExitStack()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent, "download")
             # The scratch folder is beside the target, so that the checked file moves there in one step.
-            scratch = tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-")
+            folder = scratch.enter_context(temporary_folder(path.parent, "download"))
         except OSError as error:
             problem = f"the cache folder {cache_dir()} cannot be written ({error.strerror})"
             reasons.append(f"{problem}: set FWDLIB_CACHE to another")
             break
-        with scratch as folder:
-            part = Path(folder, path.name)
+        with scratch:
+            part = folder / path.name
             try:
-                opened = urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS)
+                opened = _within(DOWNLOAD_SECONDS, partial(urllib.request.urlopen, url, timeout=DOWNLOAD_SECONDS))
                 with naming(path.parent), opened as response, part.open("wb") as file:
                     _copy(response, file, path.name)
                 _check(part, archive.digest)
@@ -148,6 +154,23 @@ def _copy(response: http.client.HTTPResponse, file: BinaryIO, name: str) -> None
                 raise TimeoutError(f"{bar.n} bytes in {seconds:.0f} seconds")
 
 
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    # In a thread: neither the look-up of a host's name nor headers that come byte by byte have a time-out.
+    answer: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(call())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or f"no answer in {seconds:.0f} seconds") from error
+
+
 _answered: dict[str, bool] = {}  # by host, for the life of the process
 _waited = 0.0  # seconds spent on hosts that did not answer
 
@@ -162,19 +185,13 @@ def answers(url: str) -> bool:
         return False
     host, wait = urlsplit(url).netloc, min(PROBE_SECONDS, PROBE_BUDGET - _waited)
     if host not in _answered and wait > 0:
-        answer: list[bool] = []
-
-        def ask() -> None:
-            request = urllib.request.Request(url, method="HEAD")
-            with suppress(OSError, http.client.HTTPException), urllib.request.urlopen(request, timeout=wait):
-                answer.append(True)
-
-        # In a thread, because looking up a host's name has no time-out.
-        thread, start = threading.Thread(target=ask, daemon=True), time.monotonic()
-        thread.start()
-        thread.join(wait)
-        _answered[host] = bool(answer)
-        _waited += 0 if answer else time.monotonic() - start
+        request, start = urllib.request.Request(url, method="HEAD"), time.monotonic()
+        try:
+            _within(wait, partial(urllib.request.urlopen, request, timeout=wait)).close()
+            _answered[host] = True
+        except (OSError, http.client.HTTPException):
+            _answered[host] = False
+            _waited += time.monotonic() - start
     return _answered.get(host, False)
 
 

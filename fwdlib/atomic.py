@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import tempfile
+import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+WRITING = 3600  # seconds that nobody needs to write a file
 FULL = (errno.ENOSPC, errno.EDQUOT)
 OF_THE_DISK = (*FULL, errno.EFBIG, errno.EROFS, errno.EIO)  # Python does not say at which file they occurred
 
@@ -54,6 +57,10 @@ def check_writable(path: Path) -> None:
 
 def _write(folder: Path, name: str, content: bytes | memoryview, target: Path | None = None) -> None:
     # Write a temporary file; move it to ``target``, or remove it.
+    for left in folder.glob(f".{glob.escape(name)}.*.part") if target else ():
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > WRITING:  # of a process that was killed while it wrote
+                left.unlink()
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=".part", delete=False) as file:

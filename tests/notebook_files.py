@@ -1,7 +1,8 @@
-"""Small notebooks, for tests that run or read some."""
+"""Small notebooks, for tests that run or read some, and what a batch makes of them."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nbformat
@@ -26,3 +27,27 @@ def write_notebook(path: Path, parameters: str | None, *sources: str, kernel: di
     metadata = {"kernelspec": kernel} if kernel else {}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
     return path.resolve()
+
+
+def stamp_times(output: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (output / "executed").glob("*.json")}
+
+
+def content_of(output: Path) -> dict[str, bytes | str]:
+    """Return all files of a batch, less the times and the folder's own name."""
+    found: dict[str, bytes | str] = {}
+    for path in sorted((output / "results").rglob("*")):
+        if path.is_file():
+            found[path.relative_to(output).as_posix()] = path.read_bytes()
+    for path in sorted((output / "executed").rglob("*.ipynb")):
+        copy = nbformat.read(path, 4)
+        for part in [copy, *copy.cells]:
+            part.metadata.pop("execution", None)
+            for name in ("start_time", "end_time", "duration"):
+                part.metadata.papermill.pop(name, None)
+        for number, cell in enumerate(copy.cells):
+            cell.id = str(number)  # papermill draws one for the cell it puts in
+        found[path.relative_to(output).as_posix()] = nbformat.writes(copy).replace(str(output), "")
+    for path in sorted((output / "executed").glob("*.json")):
+        found[path.relative_to(output).as_posix()] = json.dumps(json.loads(path.read_text()) | {"seconds": 0})
+    return found

@@ -1,6 +1,8 @@
-"""Comparison of what checkpoints hold."""
+"""Comparison of what checkpoints and trainings hold."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
@@ -21,3 +23,11 @@ def assert_same(first, second) -> None:
         assert torch.equal(first, second)
     else:
         assert repr(first) == repr(second)
+
+
+def assert_same_training(first: Path, second: Path) -> None:
+    """Compare the folders of two trainings: the checkpoints and the logs, bit for bit, all but times."""
+    assert_same(*(torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (first, second)))
+    logs = [[line.split(",") for line in (folder / "log.csv").read_text().splitlines()] for folder in (first, second)]
+    rows, others = ([[*row[:4], row[-1]] for row in log] for log in logs)
+    assert rows == others

@@ -22,7 +22,7 @@ from urllib.error import URLError
 
 import pytest
 
-from fwdlib import archives, runtime
+from fwdlib import archives, locks, runtime
 from fwdlib.archives import Archive, DamagedFileError, UnavailableError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -214,6 +214,28 @@ def test_a_host_that_sends_a_byte_now_and_then_is_not_waited_for(served, monkeyp
     with pytest.raises(UnavailableError, match=r"failed \(\d+ bytes in 21 seconds\)"):
         archives.obtain(served)
     assert files_in(tmp_path / "cache") == ["set", "set/raw"]
+
+
+def test_a_host_that_sends_its_headers_byte_by_byte_is_not_waited_for(served, monkeypatch, tmp_path):
+    monkeypatch.setattr(archives, "DOWNLOAD_SECONDS", 0.2)
+    monkeypatch.setattr(archives, "answers", lambda url: True)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: time.sleep(10))
+    with pytest.raises(UnavailableError, match=r"failed \(no answer in 0 seconds\)"):
+        archives.obtain(served)
+    assert files_in(tmp_path / "cache") == ["set", "set/raw"]
+
+
+def test_what_a_killed_download_left_goes_at_the_next_one_and_a_living_one_stays(served, tmp_path):
+    raw = tmp_path / "cache/set/raw"
+    raw.mkdir(parents=True)
+    with locks.temporary_folder(raw, "download") as living:
+        dead = living.with_name(living.name + "dead")
+        dead.mkdir()
+        (dead / "images.gz").write_bytes(b"half")
+        archives.obtain(served)
+        assert living.is_dir()
+        assert not dead.exists()
+    assert files_in(tmp_path / "cache") == ["set", "set/raw", *CONTENT]
 
 
 def test_parallel_downloads_do_not_meet(served, tmp_path):

@@ -6,12 +6,13 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from fwdlib import cli
-from fwdlib.atomic import check_writable, message_of, naming
+from fwdlib.atomic import check_writable, message_of, naming, write_bytes
 from fwdlib.bench import benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,3 +117,13 @@ def test_bench_prints_its_table_before_it_writes(monkeypatch, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "the table" in out
     assert "could not write" in err
+
+
+def test_what_a_process_left_that_was_killed_while_it_wrote_goes_with_the_next_writing(tmp_path):
+    names = [".a[1].json.old.part", ".a[1].json.new.part", ".b.json.old.part"]
+    for name in names:
+        (tmp_path / name).touch()
+        if "old" in name:
+            os.utime(tmp_path / name, (time.time() - 7200,) * 2)
+    write_bytes(tmp_path / "a[1].json", b"{}")
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1].json", *names[1:]}

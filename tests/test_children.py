@@ -72,6 +72,19 @@ def test_a_parent_that_ends_takes_child_and_grandchild_with_it(tmp_path, sent):
     assert wait_until(lambda: not any(map(runs, pids)), 2)
 
 
+def test_a_program_that_somebody_else_starts_can_end_with_its_parent(tmp_path):
+    child = "import os, time; from pathlib import Path; from fwdlib import children; children.end_with_parent()\n"
+    child += "Path('part').write_text(str(os.getpid())); Path('part').rename('pids'); time.sleep(100)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    (pid,) = family_in(tmp_path)
+    time.sleep(1)
+    assert runs(pid)
+    parent.kill()
+    parent.wait()
+    assert wait_until(lambda: not runs(pid), 2)
+
+
 def test_end_takes_child_and_grandchild(tmp_path):
     child = children.start([sys.executable, "-c", FAMILY], folder=tmp_path)
     pids = family_in(tmp_path)

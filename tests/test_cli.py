@@ -19,7 +19,7 @@ import torch
 
 from fwdlib import archives, cli, data, runtime
 from fwdlib.locks import LOCK
-from tests.same import assert_same
+from tests.same import assert_same_training
 
 pytestmark = pytest.mark.usefixtures("bare_account")
 
@@ -304,13 +304,8 @@ def test_a_killed_run_that_is_resumed_ends_with_the_same_weights(folder, tmp_pat
     assert 3 <= len(log.read_text().splitlines()) < 13
     assert cli.main([*words, "--resume"]) == 0
     assert cli.main([*words, "--log-dir", str(tmp_path / "whole")]) == 0
-    resumed, whole = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (folder, tmp_path / "whole"))
-    for part in ("model", "optimizer", "estimator", "random numbers", "batches", "scheduler"):
-        assert_same(resumed[part], whole[part])
-    logs = [(path / "log.csv").read_text().splitlines() for path in (folder, tmp_path / "whole")]
-    assert len(logs[0]) == 13
-    without_times = [[[*line.split(",")[:4], line.split(",")[-1]] for line in lines] for lines in logs]
-    assert without_times[0] == without_times[1]
+    assert len((folder / "log.csv").read_text().splitlines()) == 13
+    assert_same_training(folder, tmp_path / "whole")
     assert [path.name for path in folder.glob(".*")] == [LOCK]
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
 import os
 import pickle
 import re
-import struct
 import sys
 import tarfile
 import tempfile
@@ -23,10 +21,10 @@ import pytest
 import torch
 
 from fwdlib import archives, data
+from tests.small_sets import NUM_TEST, NUM_TRAIN, write_kmnist
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("FWDLIB_DATA") or REPOSITORY.parent / "shared" / "data")
-NUM_TRAIN, NUM_TEST = 40, 20  # of the small fake KMNIST
 
 needs_penguins = pytest.mark.skipif(
     not (REAL / "penguins/penguins_processed.csv").is_file(), reason=f"no CSV in {REAL}"
@@ -37,28 +35,13 @@ needs_kmnist = pytest.mark.skipif(not (REAL / "KMNIST/raw").is_dir(), reason=f"n
 pytestmark = pytest.mark.usefixtures("bare_machine")
 
 
-def write_idx(path: Path, array: np.ndarray) -> None:
-    header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes(), mtime=0))
-
-
 @pytest.fixture
 def small_kmnist(monkeypatch, tmp_path) -> Path:
-    """A folder with a small KMNIST in torchvision's layout; image i has the pixels i, or 200 + i in the test set."""
+    """A folder with a small KMNIST in torchvision's layout."""
     from torchvision import datasets
 
-    folder = tmp_path / "published"
-    for part, count, first in (("train", NUM_TRAIN, 0), ("t10k", NUM_TEST, 200)):
-        pixels = np.repeat(np.arange(first, first + count), 28 * 28).reshape(count, 28, 28)
-        write_idx(folder / f"KMNIST/raw/{part}-images-idx3-ubyte.gz", pixels)
-        write_idx(folder / f"KMNIST/raw/{part}-labels-idx1-ubyte.gz", np.arange(count) % 10)
-    resources = [
-        (name, hashlib.md5((folder / "KMNIST/raw" / name).read_bytes()).hexdigest())
-        for name, _ in datasets.KMNIST.resources
-    ]
-    monkeypatch.setattr(datasets.KMNIST, "resources", resources)
-    return folder
+    monkeypatch.setattr(datasets.KMNIST, "resources", write_kmnist(tmp_path / "published"))
+    return tmp_path / "published"
 
 
 def files_in(folder: Path) -> list[str]:

@@ -15,9 +15,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fwdlib.checks import check_count, check_positive
-from fwdlib.runs import stamps
+from fwdlib.locks import remove_leftovers
+from fwdlib.runs import notebook, stamps
 from fwdlib.runs.jobs import Job, Outcome, check_jobs
-from fwdlib.runs.places import Here, Place, RunningJob, remove_leftovers
+from fwdlib.runs.places import RUNNING, Here, Place, RunningJob
 
 JOBS_BAR = "{n_fmt} of {total_fmt} jobs |{bar:20}| {elapsed}"
 
@@ -70,7 +71,7 @@ def run_batch(
     check_jobs(jobs)
     results, executed = Path(results).resolve(), Path(executed).resolve()
     results.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(results)
+    remove_leftovers(results, RUNNING, notebook.discard)
 
     say = partial(tqdm.write, file=sys.stderr if progress else io.StringIO())  # goes above the bars
     hidden = not (progress and sys.stderr.isatty())

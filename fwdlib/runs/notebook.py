@@ -117,6 +117,7 @@ def main(folder: Path, order: str) -> None:
         error = f"the notebook did not start: {type(stop).__name__}: {stop}"
     if ending.is_set():  # the kernel was killed by _clean_up, which is about to end this process
         time.sleep(GRACE)
+    discard_temporary(folder)  # now: a Dask worker may be killed before it does
     (folder / "error.part").write_text(error, encoding="utf-8")
     (folder / "error.part").replace(folder / "error.txt")
 

@@ -6,12 +6,10 @@ Wherever a job runs, its files end up in one folder here, and are collected here
 from __future__ import annotations
 
 import json
-import socket
 import sys
-import tempfile
 import time
 from collections import deque
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +17,7 @@ import nbformat
 from tqdm import tqdm
 
 from fwdlib import children
-from fwdlib.locks import InUseError, held
+from fwdlib.locks import temporary_folder
 from fwdlib.runs import notebook, stamps
 from fwdlib.runs.jobs import Job, Outcome
 
@@ -48,8 +46,7 @@ class Place(Protocol):
         """Raise :class:`PlaceError` if the place is gone."""
 
 
-MADE, RUNNING = ".made-", ".running-"  # a job's folder has the first name until it has its lock
-MAKING = 60  # seconds after which a folder that has no lock yet is that of a dead batch
+RUNNING = "running"  # begins the name of a job's folder
 
 
 class RunningJob:
@@ -63,10 +60,8 @@ class RunningJob:
         # papermill inserts a cell for the parameters
         self.num_cells = len(nbformat.read(job.notebook, 4).cells) + bool(job.parameters)
         # Inside the folder of the results, so that a result moves in one step: it is there whole or not at all.
-        made = Path(tempfile.mkdtemp(prefix=f"{MADE}{socket.gethostname()}-{job.name}-", dir=results))
         self._held = ExitStack()
-        self._held.enter_context(held(made))  # as long as this process lives, see remove_leftovers
-        self.folder = made.rename(made.with_name(made.name.replace(MADE, RUNNING, 1)))
+        self.folder = self._held.enter_context(temporary_folder(results, RUNNING, job.name))
         self.staging = self.folder / "results"
 
     def has_ended(self) -> bool:
@@ -121,19 +116,6 @@ class RunningJob:
         """End the notebook if it has not ended, and remove the folder."""
         notebook.discard(self.folder)
         self._held.close()
-
-
-def remove_leftovers(results: Path) -> None:
-    """Remove the folders of jobs whose batch was killed together with the processes of its notebooks.
-
-    A living batch holds a lock in each, whatever its number and wherever it runs. Folders of other machines stay, as
-    a lock on a shared disk may not reach so far.
-    """
-    host, now = socket.gethostname(), time.time()
-    unlocked = [path for path in results.glob(f"{MADE}{host}-*") if now - path.stat().st_mtime > MAKING]
-    for folder in [*results.glob(f"{RUNNING}{host}-*"), *unlocked]:
-        with suppress(InUseError, FileNotFoundError), held(folder):
-            notebook.discard(folder)
 
 
 def replace_paths(path: Path, new: dict[Path | str, Path]) -> str:

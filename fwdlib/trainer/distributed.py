@@ -15,7 +15,9 @@ Start it by ``torchrun --nproc-per-node N -m fwdlib train ...``, or on one machi
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fwdlib import runtime
+from fwdlib.children import end_with_parent
 from fwdlib.data import Dataset, fingerprint
 from fwdlib.estimators import Estimator, GradientEstimate
 from fwdlib.history import History
@@ -211,6 +214,8 @@ def joined(device: torch.device) -> Iterator[Processes]:
     if num_started() == 1:
         yield ALONE
         return
+    if MEETING not in os.environ:  # torchrun leaves its processes to themselves when it is killed
+        end_with_parent()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     master = os.environ.get("MASTER_ADDR", "localhost")
@@ -261,7 +266,7 @@ def start(count: int, function: Callable[..., None], *args: Any) -> None:
         ProcessRaisedException: if a process ends by another exception; the message has its traceback.
     """
     with tempfile.TemporaryDirectory(prefix="fwdlib-") as folder:
-        given = (count, (Path(folder) / "meeting").as_uri(), function, args)
+        given = (count, str(Path(folder, "meeting")), function, args)
         children = torch.multiprocessing.start_processes(_start, given, nprocs=count, join=False)
         # the ChildError below, or process 0, says why the others end
         logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
@@ -297,10 +302,20 @@ class ChildError(RuntimeError):
 
 
 def _start(rank: int, count: int, meeting: str, function: Callable[..., None], args: tuple) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), MEETING: meeting}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ[MEETING] = Path(meeting).as_uri()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    function(*args)
+
+    def clean_up() -> None:
+        if not multiprocessing.parent_process().is_alive():  # it was killed, so that it cannot remove its folder
+            shutil.rmtree(Path(meeting).parent, ignore_errors=True)
+
+    end_with_parent(clean_up)
+    try:
+        function(*args)
+    finally:
+        clean_up()
 
 
 def train_together(

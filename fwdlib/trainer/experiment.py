@@ -95,11 +95,13 @@ def _run(settings: Settings, device: torch.device, processes: Processes, progres
 def _claim(folder: Path, settings: Settings, stack: ExitStack) -> bool:
     # Hold the folder until the stack closes, and return whether to go on with the run in it. After torchrun has
     # restarted the processes, they go on with what this very start of torchrun has begun, and with nothing else.
-    check_writable(folder / "checkpoint.pt")
+    checkpoint, begun, launch = folder / "checkpoint.pt", folder / BEGUN, f"{socket.gethostname()} {os.getppid()}"
+    check_writable(checkpoint)
+    if not checkpoint.exists():  # else the checkpoint says whose files these are
+        check_own(folder, FILES, "record.json", ("format", "settings", "network"))
     stack.callback(_remove_unused, folder, [path for path in (folder, *folder.parents) if not path.exists()])
     folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(held(folder, patience=10 if num_restarts() else 0))
-    checkpoint, begun, launch = folder / "checkpoint.pt", folder / BEGUN, f"{socket.gethostname()} {os.getppid()}"
     resume = settings.resume
     if num_restarts() and begun.is_file() and begun.read_text(encoding="utf-8") == launch:
         resume |= begun.stat().st_mtime > psutil.Process(os.getppid()).create_time() - 1
@@ -108,8 +110,6 @@ def _claim(folder: Path, settings: Settings, stack: ExitStack) -> bool:
             f"{checkpoint} exists: it is there from an earlier run. To resume that run, add --resume; to start anew, "
             f"delete the file or name another --log-dir"
         )
-    if not checkpoint.exists():  # else the checkpoint says whose files these are
-        check_own(folder, FILES, "record.json", ("format", "settings", "network"))
     if RESTARTS in os.environ:
         write_text(begun, launch)
     return resume

@@ -1,7 +1,7 @@
 """A Sphinx extension: the pages that are templates, filled with what the repository holds, and the report beside them.
 
-Every page but the notebooks is a Jinja template. It can use :func:`notebooks`, :func:`reference` and
-:func:`public_names`, so that no list of notebooks or modules is kept by hand.
+Every page but the notebooks is a Jinja template. It can use :func:`notebooks`, :func:`reference`, :func:`public_names`
+and :func:`promises`, so that no list of notebooks, modules or promises is kept by hand.
 """
 
 from __future__ import annotations
@@ -83,10 +83,19 @@ def public_names() -> dict[str, str]:
     return {name: f"{value.__module__}.{value.__qualname__}" for name, value in values.items() if callable(value)}
 
 
+def promises() -> dict[str, list[Any]]:
+    """Return the items of the fault drill, each with its promise, by the title of their kind."""
+    from tests.drill.harness import KINDS
+    from tests.drill.items import ITEMS
+
+    return {title: [item for item in ITEMS.values() if item.kind == kind] for kind, title in KINDS.items()}
+
+
 def fill(app: Sphinx, document: str, source: list[str]) -> None:
     """Render a page that is a template."""
     if not document.startswith("notebooks/"):
         names: dict[str, Any] = {"notebooks": notebooks, "reference": reference, "public_names": public_names}
+        names["promises"] = promises
         source[0] = jinja2.Template(source[0], undefined=jinja2.StrictUndefined).render(names)
 
 

@@ -418,9 +418,14 @@ def test_a_batch_that_dies_while_it_moves_results_leaves_no_stamp(again, monkeyp
 
 def test_folders_of_dead_batches_are_removed_and_those_of_living_ones_are_not(tmp_path):
     here = socket.gethostname()
-    names = [f".running-{here}-dead-x", f".running-{here}-alive-x", f".made-{here}-new-x", ".running-elsewhere-x-x"]
-    names += [".made-elsewhere-old-x"]
-    old = f".made-{here}-old-x"  # its batch was killed before it had locked it
+    names = [
+        f".running-{here}-dead-x",
+        f".running-{here}-alive-x",
+        f".made-running-{here}-new-x",
+        ".running-elsewhere-x-x",
+    ]
+    names += [".made-running-elsewhere-old-x"]
+    old = f".made-running-{here}-old-x"  # its batch was killed before it had locked it
     for name in [*names, old]:
         (tmp_path / name).mkdir()
     for name in (names[-1], old):

@@ -11,10 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import nbformat
 import psutil
 import pytest
 from dask import config
@@ -25,6 +23,8 @@ from fwdlib.runs.batch import finished, run_batch
 from fwdlib.runs.jobs import Job, failures
 from fwdlib.runs.places import PlaceError
 from tests import notebook_files
+from tests.clusters import dask, listens_at, runs_in
+from tests.notebook_files import content_of, stamp_times
 from tests.processes import wait_until
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -59,74 +59,6 @@ def write_notebook(path: Path, *sources: str) -> Path:
     return notebook_files.write_notebook(path, "seed = 0\ngate = ''", *sources)
 
 
-def runs_in(folder: Path) -> list[psutil.Process]:
-    """Return the processes that run notebooks for the workers of the cluster in ``folder``, and their kernels."""
-    place = str(folder / "dask-scratch-space")
-    found = [(process, process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
-    return [process for process, words in found if any(place in word for word in words)]
-
-
-def listens_at(processes: list[psutil.Process]) -> set[str]:
-    """Return the addresses at which the processes and all their children listen."""
-    family = {child for process in processes for child in [process, *process.children(recursive=True)]}
-    found = set()
-    for each in family:
-        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
-            found |= {link.laddr.ip for link in each.net_connections() if link.status == "LISTEN"}
-    return found
-
-
-class Dask:
-    """A scheduler and workers, each a process, with loopback as their only address."""
-
-    def __init__(self, folder: Path, protocol: str = "tcp", **variables: str) -> None:
-        self.folder, self.environment = folder, os.environ | {"FWDLIB_OFFLINE": "1"} | variables
-        self.started: list[subprocess.Popen] = []
-        file = folder / "scheduler.json"
-        at = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--protocol", protocol]
-        self.scheduler = self.start("scheduler", *at, "--scheduler-file", str(file))
-        assert wait_until(lambda: file.is_file() and file.read_text().endswith("}"), 60)
-        self.address = json.loads(file.read_text())["address"]
-        assert self.address.startswith(f"{protocol}://127.0.0.1:")
-
-    def start(self, *words: str) -> subprocess.Popen:
-        log = (self.folder / f"log-{len(self.started)}.txt").open("w")
-        with log:
-            command = [sys.executable, "-m", "dask", *words]
-            process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, cwd=self.folder)
-        self.started.append(process)
-        return process
-
-    def restart_scheduler(self) -> None:
-        self.scheduler.kill()
-        self.scheduler.wait()
-        host, port = self.address.rpartition("//")[2].split(":")
-        self.scheduler = self.start("scheduler", "--host", host, "--port", port, "--dashboard-address", f"{host}:0")
-        assert wait_until(lambda: listens_at([psutil.Process(self.scheduler.pid)]), 60)
-
-    def worker(self, name: str, *words: str) -> subprocess.Popen:
-        at = ["--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0", "--local-directory", str(self.folder)]
-        return self.start("worker", self.address, *at, "--nthreads", "1", "--name", name, *words)
-
-    def end(self) -> None:
-        for process in self.started:
-            for each in (
-                [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []
-            ):
-                each.kill()
-        for process in self.started:
-            process.wait()
-
-
-@contextmanager
-def dask(folder: Path, protocol: str = "tcp", **variables: str):
-    there = Dask(folder, protocol, **variables)
-    try:
-        yield there
-    finally:
-        there.end()
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """A cluster of two workers without nannies: one that dies stays dead."""
@@ -142,30 +74,6 @@ def run_command(notebook: Path, output: Path, *words: str) -> subprocess.Popen:
     reset = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731  # background jobs ignore it
     options = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "preexec_fn": reset}
     return subprocess.Popen([*command, "--output", str(output), *words], env=env, **options)
-
-
-def stamp_times(output: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in (output / "executed").glob("*.json")}
-
-
-def content_of(output: Path) -> dict[str, bytes | str]:
-    """Return all files of a batch, less the times and the folder's own name."""
-    found: dict[str, bytes | str] = {}
-    for path in sorted((output / "results").rglob("*")):
-        if path.is_file():
-            found[path.relative_to(output).as_posix()] = path.read_bytes()
-    for path in sorted((output / "executed").rglob("*.ipynb")):
-        copy = nbformat.read(path, 4)
-        for part in [copy, *copy.cells]:
-            part.metadata.pop("execution", None)
-            for name in ("start_time", "end_time", "duration"):
-                part.metadata.papermill.pop(name, None)
-        for number, cell in enumerate(copy.cells):
-            cell.id = str(number)  # papermill draws one for the cell it puts in
-        found[path.relative_to(output).as_posix()] = nbformat.writes(copy).replace(str(output), "")
-    for path in sorted((output / "executed").glob("*.json")):
-        found[path.relative_to(output).as_posix()] = json.dumps(json.loads(path.read_text()) | {"seconds": 0})
-    return found
 
 
 @pytest.fixture(scope="module")
