@@ -62,7 +62,8 @@ def recurrence(method: str, num_steps: int, num_units: int = 128, batch: int = 6
     targets = torch.randint(0, 10, (batch,), generator=draw)
 
     def work_of(num_steps: int) -> Work:
-        process = recurrent_layer(torch.rand(num_steps, batch, generator=draw), targets, num_units)
+        sequences = torch.rand(num_steps, batch, generator=torch.Generator().manual_seed(1))
+        process = recurrent_layer(sequences, targets, num_units)
         if method == "backprop":
             return lambda: reverse_gradient(process, params)
         return lambda: online_gradient(process, params, elementwise=RECURRENT, compiled=False, progress=None)

@@ -98,7 +98,10 @@ def animate_fields(frames: Sequence[Mapping[str, Any]], num_levels: int = 7) -> 
     figure = Figure(figsize=(4.9, 3.7), dpi=72)
     canvas, images = FigureCanvasAgg(figure), []
     drawn = {}
-    for axes, name in zip(figure.subplots(2, -(-len(names) // 2)).flat, names, strict=True):
+    grid = figure.subplots(2, -(-len(names) // 2)).flat
+    for axes in grid[len(names) :]:
+        axes.set_visible(False)
+    for axes, name in zip(grid, names, strict=False):
         is_state = name == names[0]
         cmap = colormaps["viridis" if is_state else "RdBu_r"].resampled(num_levels)
         limits = {"vmin": 0, "vmax": scales[name]} if is_state else {"vmin": -scales[name], "vmax": scales[name]}
