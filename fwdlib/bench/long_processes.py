@@ -86,10 +86,14 @@ def peaks(function: str, steps: Sequence[int]) -> dict[str, dict[int, float]]:
         steps: values of T.
 
     Returns:
-        For each method T -> MiB.
+        For each method T -> MiB. Less than 1 counts as 1: a process's memory is not known more exactly.
     """
     name = f"fwdlib.bench.long_processes:{function}"
-    return {m: {T: memory.peak_bytes(name, {"method": m, "num_steps": T}) / 2**20 for T in steps} for m in METHODS}
+
+    def peak(method: str, num_steps: int) -> float:
+        return max(1.0, memory.peak_bytes(name, {"method": method, "num_steps": num_steps}) / 2**20)
+
+    return {method: {num_steps: peak(method, num_steps) for num_steps in steps} for method in METHODS}
 
 
 def times_by_parameters(sides: Sequence[int], size: int = 64, num_steps: int = 20, seconds: float = 6.0) -> dict:
