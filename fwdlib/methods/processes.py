@@ -54,6 +54,19 @@ def lotka_volterra(state: tuple[Tensor, Tensor], params: Params) -> tuple[Tensor
     return params["a"] * x - params["b"] * x * y, params["d"] * x * y - params["c"] * y
 
 
+def lorenz(state: tuple[Tensor, Tensor, Tensor], params: Params) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return the slope of Lorenz's equations, which are chaotic near rho = 28.
+
+    .. math:: x' = 10\,(y - x), \qquad y' = x\,(\rho - z) - y, \qquad z' = x y - \tfrac83 z
+
+    Args:
+        state: x, y and z, of any one shape.
+        params: ``rho``.
+    """
+    x, y, z = state
+    return 10 * (y - x), x * (params["rho"] - z) - y, x * y - 8 / 3 * z
+
+
 def reaction_diffusion(step_size: float) -> Callable[[Tensor, Params], Tensor]:
     r"""Return a step of Euler's method for diffusion, flow and growth on a periodic grid with cells of length 1.
 

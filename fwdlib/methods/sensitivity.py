@@ -138,6 +138,28 @@ class ProcessLoss:
         """The numbers of steps after which there is a loss."""
         return [self.num_steps] if self.observations is None else list(self.observations)
 
+    def on(self, inputs: Tree = None, observations: Mapping[int, Any] | None = None) -> ProcessLoss:
+        """Return the same process on other data, for example the next batch. Both share what has been compiled.
+
+        Args:
+            inputs: of the shapes that it has now; None for these.
+            observations: after the same numbers of steps; None for these.
+
+        Raises:
+            ValueError: if the numbers of steps differ, or as :class:`ProcessLoss`.
+        """
+        inputs = (self.inputs[0] if self.inputs else None) if inputs is None else inputs
+        observations = self.observations if observations is None else observations
+        other = ProcessLoss(
+            self.step, self.initial, self.loss, self.num_steps, inputs=inputs, observations=observations
+        )
+        if other.moments != self.moments:
+            raise ValueError(
+                f"observations must be after the same numbers of steps, {self.moments}, got {other.moments}"
+            )
+        other.programs, other.reverse = self.programs, self.reverse
+        return other
+
     def start(self, params: Params) -> Tree:
         """Return the state before the first step.
 

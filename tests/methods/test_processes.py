@@ -13,6 +13,7 @@ from fwdlib.estimators import backprop_gradient
 from fwdlib.methods import tinynet
 from fwdlib.methods.processes import (
     RECURRENT,
+    lorenz,
     lotka_volterra,
     reaction_diffusion,
     recurrent_layer,
@@ -46,6 +47,12 @@ def test_lotka_volterra_keeps_its_invariant():
     for _ in range(1000):
         state = step(state, params)
     torch.testing.assert_close(invariant(*state), invariant(*before), rtol=1e-7, atol=0)
+
+
+def test_lorenz_rests_where_it_should():
+    rho, root = torch.tensor(28.0, dtype=DOUBLE), torch.tensor(8 / 3 * 27, dtype=DOUBLE).sqrt()
+    slope = lorenz((root, root, rho - 1), {"rho": rho})
+    torch.testing.assert_close(torch.stack(slope), torch.zeros(3, dtype=DOUBLE), rtol=0, atol=1e-12)
 
 
 def test_a_wave_decays_and_moves_as_the_equation_says():

@@ -356,3 +356,25 @@ def test_a_value_that_the_step_reads_may_change_between_two_runs():
         assert_equal(
             sensitivity_gradient(process, numbers(a=1.0), compiled=True), backprop_gradient(process, numbers(a=1.0))
         )
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_process_on_other_data_is_as_a_new_one_and_compiled_once(compiled):
+    def process_of(inputs, target):
+        step = lambda z, p, x: torch.tanh(p["a"] * z + x)  # noqa: E731
+        loss = lambda z, p, o: (z - o).square().sum()  # noqa: E731
+        return step, torch.zeros(2), loss, 4, {"inputs": inputs, "observations": {4: target}}
+
+    first, second = (torch.arange(8.0).view(4, 2) / 10 * sign for sign in (1, -1))
+    *given, data = process_of(first, torch.ones(2))
+    process, params = ProcessLoss(*given, **data), {"a": torch.tensor(0.5)}
+    sensitivity_gradient(process, params, compiled=compiled)
+    known = dict(process.programs.known)
+    other = process.on(second, {4: torch.zeros(2)})
+    found = sensitivity_gradient(other, params, compiled=compiled)
+    *given, data = process_of(second, torch.zeros(2))
+    expected = sensitivity_gradient(ProcessLoss(*given, **data), params, compiled=False)
+    torch.testing.assert_close(found.grads, expected.grads)
+    assert other.programs.known == known
+    with pytest.raises(ValueError, match=r"the same numbers of steps, \[4\], got \[3\]"):
+        process.on(observations={3: torch.zeros(2)})
