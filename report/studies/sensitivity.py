@@ -138,13 +138,13 @@ TORCH = "forward, torch.func"
 CASES = {
     "Lotka-Volterra, 1 trajectory": Case(populations, (1,), 1000, others=(*SOLVERS, TORCH)),
     "hypergradients of an MLP": Case(hyperparameters, (), 400, (1, 5), others=(TORCH,)),
-    "recurrent, 128 units, relu": Case(recurrent, (128, "relu"), 784, others=(PLAIN,)),
+    "recurrent, 128 units, relu": Case(recurrent, (128, "relu"), 784, (1, 5, 20), (PLAIN,)),
     "reaction-diffusion, 128 x 128": Case(reaction, (128,), 1000, (1, 5)),
-    "Lotka-Volterra, 100 trajectories": Case(populations, (100,), 1000, others=SOLVERS),
-    "Lotka-Volterra, 1000 trajectories": Case(populations, (1000,), 1000, others=SOLVERS),
-    "recurrent, 512 units, relu": Case(recurrent, (512, "relu"), 784, others=(PLAIN,)),
-    "recurrent, 128 units, tanh": Case(recurrent, (128, "tanh"), 784, others=(PLAIN,)),
-    "recurrent, 512 units, tanh": Case(recurrent, (512, "tanh"), 784, others=(PLAIN,)),
+    "Lotka-Volterra, 100 trajectories": Case(populations, (100,), 1000, (5, 20), SOLVERS),
+    "Lotka-Volterra, 1000 trajectories": Case(populations, (1000,), 1000, (5, 20), SOLVERS),
+    "recurrent, 512 units, relu": Case(recurrent, (512, "relu"), 784, (5, 20), (PLAIN,)),
+    "recurrent, 128 units, tanh": Case(recurrent, (128, "tanh"), 784, (5, 20), (PLAIN,)),
+    "recurrent, 512 units, tanh": Case(recurrent, (512, "tanh"), 784, (5, 20), (PLAIN,)),
 }
 COMPILED = "reverse, compiled by 5"
 BOTH = f"{CHECKPOINTED} and compiled by 5"
@@ -309,7 +309,8 @@ def method(name: str, make: Callable[[], Made]) -> Callable[[], object]:
             return lambda: online_gradient(process, params, elementwise=processes.RECURRENT, **how)
         return lambda: sensitivity_gradient(process, params, **how)
     compiled = int(name.rpartition(" ")[2]) if "compiled" in name else None
-    kept = math.isqrt(process.num_steps) if name.startswith(CHECKPOINTED) else None
+    stride = CHUNK * max(1, round(math.sqrt(process.num_steps) / CHUNK))
+    kept = -(-process.num_steps // stride) if name.startswith(CHECKPOINTED) else None
     return lambda: reverse_gradient(process, params, num_checkpoints=kept, num_compiled=compiled)
 
 
