@@ -66,7 +66,7 @@ MODELS = ("logistic", "mlp", "cnn")
 METHODS = ("backprop", "forward gradient", "rank-one", "rank-one, K = 16")
 AS_PUBLISHED = "as the text says"  # the form of a method without any departure
 
-# --- Frank-Wolfe, test functions, several tangents, backprop from scratch, processes -----------------------------------
+# --- Frank-Wolfe, test functions, several tangents, backprop from scratch, processes ---------------------------------
 
 FRANK_WOLFE = "frank_wolfe.json"
 FUNCTIONS = "functions.json"
