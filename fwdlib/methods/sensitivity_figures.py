@@ -10,6 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 from fwdlib.plotting import METHOD_STYLES, legend_below, panels, styled
 
@@ -43,7 +44,7 @@ def plot_memory(processes: Mapping[str, Mapping[str, dict[str, Any]]]) -> Figure
                 axes.plot(*end, **style | {"linestyle": ":", "marker": ""})
                 axes.plot(end[0][1], end[1][1], **style | {"markerfacecolor": "white"})
         axes.set(title=title, xlabel="steps", xscale="log", yscale="log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     figure.axes[0].set_ylabel("peak memory above the start [MB]")
     handles = [Line2D([], [], label=name, **_style(names, name)) for name in names]
     legend_below(figure, handles, ncols=2)
@@ -77,7 +78,8 @@ def plot_map(
     axes.pcolormesh(*edges, shown, cmap=MAP, vmin=-1, vmax=1, alpha=0.75, edgecolors="white", linewidth=1.5)
     for (row, column), ratio in np.ndenumerate(ratios):
         text = "slower" if np.isnan(ratio) else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
-        axes.text(steps[column], parameters[row], text, ha="center", va="center", fontsize=9)
+        outline = [withStroke(linewidth=2.5, foreground="white", alpha=0.7)]
+        axes.text(steps[column], parameters[row], text, ha="center", va="center", fontsize=9, path_effects=outline)
     for (what, points), style in zip(borders.items(), ("-", "--", ":"), strict=False):
         axes.plot(*np.array(points).reshape(-1, 2).T, style, color="0.1", linewidth=2, label=what)
     axes.set(xscale="log", yscale="log", xlabel="steps T", ylabel="parameters P")

@@ -47,12 +47,14 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
     if found is None:
         return None
     memory = _memory(found["memory"])
-    rows = [_case(title, measured) for title, measured in found["cases"].items()]
+    titles = found["settings"]["cases"]
+    rows = [_case(title, found["cases"][title]) for title in titles if title in found["cases"]]
     names = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
     errors = [value for row in rows for value in row["errors"].values()]
     return {
         "rows": rows,
         "reverses": [name for name in names if not name.startswith("forward") and name != PLAIN],
+        "missing": [title for title in titles if title not in found["cases"]],
         "faster": [row for row in rows if row["headline"].high < 1],
         "slower": [row for row in rows if row["headline"].low > 1],
         "even": [row for row in rows if row["headline"].low <= 1 <= row["headline"].high],
@@ -66,8 +68,8 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
         },
         "growth": {
             name: {
-                "forward": memory[title]["methods"][FORWARD]["growth"],
-                "reverse": memory[title]["methods"][REVERSE]["growth"],
+                short: memory[title]["methods"][method]["growth"] if title in memory else None
+                for short, method in (("forward", FORWARD), ("reverse", REVERSE))
             }
             for name, title in GROWTHS.items()
         },
@@ -146,6 +148,7 @@ def _memory(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 "reason": entry["stopped"]["reason"],
             }
         found.setdefault(title, {"methods": {}})["methods"][name] = method
+    found = {title: row for title, row in found.items() if {FORWARD, REVERSE} <= row["methods"].keys()}
     for row in found.values():
         methods = row["methods"]
         row["is_over_steps"] = len(methods[FORWARD]["steps"]) > 1
