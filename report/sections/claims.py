@@ -419,7 +419,7 @@ CLAIMS = [
     ),
     Claim(
         f"{HYPERGRADIENTS}, section 3",
-        "In forward mode it does not, for any iteration.",
+        "In forward mode it does not grow with them.",
         "the same, forward mode",
         lookups.process_memory("forward", [TRAINING, "Lotka-Volterra"]),
         within(0.9, 1.1),

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from fwdlib.methods import sensitivity_figures
 from fwdlib.statistics import Interval, median_interval, paired_ratio
+from report import published
 from report.names import SENSITIVITY, read
 from report.wording import scientific
 
@@ -73,6 +74,7 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
             }
             for name, title in GROWTHS.items()
         },
+        "quoted": published.load()["processes"],
         "settings": found["settings"],
         "environment": found["environment"],
     }

@@ -187,9 +187,9 @@ SHORT = Settings(
     rounds=7,
     horizons=(100, 1_000),
     repeats=1,
-    parameters=(1, 30, 300),
+    parameters=(1, 100),
     steps=(10, 100, 1_000),
-    stored=(1, 100),
+    stored=(1,),
     stored_steps=(1_000,),
 )
 
