@@ -25,7 +25,7 @@ ADJOINT = "torchdiffeq odeint_adjoint"
 TORCH = "forward, torch.func"
 EXACT = 1e-12  # relative: what the two modes may differ by
 FLAT = 1.1  # memory at the most steps over that at the fewest, below which it counts as flat
-RESOLUTION = 1e6  # bytes: what a process's memory is off by
+RESOLUTION = 1e5  # bytes: what a measurement of memory is off by
 TITLES = {  # what the claims call a case -> its title in the study
     "one trajectory": "Lotka-Volterra, 1 trajectory",
     "hypergradients": "hypergradients of an MLP",
@@ -224,7 +224,7 @@ def _memory_border(stored: dict[int, dict[str, Any]]) -> list[tuple[float, float
     points = []
     for num, entry in sorted(stored.items()):
         steps, most = max((int(steps), value) for steps, value in entry["reverse"].items())
-        points.append((max(entry["forward"], 0) / (most / steps), num))
+        points.append((max(entry["forward"], RESOLUTION) / (most / steps), num))
     return [(steps, num) for steps, num in points if steps > 0]
 
 

@@ -163,8 +163,8 @@ class Settings(NamedTuple):
     """Processes in which the memory of forward mode is measured."""
     most_bytes: float = 3e9
     """Reverse mode is stopped where the next number of steps would need more."""
-    most_wait: float = 60
-    """It is stopped, too, where the last number of steps took so many seconds."""
+    most_wait: float = 300
+    """It is stopped, too, where the next number of steps would take so many seconds."""
     parameters: tuple[int, ...] = (1, 10, 30, 100, 300, 1_000)
     """Of the map."""
     steps: tuple[int, ...] = (10, 100, 1_000, 10_000, 100_000)
@@ -406,7 +406,7 @@ def _memory_over_steps(one: Memory, name: str, settings: Settings, _: dict) -> d
         if num_steps != horizons[-1]:
             seconds, growth = time.perf_counter() - started, horizons[i + 1] / num_steps
             expected = found[str(num_steps)][0] * (math.sqrt(growth) if name == CHECKPOINTED else growth)
-            if expected > settings.most_bytes or seconds > settings.most_wait:
+            if expected > settings.most_bytes or growth * seconds > settings.most_wait:
                 reason = "memory" if expected > settings.most_bytes else "time"
                 return {"bytes": found, "stopped": {"num_steps": horizons[i + 1], "reason": reason}}
     return {"bytes": found, "stopped": None}

@@ -81,7 +81,7 @@ def content():
         },
         "memory": memory,
         "map": {str(num): column(100, num) for num in (1, 10, 50, 200)},
-        "stored": {str(num): {"forward": 1000.0 * num, "reverse": {"10000": 1e7}} for num in (1, 100)},
+        "stored": {str(num): {"forward": 1e5 * num, "reverse": {"10000": 1e9}} for num in (1, 100)},
     }
 
 
