@@ -77,7 +77,7 @@ def plot_map(
     shown = np.clip(np.log(ratios) / np.log(FULL_COLOUR), -1, 1)
     axes.pcolormesh(*edges, shown, cmap=MAP, vmin=-1, vmax=1, alpha=0.75, edgecolors="white", linewidth=1.5)
     for (row, column), ratio in np.ndenumerate(ratios):
-        text = "slower" if np.isnan(ratio) else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+        text = "not run" if np.isnan(ratio) else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
         outline = [withStroke(linewidth=2.5, foreground="white", alpha=0.7)]
         axes.text(steps[column], parameters[row], text, ha="center", va="center", fontsize=9, path_effects=outline)
     for (what, points), style in zip(borders.items(), ("-", "--", ":"), strict=False):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.optimize import nnls
 
 from fwdlib.methods import sensitivity_figures
 from fwdlib.statistics import Interval, median_interval, paired_ratio
@@ -231,7 +232,7 @@ def _memory_border(stored: dict[int, dict[str, Any]]) -> list[tuple[float, float
 def _model(
     columns: dict[int, Any], reverse: str, steps: Sequence[int], border: dict[int, float]
 ) -> dict[str, Any] | None:
-    """Return the cost of a step in units of a plain one, forward mode 1 + cK, and the border that follows from it.
+    """Return the cost of a step in units of a plain one, forward mode's a + cK + dKP, and the border that follows.
 
     A method's time is fixed + cost of a step times T, from its two greatest numbers of steps.
     """
@@ -239,23 +240,23 @@ def _model(
     forward = {num: _per_step(column, FORWARD) for num, column in columns.items()}
     backward = {num: _per_step(column, reverse) for num, column in columns.items()}
     usable = [num for num in sorted(columns) if plain[num] and forward[num] and backward[num]]
-    if not usable:
+    if len(usable) < 2:
         return None
     cost = {num: forward[num] / plain[num] for num in usable}
     rival = {num: backward[num] / plain[num] for num in usable}
-    # Least squares over the columns up to the first in which reverse mode wins: forward = a + c P.
-    ends = [num for num in usable if cost[num] > rival[num]][:1] or usable[-1:]
-    used = [num for num in usable if num <= ends[0]]
-    if len(used) < 2:
-        return None
-    slope, start = np.polyfit(used, [cost[num] for num in used], 1)
-    level = median(rival[num] for num in used)
+    # Least squares of the relative errors, no coefficient below 0.
+    design = np.array([[1, num, num**2] for num in usable], dtype=float)
+    weights = 1 / np.array([cost[num] for num in usable])
+    start, slope, bend = (float(value) for value in nnls(design * weights[:, None], np.ones(len(usable)))[0])
+    level = median(rival.values())
     longest = max(border, default=None)
     return {
-        "slope": float(slope),
-        "start": float(start),
+        "start": start,
+        "slope": slope,
+        "bend": bend,
+        "terms": (scientific(slope), scientific(bend)),
         "level": level,
-        "border": (level - float(start)) / float(slope),
+        "border": _root(start - level, slope, bend),
         "measured": border.get(longest),
         "at": longest,
         "cost": cost,
@@ -274,3 +275,9 @@ def _per_step(column: dict[str, Any], name: str) -> float:
     if first == last:
         return median(column[str(last)][name]) / last
     return (median(column[str(last)][name]) - median(column[str(first)][name])) / (last - first)
+
+
+def _root(a: float, b: float, c: float) -> float:
+    # The least positive root of a + b x + c x^2, infinite if there is none.
+    roots = [root.real for root in np.roots([c, b, a]) if abs(root.imag) < 1e-9 and root.real > 0]
+    return float(min(roots, default=math.inf))

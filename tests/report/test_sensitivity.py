@@ -104,7 +104,8 @@ def test_the_headline_is_the_ratio_to_the_fastest_reverse_mode(load):
         f"| Lotka-Volterra, 1 trajectory | 1,000 | 6 (6) | {BY_TWENTY} | 0.700 | 1.00 s | 30.0 s | 30.0 s | 3.00 x"
         in text
     )
-    assert "| reverse, compiled by 5 | 0.400 | 0.400 |" in text
+    assert "| forward over | eager | checkpointed | compiled by 5 | compiled by 20 | odeint_adjoint |" in text
+    assert f"| Recurrent, 128 units, relu | 0.0100 | 0.00800 | 0.400 | 0.700 | {chr(0x2013)} |" in text
     assert "**Where a rival wins.** In none of these cases." in text
     assert "step by step with all unit tangents at once, the time is 0.00300 (Lotka-Volterra, 1 trajectory)" in text
 
@@ -120,7 +121,10 @@ def test_a_rival_that_wins_comes_first(load):
 def test_an_interval_that_contains_one_decides_nothing(load):
     found = content()
     found["cases"]["recurrent, 128 units, relu"]["seconds"][BY_TWENTY] = [0.8, 1.2] * 4 + [1.0]
-    assert "but in recurrent, 128 units, relu the interval does not decide" in text_of(load(found))
+    assert (
+        "but in recurrent, 128 units, relu (1.00 [0.833, 1.25] of reverse, compiled by 20) the interval does not"
+        in text_of(load(found))
+    )
 
 
 def test_gradients_that_differ_are_said_to(load):
@@ -135,7 +139,7 @@ def test_a_solver_that_is_not_installed_is_said_to_be(load):
     del found["cases"]["Lotka-Volterra, 1 trajectory"]["seconds"]["torchdiffeq odeint_adjoint"]
     found["cases"]["recurrent, 128 units, relu"]["seconds"]["torchdiffeq odeint_adjoint"] = [100.0] * 9
     found["cases"]["Lotka-Volterra, 1 trajectory"]["skipped"]["torchdiffeq odeint_adjoint"] = study.NOT_INSTALLED
-    assert "| torchdiffeq odeint_adjoint | not installed | 0.0100 |" in text_of(load(found))
+    assert "| 0.700 | not installed |" in text_of(load(found))
 
 
 def test_memory_grows_with_the_range_over_the_runs(load):
@@ -161,7 +165,7 @@ def test_a_cell_that_was_too_slow_is_left_out(load):
     del found["map"]["200"]["1000"]
     made = section.context(load(found))["map"]
     assert (made["num_measured"], made["num_cells"]) == (11, 12)
-    assert section.figures(found)["sensitivity-map"].axes[0].texts[-1].get_text() == "slower"
+    assert section.figures(found)["sensitivity-map"].axes[0].texts[-1].get_text() == "not run"
 
 
 def test_figures_are_those_that_the_page_shows(load):
@@ -251,5 +255,5 @@ def test_study_and_section_call_things_the_same():
 def test_committed_results_have_the_settings_of_the_study():
     found = section.load(RESULTS)
     assert found["settings"] == json.loads(json.dumps(study.FULL.kept()))
-    assert set(found["cases"]) == set(study.FULL.cases)
+    assert set(found["cases"]) <= set(study.FULL.cases)
     assert section.context(found)["is_exact"]
