@@ -202,6 +202,7 @@ def _map(found: dict[str, Any]) -> dict[str, Any]:
         "eager_at": max(eager, default=None),
         "memory_border": _memory_border(stored),
         "model": _model(columns, reverse, steps, dict(border)),
+        "resolution": RESOLUTION,
         "num_cells": len(cells),
         "num_measured": len(known),
         "num_faster": sum(ratio < 1 for _, ratio in known),
