@@ -160,6 +160,7 @@ def _memory(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
         row["used"] = {
             name: m["bytes"][m["steps"].index(common)] for name, m in methods.items() if common in m["steps"]
         }
+        row["smaller"] = [name for name, value in row["used"].items() if value < row["used"][FORWARD]]
         row["share"] = row["used"][FORWARD] / row["used"][REVERSE]
         row["is_flat"] = methods[FORWARD]["growth"].estimate <= FLAT
     return found
