@@ -46,6 +46,7 @@ ALONE = [
     ["protocols", "steps"],
     ["feedback", "steps"],
     ["scaling"],
+    ["sensitivity"],
 ]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 

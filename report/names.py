@@ -66,12 +66,13 @@ MODELS = ("logistic", "mlp", "cnn")
 METHODS = ("backprop", "forward gradient", "rank-one", "rank-one, K = 16")
 AS_PUBLISHED = "as the text says"  # the form of a method without any departure
 
-# --- Frank-Wolfe, test functions, several tangents, backprop from scratch --------------------------------------------
+# --- Frank-Wolfe, test functions, several tangents, backprop from scratch, processes ---------------------------------
 
 FRANK_WOLFE = "frank_wolfe.json"
 FUNCTIONS = "functions.json"
 TANGENTS = "tangents.json"
 SCRATCH = "scratch.json"
+SENSITIVITY = "sensitivity.json"
 
 WRITTEN_OUT = "Rosenbrock, written out"  # among the test functions whose steps are timed
 STYBLINSKI_TANG = -39.16616570377142  # the minimum of Styblinski and Tang's function, for each of the n numbers

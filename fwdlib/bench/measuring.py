@@ -34,6 +34,7 @@ def interleave(
     max_rounds: int = 60,
     block_seconds: float = 0.01,
     synchronize: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time calls that take turns, so that a slow moment of the machine hits all of them alike.
 
@@ -47,6 +48,7 @@ def interleave(
         max_rounds: greatest number of rounds.
         block_seconds: least duration of a turn.
         synchronize: waits until the device has finished its work.
+        clock: what the time of a call is read from; ``time.process_time`` does not count other programs.
 
     Returns:
         For each name the seconds per call, one number a round, so that ratios can be taken within a round.
@@ -59,11 +61,11 @@ def interleave(
 
     def timed(call: Callable[[], object], repeats: int) -> float:
         synchronize()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(repeats):
             call()
         synchronize()
-        return (time.perf_counter() - start) / repeats
+        return (clock() - start) / repeats
 
     once = {name: min(timed(call, 1) for _ in range(2)) for name, call in methods.items()}
     repeats = {name: max(1, math.ceil(block_seconds / max(duration, 1e-7))) for name, duration in once.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -28,12 +29,33 @@ def peak_bytes(function: str, arguments: Mapping[str, object], device: torch.dev
     Raises:
         RuntimeError: if the process fails; the message is its last line on stderr, or its exit code.
     """
+    return _run(function, arguments, device)[-1]
+
+
+def peaks_bytes(function: str, arguments: Mapping[str, object], device: torch.device | str = "cpu") -> list[int]:
+    """Return the bytes of several pieces of work, one after another in one new process.
+
+    Before each, memory that was freed goes back to the system. So what they share, such as what they compile, is made
+    once and counts for none.
+
+    Args:
+        function: as for :func:`peak_bytes`, but it returns a list of callables.
+        arguments: as for :func:`peak_bytes`.
+        device: as for :func:`peak_bytes`.
+
+    Raises:
+        RuntimeError: as :func:`peak_bytes`.
+    """
+    return _run(function, arguments, device)
+
+
+def _run(function: str, arguments: Mapping[str, object], device: torch.device | str) -> list[int]:
     command = [sys.executable, "-m", "fwdlib.bench.memory", function, json.dumps(arguments), str(device)]
     ended = children.run(command)
     if ended.returncode:
         ending = f"ended with code {ended.returncode}"  # -9 if the system was out of memory
         raise RuntimeError((ended.stderr.strip().splitlines() or [ending])[-1])
-    return int(ended.stdout.split()[-1])
+    return [int(word) for word in ended.stdout.splitlines()[-1].split()]
 
 
 def _peak_of(work: Callable[[], object], device: str) -> int:
@@ -80,7 +102,22 @@ def _status(key: str) -> int:
 def _main(function: str, arguments: str, device: str) -> None:
     module, _, name = function.partition(":")
     work = getattr(importlib.import_module(module), name)(**json.loads(arguments))
-    print(_peak_of(work, device))
+    if callable(work):
+        print(_peak_of(work, device))
+        return
+    found = []
+    for one in work:
+        gc.collect()
+        _give_back()
+        found.append(_peak_of(one, device))
+    print(*found)
+
+
+def _give_back() -> None:
+    # What the allocator keeps would hide that the next piece of work needs it, too.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ rival.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -60,6 +61,8 @@ MAX_CHUNK = 10
 EAGER_CHUNK = 50
 UNROLLED_CHUNK = 8
 """The tangents of an element-wise step are compiled one by one, into one loop, if so many steps fit into a chunk."""
+MAX_SHAPES = 256
+"""How many forms of steps :func:`reverse_gradient` compiles before it gives up with an error."""
 COMPILED_FROM = 1_000
 """From so many steps on a process is compiled at its first use."""
 
@@ -399,8 +402,10 @@ def reverse_gradient(
     """
     check_params(params)
     leaves = {name: p.detach() for name, p in params.items()}
-    advance, size = objective.advance, objective.num_steps
+    advance, size, many_shapes = objective.advance, objective.num_steps, contextlib.nullcontext()
     if num_compiled is not None:
+        # torch.compile counts the shapes of all processes together, and from the ninth on it silently runs eagerly
+        many_shapes = torch._dynamo.config.patch(recompile_limit=MAX_SHAPES, fail_on_recompile_limit_hit=True)
         size = check_count("num_compiled", num_compiled)
         if objective.reverse is None:
             objective.reverse = torch.compile(partial(_bare, objective.step), dynamic=False)
@@ -416,7 +421,7 @@ def reverse_gradient(
     moments = objective.moments
     stride = objective.num_steps if num_checkpoints is None else -(-objective.num_steps // num_checkpoints)
     borders = sorted({*range(0, moments[-1], stride), *moments, 0})
-    with requiring_grad(leaves.values()):
+    with requiring_grad(leaves.values()), many_shapes:
         if num_checkpoints is None:
             total, found = _through_all(objective, leaves, segment, borders)
         else:

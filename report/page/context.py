@@ -17,7 +17,18 @@ import numpy as np
 from fwdlib.results import Record, iterations, load_run
 from fwdlib.statistics import Interval, median_interval, paired_difference, paired_ratio
 from report import names, published
-from report.sections import claims, cost, feedback, frank_wolfe, functions, protocols, scaling, scratch, tangents
+from report.sections import (
+    claims,
+    cost,
+    feedback,
+    frank_wolfe,
+    functions,
+    protocols,
+    scaling,
+    scratch,
+    sensitivity,
+    tangents,
+)
 
 METHODS = {"backprop": "backprop", "forward": "forward gradient"}  # key -> as records and timings call it
 TIMINGS = "timings.json"
@@ -71,6 +82,7 @@ PARTS: dict[str, Any] = {
     "protocols": protocols,
     "cost": cost,
     "functions": functions,
+    "sensitivity": sensitivity,
     "tangents": tangents,
     "feedback": feedback,
     "frank_wolfe": frank_wolfe,

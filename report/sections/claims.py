@@ -54,6 +54,11 @@ LOGISTIC, MLP, CNN = (THEIRS[model] for model in ("logistic", "mlp", "cnn"))
 ADAM = f"{CNN['steps_per_iteration']} steps"
 SEED, PAPER, FRAMEWORK = "[@predecessors2023]", "[@baydin2022]", "[@bouvet2019]"
 FDFA, SEVERAL, FRANK_WOLFE = "[@bacho2024]", "[@fluegel2024]", "[@rostami2024]"
+SENSITIVITIES, HORIZONS = "[@ma2021]", "[@micaelli2021]"
+HYPERGRADIENTS, ONLINE = "[@franceschi2017]", "[@zucchet2023]"
+PROCESSES = PUBLISHED["processes"]
+SMALL, TRAINING = "one trajectory", "hypergradients"
+LAYERS = [f"{size} layer, {name}" for name in ("relu", "tanh") for size in ("small", "wide")]
 OVER = "forward gradient over backprop"
 RATIOS = {"iterations": "number of iterations", "step": "time of an iteration", "total": "time of a training"}
 
@@ -358,6 +363,79 @@ CLAIMS = [
         above(1.1),
         {"holds": "the average forgets the noise faster than the gradient changes"},
         partial(number, infinite="all of it"),
+    ),
+    Claim(
+        f"{SENSITIVITIES}, abstract",
+        "On small systems of differential equations forward mode is more efficient than reverse mode.",
+        f"time, compiled forward over reverse mode, {SMALL}",
+        lambda c: {
+            "the fastest": made(c, "sensitivity", "by_title", SMALL, "over", "fastest"),
+            "eager": made(c, "sensitivity", "by_title", SMALL, "over", "eager"),
+        },
+        below(1),
+        {
+            "holds": "few tangents, and nothing is stored",
+            "partly": "a compiled reverse mode was no rival in the paper's packages",
+            "fails": "compiled by many steps, reverse mode is faster here",
+        },
+    ),
+    Claim(
+        f"{SENSITIVITIES}, abstract",
+        "There it is more efficient than the continuous adjoint, too.",
+        f"time, compiled forward mode over torchdiffeq's odeint_adjoint, {SMALL}",
+        lookups.processes("adjoint", [SMALL]),
+        below(1),
+        {"holds": "the adjoint solves the equation twice, eagerly"},
+    ),
+    Claim(
+        f"{SENSITIVITIES}, abstract",
+        f"The border is at about {PROCESSES['ma']['size']} parameters and equations.",
+        "parameters at which both modes take the same time, pendulum with a filter",
+        lambda c: {
+            name: lookups.point(value) for name, value in made(c, "sensitivity", "map", "borders").items() if value
+        },
+        within(0.3 * PROCESSES["ma"]["size"], 3 * PROCESSES["ma"]["size"]),
+        {
+            "holds": "within a factor of three",
+            "partly": "it depends on how fast the reverse mode is",
+            "fails": "it depends on how fast the reverse mode is",
+        },
+    ),
+    Claim(
+        f"{HORIZONS}, abstract",
+        "The memory of hypergradients in forward mode is constant with the horizon.",
+        "memory at the most steps over that at the fewest, forward mode",
+        lookups.process_memory("forward", [TRAINING]),
+        within(0.9, 1.1),
+        {"holds": "the past is not stored", "inconclusive": "it is so small that the noise of the process shows"},
+    ),
+    Claim(
+        HYPERGRADIENTS,
+        "The memory of reverse mode grows with the number of steps.",
+        "memory at the most steps over that at the fewest, plain reverse mode",
+        lookups.process_memory("reverse", [TRAINING, "Lotka-Volterra"]),
+        above(5),
+        {"holds": "every step is stored"},
+    ),
+    Claim(
+        HYPERGRADIENTS,
+        "In forward mode it does not grow with them.",
+        "the same, forward mode",
+        lookups.process_memory("forward", [TRAINING, "Lotka-Volterra"]),
+        within(0.9, 1.1),
+        {"holds": "the past is not stored", "partly": "the noise of a process of so little memory shows"},
+    ),
+    Claim(
+        f"{ONLINE}, abstract",
+        "Exact online gradients of recurrent units that do not mix cost no more than twice an inference pass.",
+        "time, forward mode over the plain process, both compiled, one layer, three parameters a unit",
+        lookups.processes("plain", LAYERS),
+        below(1.25 * PROCESSES["zucchet"]["factor"]),
+        {
+            "holds": "with three tangents in one compiled loop",
+            "partly": "three tangents are more than the plain pass's share",
+            "fails": "three tangents of a step are three times its arithmetic and its memory traffic",
+        },
     ),
     Claim(
         FRAMEWORK,

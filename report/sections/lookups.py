@@ -7,7 +7,7 @@ A lookup gives the cases of a claim, or is a function of the context that gives 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fwdlib.statistics import Interval, difference_by_seed
@@ -110,6 +110,27 @@ def last_falls(form: str) -> Lookup:
         return point(float("inf")) if row["solved"] else row["falls"][-1]
 
     return lambda c: {f"{b} ball": fall(r["outside"][form]) for b, r in made(c, "frank_wolfe", "rows").items()}
+
+
+def processes(name: str, titles: Sequence[str]) -> Lookup:
+    """Give the time of compiled forward mode over a method's, on processes by their titles, where it was measured."""
+
+    def cases(context: Context) -> Cases:
+        found = made(context, "sensitivity", "by_title")
+        measured = {title: found[title] for title in titles if found[title] is not None}
+        return {title: row["over"][name] for title, row in measured.items() if row["over"][name] is not None}
+
+    return cases
+
+
+def process_memory(method: str, titles: Sequence[str]) -> Lookup:
+    """Give a method's memory at the most steps over that at the fewest."""
+
+    def cases(context: Context) -> Cases:
+        found = made(context, "sensitivity", "growth")
+        return {title: found[title][method] for title in titles if found[title][method] is not None}
+
+    return cases
 
 
 # --- arithmetic with intervals ---------------------------------------------------------------------------------------

@@ -54,6 +54,14 @@ def test_rounds_end_with_the_time_or_at_the_most():
     assert len(rounds) > 1
 
 
+def test_another_clock_is_read():
+    ticks = itertools.count()
+    found = measuring.interleave(
+        {"a": lambda: None}, seconds=0, min_rounds=2, block_seconds=1, clock=lambda: next(ticks)
+    )
+    assert found == {"a": [1.0, 1.0]}
+
+
 def test_the_device_is_waited_for_before_and_after_each_block():
     events = []
     measuring.interleave(

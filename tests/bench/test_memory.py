@@ -44,3 +44,13 @@ def test_memory_that_cannot_be_measured_says_why():
         memory.peak_bytes("tests.bench.test_memory:fail", {"message": "no luck"})
     with pytest.raises(RuntimeError, match="ended with code 3"):
         memory.peak_bytes("tests.bench.test_memory:end_with", {"code": 3})
+
+
+def several(sizes: list[int]) -> list[Callable[[], object]]:
+    return [lambda size=size: torch.ones(size // 4).sum() for size in sizes]
+
+
+def test_several_pieces_of_work_in_one_process_are_counted_one_by_one():
+    sizes = [2**26, 2**25, 2**26]
+    found = memory.peaks_bytes("tests.bench.test_memory:several", {"sizes": sizes})
+    assert all(size <= peak < 1.5 * size for size, peak in zip(sizes, found, strict=True))

@@ -156,6 +156,17 @@ def test_compiled_steps_give_the_same(name):
         assert_equal(reverse_gradient(process, params, num_compiled=2), expected)
 
 
+@NEEDS_COMPILER
+@pytest.mark.slow
+def test_compiled_reverse_mode_does_not_run_eagerly_when_torch_has_compiled_many_shapes():
+    process, params = lotka_volterra(num_steps=4)
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):  # eager would raise
+        for num_compiled in (1, 2, 4):
+            assert_equal(
+                reverse_gradient(process, params, num_compiled=num_compiled), backprop_gradient(process, params)
+            )
+
+
 def test_other_tangents_estimate_the_gradient():
     process, params = lotka_volterra()
     exact = backprop_gradient(process, params).grads

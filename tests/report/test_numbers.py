@@ -37,6 +37,7 @@ SHOWN = {  # a result, and the sections that show it
     "descent.json": {"cost", "scaling"},
     "scaling.json": {"scaling"},
     "functions.json": {"functions", "claims"},
+    "sensitivity.json": {"answer", "sensitivity", "claims"},
     "tangents.json": {"tangents"},
     "frank_wolfe.json": {"frank-wolfe", "claims"},
     "scratch.json": {"scratch", "claims"},

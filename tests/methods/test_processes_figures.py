@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from fwdlib.methods import sensitivity_figures as figures
+from fwdlib.methods import processes_figures as figures
 from fwdlib.statistics import Interval
 
 
