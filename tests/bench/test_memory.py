@@ -53,4 +53,5 @@ def several(sizes: list[int]) -> list[Callable[[], object]]:
 def test_several_pieces_of_work_in_one_process_are_counted_one_by_one():
     sizes = [2**26, 2**25, 2**26]
     found = memory.peaks_bytes("tests.bench.test_memory:several", {"sizes": sizes})
-    assert all(size <= peak < 1.5 * size for size, peak in zip(sizes, found, strict=True))
+    # a few pages that the piece before has left may serve again
+    assert all(0.99 * size <= peak < 1.5 * size for size, peak in zip(sizes, found, strict=True))
