@@ -21,7 +21,7 @@ PUBLIC = {
     "GradientEstimate": "estimators",
     "sample_tangents": "tangents",
     "SGDStep": "stacked.step",
-    "ProcessLoss": "methods.sensitivity",
+    "ProcessLoss": "methods.process",
     "sensitivity_gradient": "methods.sensitivity",
     "explain": "stacked.explain",
     "register_rule": "stacked.forward_pass",

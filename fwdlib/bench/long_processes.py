@@ -9,8 +9,10 @@ import torch
 from fwdlib.bench import measuring, memory
 from fwdlib.checks import check_choice
 from fwdlib.estimators import GradientEstimate
+from fwdlib.methods.process import ProcessLoss
 from fwdlib.methods.processes import RECURRENT, reaction_diffusion, recurrent_layer, recurrent_parameters
-from fwdlib.methods.sensitivity import ProcessLoss, online_gradient, reverse_gradient, sensitivity_gradient
+from fwdlib.methods.reverse import reverse_gradient
+from fwdlib.methods.sensitivity import online_gradient, sensitivity_gradient
 
 METHODS = ("forward gradient", "backprop")
 Work = Callable[[], GradientEstimate]

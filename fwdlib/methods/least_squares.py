@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fwdlib.checks import check_count
-from fwdlib.methods.sensitivity import ProcessLoss, sensitivities
+from fwdlib.methods.process import ProcessLoss
+from fwdlib.methods.sensitivity import sensitivities
 from fwdlib.statistics import Interval
 from fwdlib.tangents import Params, sample_tangents
 

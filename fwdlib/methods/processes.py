@@ -1,6 +1,6 @@
 """Processes to differentiate: a differential equation, a partial one, a training loop, a recurrent layer.
 
-Each function returns a :class:`~fwdlib.methods.sensitivity.ProcessLoss`, or the step of one.
+Each function returns a :class:`~fwdlib.methods.process.ProcessLoss`, or the step of one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fwdlib.checks import check_positive
-from fwdlib.methods.sensitivity import ProcessLoss, Tree
+from fwdlib.methods.process import ProcessLoss, Tree
 from fwdlib.tangents import Params
 
 

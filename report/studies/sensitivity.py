@@ -25,7 +25,9 @@ from fwdlib.bench import memory
 from fwdlib.bench.measuring import interleave, reason_of
 from fwdlib.estimators import GradientEstimate, forward_gradient
 from fwdlib.methods import processes
-from fwdlib.methods.sensitivity import ProcessLoss, online_gradient, reverse_gradient, sensitivity_gradient
+from fwdlib.methods.process import ProcessLoss
+from fwdlib.methods.reverse import reverse_gradient
+from fwdlib.methods.sensitivity import online_gradient, sensitivity_gradient
 from fwdlib.results import write_json
 from fwdlib.tangents import Params
 from report.names import SENSITIVITY

@@ -8,8 +8,8 @@ from scipy import stats
 
 from fwdlib.methods.least_squares import levenberg_marquardt, linearised
 from fwdlib.methods.lynx_hare import PUBLISHED, load_lynx_hare
+from fwdlib.methods.process import ProcessLoss
 from fwdlib.methods.processes import lotka_volterra, runge_kutta
-from fwdlib.methods.sensitivity import ProcessLoss
 
 DOUBLE = torch.float64
 NOISE = [0.1, -0.2, 0.0, 0.3, -0.1, 0.05]

@@ -11,6 +11,7 @@ from torch import nn
 
 from fwdlib.estimators import backprop_gradient
 from fwdlib.methods import tinynet
+from fwdlib.methods.process import ProcessLoss
 from fwdlib.methods.processes import (
     RECURRENT,
     lorenz,
@@ -21,7 +22,7 @@ from fwdlib.methods.processes import (
     runge_kutta,
     training,
 )
-from fwdlib.methods.sensitivity import ProcessLoss, online_gradient, sensitivity_gradient
+from fwdlib.methods.sensitivity import online_gradient, sensitivity_gradient
 
 DOUBLE = torch.float64
 

@@ -13,14 +13,10 @@ from hypothesis import given, settings
 
 from fwdlib import runtime
 from fwdlib.estimators import backprop_gradient, forward_gradient
-from fwdlib.methods.sensitivity import (
-    MAX_CHUNK,
-    ProcessLoss,
-    online_gradient,
-    reverse_gradient,
-    sensitivities,
-    sensitivity_gradient,
-)
+from fwdlib.methods.process import ProcessLoss
+from fwdlib.methods.process_runs import MAX_CHUNK
+from fwdlib.methods.reverse import reverse_gradient
+from fwdlib.methods.sensitivity import online_gradient, sensitivities, sensitivity_gradient
 
 DOUBLE = torch.float64
 NEEDS_COMPILER = pytest.mark.skipif(not runtime.has_compiler(), reason="no C++ compiler")

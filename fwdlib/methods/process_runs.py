@@ -1,0 +1,218 @@
+"""Running a process with derivatives: step by step as it is written, or some compiled steps at a time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_structure, tree_unflatten
+
+from fwdlib import runtime
+from fwdlib.forward.derivatives import either_engine, pushforward, unrolled_pushforward
+from fwdlib.methods.process import ProcessLoss, Tree, is_inexact, parted
+from fwdlib.stacked.batches import describe
+from fwdlib.stacked.estimator import stacked_pushforward
+from fwdlib.stacked.graph import Recorded, cause_of, compiled, is_elementwise, record_function
+from fwdlib.stacked.state import State
+from fwdlib.tangents import Params
+
+MAX_OPERATIONS = 1_500
+"""How many operations a compiled chunk of steps has at most, of which 100 take a second to compile."""
+MAX_CHUNK = 10
+EAGER_CHUNK = 50
+UNROLLED_CHUNK = 8
+"""The tangents of an element-wise step are compiled one by one, into one loop, if so many steps fit into a chunk."""
+COMPILED_FROM = 1_000
+"""From so many steps on a process is compiled at its first use."""
+
+
+class Moment(NamedTuple):
+    """A state and its derivatives."""
+
+    num_steps: int
+    """How many steps came before."""
+    state: Tree
+    tangents: Tree
+    """The state's derivatives along the K tangents, shape (K, ...) for a tensor of shape (...); None for integers."""
+
+
+EMPTY = nn.Module()
+
+
+class Layout(NamedTuple):
+    """How parameters and state lie in a list of tensors, which is what a graph takes.
+
+    In order: the parameters, their tangents, the tensors of the state that have derivatives, their tangents, the rest.
+    """
+
+    names: list[str]
+    spec: TreeSpec
+    has_tangents: list[bool]  # of the state's tensors
+
+    def cut(self, rows: Sequence[Tensor]) -> tuple[Params, Params, list[Tensor]]:
+        """Return the point, its tangents, and the tensors of the state without derivatives."""
+        p, s = len(self.names), sum(self.has_tangents)
+        names = [*self.names, *(f" state {i}" for i in range(s))]
+        values, tangents = [*rows[:p], *rows[2 * p :][:s]], [*rows[p:][:p], *rows[2 * p + s :][:s]]
+        return dict(zip(names, values, strict=True)), dict(zip(names, tangents, strict=True)), [*rows[2 * (p + s) :]]
+
+    def uncut(self, point: Params, others: Sequence[Any]) -> tuple[Params, Tree]:
+        """Return the parameters and the state."""
+        params = {name: point[name] for name in self.names}
+        rest, others = (x for name, x in point.items() if name not in params), iter(others)
+        return params, tree_unflatten([next(rest) if has else next(others) for has in self.has_tangents], self.spec)
+
+
+class Run:
+    """One run of a process and of its derivatives: by compiled chunks of steps, or as they are written.
+
+    Args:
+        process: the process.
+        params: the point.
+        tangents: for each parameter of shape (...) a tensor of shape (K, ...).
+        compiled: whether to compile; None for yes if there is a compiler and the process is long or used again.
+
+    Raises:
+        RuntimeError: if ``compiled`` is True and there is no compiler.
+    """
+
+    def __init__(self, process: ProcessLoss, params: Params, tangents: Params, compiled: bool | None) -> None:
+        self._process = process
+        self.layout, self.rows = _begin(process, params, tangents)
+        self._size, self._programs = EAGER_CHUNK, None
+        if self._is_compiled(compiled):
+            try:
+                self._compile()
+            except (ValueError, TypeError):  # of the step itself
+                raise
+            except Exception as error:
+                process.programs.is_refused = True
+                warnings.warn(f"the process runs as with compiled=False, because {cause_of(error)}.", stacklevel=6)
+
+    def advance(self, first: int, last: int) -> int:
+        """Advance by some steps, at most to ``last``, and return how many."""
+        num = min(self._size, last - first)
+        if self._programs is not None:
+            num = num if num in self._programs else 1
+            program, constants = self._programs[num]
+            inputs = tree_leaves(self._process.inputs_between(first, first + num)) if self._process.inputs else ()
+            found = program(*self.rows, *inputs, *constants)
+        else:
+            point, tangents, others = self.layout.cut(self.rows)
+            steps = self._steps(first, num, others, self._process.inputs_between(first, first + num))
+            found = [x.contiguous() for part in either(self._process, steps, point, tangents) for x in part]
+        self.rows[2 * len(self.layout.names) :] = found
+        return num
+
+    def moment(self, num_steps: int) -> Moment:
+        """Return the present."""
+        point, tangents, others = self.layout.cut(self.rows)
+        state, along = self.layout.uncut(point, others)[1], self.layout.uncut(tangents, [None] * len(others))[1]
+        return Moment(num_steps, state, along)
+
+    def _is_compiled(self, compiled: bool | None) -> bool:
+        programs, has_compiler = self._process.programs, runtime.has_compiler()
+        if compiled and not has_compiler:
+            raise RuntimeError("compiled=True needs a C++ compiler, and none was found. Install g++ or clang++.")
+        is_long = programs.is_used or self._process.num_steps >= COMPILED_FROM
+        programs.is_used = True
+        return (has_compiler and is_long if compiled is None else compiled) and not programs.is_refused
+
+    def _steps(self, first: int, num: int, others: Sequence[Tensor], inputs: tuple) -> Callable:
+        def steps(point: Params) -> tuple[list[Tensor], list[Tensor]]:
+            params, state = self.layout.uncut(point, others)
+            return parted(self._process.advance(state, params, first, inputs, num))
+
+        return steps
+
+    def _compile(self) -> None:
+        programs = self._process.programs
+        if programs.state is None or not programs.state.is_current(EMPTY, self._process.step):
+            programs.state, programs.known, programs.sizes = State(EMPTY, self._process.step), {}, {}
+        key = (tuple(self.layout.names), str(self.layout.spec), *self._active(), *map(describe, self._arguments(1)))
+        if key not in programs.sizes:
+            one, push = self._record_one()
+            gaps = [last - first for first, last in itertools.pairwise([0, *self._process.moments])]
+            programs.sizes[key] = size = _chunk_size(gaps, one.num_operations)
+            for num in {size} | ({1} if any(gap % size for gap in gaps) else set()):
+                recorded = one if num == 1 else self._record(num, push)
+                programs.known[key, num] = compiled(recorded, self._arguments(num)), recorded.constants
+        self._size = programs.sizes[key]
+        self._programs = {num: program for (of, num), program in programs.known.items() if of == key}
+
+    def _arguments(self, num: int) -> list[Tensor]:
+        return [*self.rows, *tree_leaves(self._process.inputs_between(0, num))]
+
+    def _record(self, num: int, push: Callable) -> Recorded:
+        # A graph of some steps, and of their derivatives by one of the engines.
+        spec, num_rows = tree_structure(self._process.inputs_between(0, num)), len(self.rows)
+
+        def steps_of(arguments: Sequence[Tensor]) -> tuple[Callable, Params, Params]:
+            point, tangents, others = self.layout.cut(arguments[:num_rows])
+            inputs = tree_unflatten(list(arguments[num_rows:]), spec)
+            return self._steps(0, num, others, inputs), point, tangents
+
+        def along(*arguments: Tensor) -> list[Tensor]:
+            return [x.contiguous() for part in push(*steps_of(arguments)) for x in part]
+
+        def plain(*arguments: Tensor) -> Tree:
+            steps, point, _ = steps_of(arguments)
+            return steps(point)
+
+        return record_function(along, self._arguments(num), self._process.programs.state, plain, MAX_OPERATIONS)
+
+    def _record_one(self) -> tuple[Recorded, Callable]:
+        # A graph of one step, and the engine that suits it best.
+        for push in pushforward, stacked_pushforward:
+            try:
+                recorded = self._record(1, push)
+                break
+            except NotImplementedError:
+                if push is stacked_pushforward:
+                    raise
+        active = self._active()
+        is_small = UNROLLED_CHUNK * len(active) * recorded.num_operations <= MAX_OPERATIONS
+        if push is pushforward and is_small and is_elementwise(recorded):
+            push = partial(unrolled_pushforward, active=active)
+            recorded = self._record(1, push)
+        return recorded, push
+
+    def _active(self) -> list[tuple[str, ...]]:
+        # The names along which each tangent may be other than zero.
+        own = set(self.layout.names)
+        tangents = {name: v.reshape(len(v), -1).any(1) for name, v in self.layout.cut(self.rows)[1].items()}
+        num_tangents = len(next(iter(tangents.values())))
+        return [tuple(name for name, v in tangents.items() if name not in own or v[k]) for k in range(num_tangents)]
+
+
+def _begin(process: ProcessLoss, params: Params, tangents: Params) -> tuple[Layout, list[Tensor]]:
+    # The layout, and all that runs at the start. An initial state that no parameter enters has no derivatives.
+    leaves, spec = tree_flatten(process.start(params))
+    k = len(next(iter(tangents.values())))
+    if callable(process.initial):
+        function = lambda point: parted(process.start(point))  # noqa: E731
+        state, along, others = either(process.initial, function, params, tangents)
+    else:
+        state, others = parted(process.initial)
+        along = [x.new_zeros(k, *x.shape) for x in state]
+    rows = [*params.values(), *(tangents[name] for name in params), *state, *along, *others]
+    return Layout(list(params), spec, [*map(is_inexact, leaves)]), [x.detach().contiguous() for x in rows]
+
+
+def either(key: Any, function: Callable, point: Params, tangents: Params) -> tuple[list, list, list]:
+    """Push tangents forward by the stacked engine, or by torch's where that one refuses, or has refused, ``key``."""
+    stacked = partial(stacked_pushforward, function, point, tangents)
+    return either_engine(key, stacked, partial(pushforward, function, point, tangents))
+
+
+def _chunk_size(gaps: list[int], num_operations: int) -> int:
+    # As many steps as a graph may have, a divisor of all gaps if there is a large one.
+    largest = max(1, min(MAX_CHUNK, MAX_OPERATIONS // max(1, num_operations), *(gap for gap in gaps if gap)))
+    common = math.gcd(*gaps)
+    divisor = max(size for size in range(1, largest + 1) if common % size == 0)
+    return divisor if 3 * divisor >= largest else largest
