@@ -41,6 +41,8 @@ class ProcessLoss:
     Example:
         Exponential decay, solved by Euler's method; the gradient of the end by the rate:
 
+        >>> import torch
+        >>> from fwdlib.methods.sensitivity import sensitivity_gradient
         >>> process = ProcessLoss(
         ...     step=lambda z, p: z - 0.01 * p["rate"] * z,
         ...     initial=torch.ones((), dtype=torch.float64),

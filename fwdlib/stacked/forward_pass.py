@@ -409,8 +409,9 @@ class Pass(TorchFunctionMode):
             if self.perturbation.per_example:
                 self._follow_examples(found)
             is_doubtful = kind is not None or (kwargs and kwargs.get("memory_format") is not None)
-            if isinstance(args[0], Dual) and (is_doubtful or (func is Tensor.view and _is_copy(found, args[0]))):
-                self._doubt(args[0], found, function_name(func))
+            source = args[0] if args else None
+            if isinstance(source, Dual) and (is_doubtful or (func is Tensor.view and _is_copy(found, source))):
+                self._doubt(source, found, function_name(func))
         return found
 
     def _with_filled(self, func: Callable, kind: _Kind | None, args: tuple, kwargs: dict) -> Any:
