@@ -178,7 +178,7 @@ class Programs:
 
     state: State | None = None
     known: dict[tuple, Callable] = dataclasses.field(default_factory=dict)
-    sizes: dict[tuple, int] = dataclasses.field(default_factory=dict)
+    plans: dict[tuple, tuple[int, Callable]] = dataclasses.field(default_factory=dict)
     is_used: bool = False
     is_refused: bool = False
 

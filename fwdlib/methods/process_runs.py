@@ -133,16 +133,17 @@ class Run:
     def _compile(self) -> None:
         programs = self._process.programs
         if programs.state is None or not programs.state.is_current(EMPTY, self._process.step):
-            programs.state, programs.known, programs.sizes = State(EMPTY, self._process.step), {}, {}
+            programs.state, programs.known, programs.plans = State(EMPTY, self._process.step), {}, {}
         key = (tuple(self.layout.names), str(self.layout.spec), *self._active(), *map(describe, self._arguments(1)))
-        if key not in programs.sizes:
+        gaps = [last - first for first, last in itertools.pairwise([0, *self._process.moments])]
+        if key not in programs.plans:
             one, push = self._record_one()
-            gaps = [last - first for first, last in itertools.pairwise([0, *self._process.moments])]
-            programs.sizes[key] = size = _chunk_size(gaps, one.num_operations)
-            for num in {size} | ({1} if any(gap % size for gap in gaps) else set()):
-                recorded = one if num == 1 else self._record(num, push)
+            programs.plans[key] = _chunk_size(gaps, one.num_operations), push
+        self._size, push = programs.plans[key]
+        for num in {self._size} | ({1} if any(gap % self._size for gap in gaps) else set()):
+            if (key, num) not in programs.known:  # the process that shares these programs may have other gaps
+                recorded = self._record(num, push)
                 programs.known[key, num] = compiled(recorded, self._arguments(num)), recorded.constants
-        self._size = programs.sizes[key]
         self._programs = {num: program for (of, num), program in programs.known.items() if of == key}
 
     def _arguments(self, num: int) -> list[Tensor]:

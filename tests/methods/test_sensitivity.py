@@ -385,3 +385,15 @@ def test_a_process_on_other_data_is_as_a_new_one_and_compiled_once(compiled):
     assert other.programs.known == known
     with pytest.raises(ValueError, match=r"the same numbers of steps, \[4\], got \[3\]"):
         process.on(observations={3: torch.zeros(2)})
+
+
+@NEEDS_COMPILER
+@pytest.mark.slow
+def test_a_process_that_shares_programs_may_have_other_gaps_between_its_observations():
+    def process(num_steps):
+        return ProcessLoss(lambda z, p: z - 0.1 * p["a"] * z, torch.ones((), dtype=DOUBLE), lambda z, p: z, num_steps)
+
+    first, second = process(4), process(7)
+    second.programs = first.programs
+    for one in (first, second):
+        assert_equal(sensitivity_gradient(one, numbers(a=1.0), compiled=True), backprop_gradient(one, numbers(a=1.0)))
