@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -57,7 +58,8 @@ def reverse_gradient(
     moments = objective.moments
     stride = objective.num_steps if num_checkpoints is None else -(-objective.num_steps // num_checkpoints)
     borders = sorted({*range(0, moments[-1], stride), *moments, 0})
-    with requiring_grad(leaves.values()), many_shapes:
+    with requiring_grad(leaves.values()), many_shapes, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The .grad attribute")  # torch's compiler causes it itself
         if num_checkpoints is None:
             total, found = _through_all(objective, leaves, segment, borders)
         else:

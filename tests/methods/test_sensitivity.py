@@ -143,7 +143,6 @@ def test_compiled_steps_give_the_same(name):
     expected = backprop_gradient(process, params)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the process runs")
-        warnings.filterwarnings("ignore", message="The .grad attribute")  # torch's compiler causes it itself
         for _ in range(2):
             assert_equal(sensitivity_gradient(process, params, compiled=True), expected)
         others = {key: 1.01 * p for key, p in params.items()}
