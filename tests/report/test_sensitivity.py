@@ -220,10 +220,12 @@ def test_study_keeps_what_is_done(tmp_path, monkeypatch):
     assert {len(seconds) for seconds in measured["seconds"].values()} == {6}
     assert set(found["map"]["1"]) == {"10", "20"}
     assert found["memory"][f"hypergradients of an MLP: {study.REVERSE}"]["stopped"] is None
-    for part in study.PARTS:
-        monkeypatch.setattr(study, f"_measure_{part}", None, raising=False)  # would fail
-    monkeypatch.setattr(study, "_measure_case", None)
-    monkeypatch.setattr(study, "_measure_column", None)
+
+    def measured_again(*_):
+        raise AssertionError("what the file has is measured again")
+
+    monkeypatch.setattr(study, "_measure_case", measured_again)
+    monkeypatch.setattr(study, "_measure_column", measured_again)
     assert study.measure(SMALL, tmp_path, ["cases", "map"])["map"] == json.loads(json.dumps(found["map"]))
 
 
