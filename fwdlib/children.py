@@ -120,15 +120,7 @@ def when_parent_ends(clean_up: Callable[[], None]) -> None:
     Args:
         clean_up: called in a thread of its own. It has ``grace`` seconds.
     """
-
-    def wait() -> None:
-        os.read(0, 1)  # sys.stdin would be locked when the interpreter exits
-        try:
-            clean_up()
-        finally:
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    _end_after(lambda: os.read(0, 1), clean_up)  # sys.stdin would be locked when the interpreter exits
 
 
 def end_with_parent(clean_up: Callable[[], None] = lambda: None) -> None:
@@ -142,9 +134,17 @@ def end_with_parent(clean_up: Callable[[], None] = lambda: None) -> None:
     def wait() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
+
+    _end_after(wait, clean_up)
+
+
+def _end_after(wait: Callable[[], object], clean_up: Callable[[], None]) -> None:
+    # Wait in a thread, then end this process.
+    def end() -> None:
+        wait()
         try:
             clean_up()
         finally:
             os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=end, daemon=True).start()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,10 @@ from fwdlib.tangents import (
     Sampler,
     check_params,
     count_tangents,
+    divisor_of,
     is_transformed,
     sample_tangents,
 )
-
-if TYPE_CHECKING:
-    from fwdlib.forward.derivatives import Derivatives
 
 BLOCKS = ("joint", "parameter")
 ENGINES = ("auto", "stacked", "torch")
@@ -213,7 +211,7 @@ def forward_gradient(
         along = sampled if blocks == "joint" else _one_block_at_a_time(sampled)
         by = engine if blocks == "joint" else "torch"
         found = derivatives_along(objective, params, along, engine=by, chunk_size=chunk_size)
-        return _combined(found, found.trained(sampled), num_tangents, 1 if tangents == "unit" else num_tangents)
+        return combined(found.loss, found.jvps, found.trained(sampled), divisor_of(num_tangents, tangents))
 
     if engine == "stacked" or (engine == "auto" and is_structured and is_suited and tangents not in NAMED):
         return _hooked(objective, params, by_stack())
@@ -227,15 +225,23 @@ def forward_gradient(
     return _hooked(objective, params, by_derivatives())
 
 
-def _combined(found: Derivatives, tangents: Params, num_tangents: int, divisor: int) -> GradientEstimate:
-    # The sum over the tangents (K, ...). Derivatives by blocks, (K * n,), belong each to one of the n tensors.
-    jvps = found.jvps if len(found.jvps) == num_tangents else found.jvps.reshape(num_tangents, len(tangents))
+def combined(loss: Tensor, jvps: Tensor, tangents: Params, divisor: int) -> GradientEstimate:
+    """Return the estimate that derivatives along K tangents give: the sum of jvp times tangent, over a divisor.
+
+    Args:
+        loss: scalar.
+        jvps: shape (K,), or by blocks (K * n,), where each belongs to one of the n tensors.
+        tangents: for each parameter of shape (...) a tensor of shape (K, ...).
+        divisor: see :func:`fwdlib.tangents.divisor_of`.
+    """
+    num_tangents = len(next(iter(tangents.values())))
+    jvps = jvps if len(jvps) == num_tangents else jvps.reshape(num_tangents, len(tangents))
     of_tensors = [jvps] * len(tangents) if jvps.dim() == 1 else jvps.unbind(1)
     grads = {
         name: torch.tensordot(jvp.to(v.dtype), v, dims=1) / divisor
         for jvp, (name, v) in zip(of_tensors, tangents.items(), strict=True)
     }
-    return GradientEstimate(found.loss, grads, jvps)
+    return GradientEstimate(loss, grads, jvps)
 
 
 def _hooked(objective: Objective, params: Params, estimate: GradientEstimate) -> GradientEstimate:

@@ -194,6 +194,11 @@ def count_tangents(params: Params, num_tangents: int, tangents: str | Sampler) -
     return sum(p.numel() for p in params.values()) if is_open else num_tangents
 
 
+def divisor_of(num_tangents: int, tangents: str | Sampler) -> int:
+    """Return by what the sum of jvp times tangent is divided: K for a mean; 1 for unit tangents, whose sum is exact."""
+    return 1 if isinstance(tangents, str) and tangents == "unit" else num_tangents
+
+
 def sample_tangents(
     params: Params, num_tangents: int = 1, tangents: str | Sampler = "normal", generator: AnyGenerator = None
 ) -> Params:

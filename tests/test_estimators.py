@@ -5,6 +5,7 @@ import math
 from functools import partial
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -158,6 +159,15 @@ def test_unit_tangents_give_the_gradient_of_a_plain_function(name, engine):
 def assert_near(found, expected):
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-12, atol=1e-12)
+
+
+def test_tangents_that_go_one_by_one_see_the_same_random_numbers():
+    def noisy(p):  # vmap refuses to write y into x, whose derivative is the same along all tangents
+        return ((p["x"] ** 0).clone().add_(p["y"]) * float(np.random.rand()) * torch.rand(())).sum()
+
+    params = {name: torch.ones(2, dtype=torch.float64) for name in "xy"}
+    gradient = forward_gradient(noisy, params, tangents="unit", engine="torch").grads["y"]
+    assert gradient[0] == gradient[1] != 0
 
 
 @pytest.mark.parametrize("engine", ["auto", "stacked", "torch"])

@@ -182,18 +182,18 @@ def _in_one_pass(objective: Objective, params: Params, tangents: Params, chunk_s
     return Derivatives(loss, jvps, padding)
 
 
-Multiple = Callable[[Params], tuple[list[Tensor], list[Tensor]]]
-"""A function from a point to results with a derivative, and results without one."""
-
-
 def _one_by_one(along: Callable, tangents: Params) -> tuple[Tensor, Tensor, Params]:
     # Where vmap refuses: it lets nothing with a row for each tangent be written into what has one for all.
-    found, state = [], torch.get_rng_state()
+    found, rewind = [], Rewind(nn.Module())
     for row in zip(*tangents.values(), strict=True):
-        torch.set_rng_state(state)
+        rewind()
         found.append(along(dict(zip(tangents, row, strict=True))))
     loss, _, buffers = found[0]
     return loss, torch.stack([one[1] for one in found]), buffers
+
+
+Multiple = Callable[[Params], tuple[list[Tensor], list[Tensor]]]
+"""A function from a point to results with a derivative, and results without one."""
 
 
 def pushforward(function: Multiple, point: Params, tangents: Params) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

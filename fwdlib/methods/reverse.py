@@ -39,13 +39,11 @@ def reverse_gradient(
     """
     check_params(params)
     leaves = {name: p.detach() for name, p in params.items()}
-    advance, size, many_shapes = objective.advance, objective.num_steps, contextlib.nullcontext()
+    advance, size, shapes = objective.advance, objective.num_steps, contextlib.nullcontext()
     if num_compiled is not None:
-        # torch.compile counts the shapes of all processes together, and from the ninth on it silently runs eagerly
-        many_shapes = torch._dynamo.config.patch(recompile_limit=MAX_SHAPES, fail_on_recompile_limit_hit=True)
-        size = check_count("num_compiled", num_compiled)
+        shapes, size = many_shapes(), check_count("num_compiled", num_compiled)
         if objective.reverse is None:
-            objective.reverse = torch.compile(partial(_bare, objective.step), dynamic=False)
+            objective.reverse = torch.compile(partial(bare_steps, objective.step), dynamic=False)
         advance = objective.reverse
 
     def segment(state: Tree, first: int, last: int) -> tuple[Tree, Tensor | int]:
@@ -58,7 +56,7 @@ def reverse_gradient(
     moments = objective.moments
     stride = objective.num_steps if num_checkpoints is None else -(-objective.num_steps // num_checkpoints)
     borders = sorted({*range(0, moments[-1], stride), *moments, 0})
-    with requiring_grad(leaves.values()), many_shapes, warnings.catch_warnings():
+    with requiring_grad(leaves.values()), shapes, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The .grad attribute")  # torch's compiler causes it itself
         if num_checkpoints is None:
             total, found = _through_all(objective, leaves, segment, borders)
@@ -67,8 +65,16 @@ def reverse_gradient(
     return GradientEstimate(total, dict(zip(leaves, found, strict=True)), total.new_empty(0))
 
 
-def _bare(step: Callable, state: Tree, params: Params, first: int, inputs: tuple, num_steps: int) -> Tree:
-    # ProcessLoss.advance without its checks, which a compiler cannot follow.
+def many_shapes() -> contextlib.AbstractContextManager:
+    """Return a context in which ``torch.compile`` compiles many forms of a function, and fails where they are too many.
+
+    It counts the forms of all processes together, and otherwise runs them eagerly in silence from the ninth on.
+    """
+    return torch._dynamo.config.patch(recompile_limit=MAX_SHAPES, fail_on_recompile_limit_hit=True)
+
+
+def bare_steps(step: Callable, state: Tree, params: Params, first: int, inputs: tuple, num_steps: int) -> Tree:
+    """Do as :meth:`ProcessLoss.advance`, without its checks, which a compiler cannot follow."""
     for i in range(num_steps):
         state = step(state, params, *tree_map(lambda x, i=i: x[i], inputs))
     return state

@@ -26,11 +26,11 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 from tqdm.auto import tqdm
 
 from fwdlib import runtime
-from fwdlib.estimators import GradientEstimate
+from fwdlib.estimators import GradientEstimate, combined
 from fwdlib.methods.process import ProcessLoss, is_inexact, parted
 from fwdlib.methods.process_runs import Layout, Moment, Run, either
 from fwdlib.objectives import requiring_grad
-from fwdlib.tangents import AnyGenerator, Params, Sampler, check_params, count_tangents, sample_tangents
+from fwdlib.tangents import AnyGenerator, Params, Sampler, check_params, count_tangents, divisor_of, sample_tangents
 
 
 @torch.no_grad()
@@ -87,9 +87,7 @@ def sensitivity_gradient(
         if not (value.isfinite() and derivatives.isfinite().all()):
             raise FloatingPointError(_where_it_diverged(objective, params, moment.num_steps))
         loss, jvps = loss + value, jvps + derivatives
-    divisor = 1 if tangents == "unit" else num_tangents
-    grads = {name: torch.tensordot(jvps.to(v.dtype), v, dims=1) / divisor for name, v in along.items()}
-    return GradientEstimate(loss, grads, jvps)
+    return combined(loss, jvps, along, divisor_of(num_tangents, tangents))
 
 
 @torch.no_grad()
@@ -185,7 +183,7 @@ def online_gradient(
         eligibility = [e for e in tree_leaves(moment.tangents) if e is not None]
         for k, name in enumerate(elementwise):
             for g, e in zip(by_loss, eligibility, strict=False):
-                grads[name] += _sum_to((g.conj() * e[k]).real if e.is_complex() else g * e[k], params[name].shape)
+                grads[name] += (g.conj() * e[k]).real.sum_to_size(params[name].shape)
     return GradientEstimate(total, grads, total.new_empty(0))
 
 
@@ -279,7 +277,3 @@ def _check_elementwise(process: ProcessLoss, params: Params, elementwise: Sequen
                     f"the step is not element-wise: unit i of state{keystr(path)} depends on other components of "
                     f"{name!r} than component i. Use sensitivity_gradient, or reverse_gradient"
                 )
-
-
-def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
-    return x.sum_to_size(shape) if x.shape != shape else x

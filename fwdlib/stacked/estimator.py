@@ -32,6 +32,7 @@ from fwdlib.tangents import (
     Sampler,
     check_params,
     count_tangents,
+    divisor_of,
     is_traced,
     is_transformed,
     random_signs,
@@ -111,7 +112,8 @@ def stacked_gradient(
         sampled = sample_tangents(params, num_tangents, tangents, generator)
         perturbation = DensePerturbation(params, num_examples, sampled)
     loss, jvps, of_examples = evaluate(objective, params, perturbation)
-    grads = perturbation.gradients(jvps * num_tangents if tangents == "unit" else jvps, of_examples)
+    divisor = divisor_of(num_tangents, tangents)  # a perturbation divides by K
+    grads = perturbation.gradients(jvps if divisor == num_tangents else jvps * (num_tangents / divisor), of_examples)
     return GradientEstimate(loss, dict(grads) if is_transformed() else grads, jvps)
 
 

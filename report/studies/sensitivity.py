@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from fwdlib import runtime
@@ -26,7 +25,7 @@ from fwdlib.bench.measuring import interleave, reason_of
 from fwdlib.estimators import GradientEstimate, forward_gradient
 from fwdlib.methods import processes
 from fwdlib.methods.process import ProcessLoss
-from fwdlib.methods.reverse import reverse_gradient
+from fwdlib.methods.reverse import bare_steps, many_shapes, reverse_gradient
 from fwdlib.methods.sensitivity import online_gradient, sensitivity_gradient
 from fwdlib.results import write_json
 from fwdlib.tangents import Params
@@ -245,7 +244,7 @@ def _timed(calls: Calls, rounds: int) -> dict[str, Any]:
     """
     warm, gradients, first, skipped = {}, {}, {}, {}
     torch.compiler.reset()
-    with warnings.catch_warnings(), torch._inductor.utils.fresh_inductor_cache(), _many_recompilations():
+    with warnings.catch_warnings(), torch._inductor.utils.fresh_inductor_cache(), many_shapes():
         warnings.filterwarnings("error", "the process runs as with compiled=False")  # not timed as compiled
         for name, call in calls.items():
             try:
@@ -280,11 +279,6 @@ def _timed(calls: Calls, rounds: int) -> dict[str, Any]:
     }
 
 
-def _many_recompilations() -> Any:
-    # Beyond a few shapes of one function, torch.compile runs it eagerly; here each method is a shape of its own.
-    return torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
-
-
 def _distance(grads: Params, expected: Params) -> float:
     return max(((grads[name] - g).norm() / g.norm()).item() for name, g in expected.items() if g.norm() > 0)
 
@@ -317,19 +311,14 @@ def method(name: str, make: Callable[[], Made]) -> Callable[[], object]:
 
 
 def _plain(process: ProcessLoss, params: Params) -> Callable[[], object]:
-    def steps(state: Any, params: Params, inputs: tuple) -> Any:
-        for i in range(CHUNK):
-            state = process.step(state, params, *tree_map(lambda x, i=i: x[i], inputs))
-        return state
-
-    several = torch.compile(steps, dynamic=False)
+    several = torch.compile(partial(bare_steps, process.step), dynamic=False)
     whole = process.num_steps // CHUNK * CHUNK
 
     @torch.no_grad()
     def run() -> Tensor:
         state = process.start(params)
         for first in range(0, whole, CHUNK):
-            state = several(state, params, process.inputs_between(first, first + CHUNK))
+            state = several(state, params, 0, process.inputs_between(first, first + CHUNK), CHUNK)
         rest = process.num_steps - whole
         state = process.advance(state, params, whole, process.inputs_between(whole, whole + rest), rest)
         return process.loss_at(process.num_steps, state, params)
@@ -470,7 +459,7 @@ def _measure_column(num_params: int, settings: Settings, _: dict) -> dict[str, A
         names = [FORWARD, OF_THE_MAP, *([PLAIN, REVERSE] if num_steps <= settings.eager_up_to else [])]
         make = partial(filtered, num_params, num_steps)
         calls = {name: sharing_programs(name, make, programs) for name in names}
-        with _many_recompilations(), warnings.catch_warnings():
+        with many_shapes(), warnings.catch_warnings():
             warnings.filterwarnings("error", "the process runs as with compiled=False")
             for _ in range(2):
                 for call in calls.values():
