@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,26 @@ class Network:
         """Return the model's own parameters and buffers by name, without a search through its modules."""
         return {name: owner[attribute] for block in self.blocks for name, owner, attribute in block.places.values()}
 
+    def run(
+        self, tensors: Params | None, inputs: Tensor, behind: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Return the outputs of all blocks, each with a tape that starts at its inputs, and the tangents of the last.
+
+        Args:
+            tensors: replace the model's parameters and buffers of these names; None for its own.
+            inputs: of the first block.
+            behind: for each hidden block the tangents (K, B, ...) that enter at its outputs; None for none.
+        """
+        activation, tangents = inputs, None
+        outputs: list[Tensor] = []
+        for block, entering in zip(self.blocks, [*behind, None], strict=True):
+            output, tangents = block.run(tensors, activation, tangents)
+            outputs.append(output)
+            activation = output.detach()
+            if entering is not None:
+                tangents = entering if tangents is None else tangents + entering
+        return outputs, tangents
+
 
 class Block:
     """A block, and the places of the model's parameters and buffers in it.
@@ -101,6 +121,8 @@ class Block:
 
     def __init__(self, model: nn.Module, block: nn.Module) -> None:
         self.block = block
+        last = _leaves(block)[-1] if isinstance(block, nn.Sequential) else block
+        self.ends_in_relu = isinstance(last, nn.ReLU)  # so an output of 0 has no derivative
         names = {id(x): name for name, x in [*model.named_buffers(), *model.named_parameters()]}
         self.places: dict[str, tuple[str, dict, str]] = {}  # local name -> name, owner, attribute
         for local, x in [*block.named_parameters(), *block.named_buffers()]:

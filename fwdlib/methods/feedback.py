@@ -83,7 +83,8 @@ class DirectFeedbackAlignment:
 
     def __init__(self, model: nn.Module, inputs: Tensor, *, seed: int = 0, recorded: bool = False) -> None:
         self.recorded = recorded
-        num_outputs, self._shapes = shapes_of(model, inputs)
+        num_outputs, shapes = shapes_of(model, inputs)
+        self._shapes = self._feedback_shapes(shapes)
         self._sizes = [shape.numel() for shape in self._shapes]
         self.matrix = nn.Parameter(next(model.parameters()).new_zeros(num_outputs, sum(self._sizes)), False)
         self._network: Network | None = None  # of the last model
@@ -164,15 +165,9 @@ class DirectFeedbackAlignment:
         tensors: Params | None,
     ) -> tuple[Tensor, ...]:
         # Returns the loss; the derivatives of the examples' losses, (K, B); the gradients of feedback and leaves.
-        activation, tangents = inputs, None
-        outputs: list[Tensor] = []  # of each block, with its tape
-        for block, behind in zip(network.blocks, [*self._by_block(u), None], strict=True):
-            output, tangents = block.run(tensors, activation, tangents)
-            outputs.append(output)
-            activation = output.detach()
-            if behind is not None and len(u):
-                tangents = behind if tangents is None else tangents + behind
-        along = feedback_gradient = activation.new_zeros(0, len(activation))
+        behind = self._by_block(u) if len(u) else [None] * len(self._shapes)
+        outputs, tangents = network.run(tensors, inputs, behind)
+        along = feedback_gradient = inputs.new_zeros(0, len(inputs))
 
         def deltas(error: Tensor) -> list[Tensor]:
             nonlocal along, feedback_gradient
@@ -227,6 +222,10 @@ class DirectFeedbackAlignment:
             )
         return self._network
 
+    def _feedback_shapes(self, shapes: list[torch.Size]) -> list[torch.Size]:
+        # Of each hidden block's feedback, for one output, from the shape of the block's output for one example.
+        return shapes
+
     def _by_block(self, rows: Tensor) -> list[Tensor]:
         # (..., all units) -> for each hidden block (..., units...), views
         pieces = rows.split_with_sizes(self._sizes, -1)
@@ -255,7 +254,9 @@ class DirectFeedbackAlignment:
         pass
 
 
-class _LearnedFeedback(DirectFeedbackAlignment):
+class LearnedFeedback(DirectFeedbackAlignment):
+    """Feedback that starts at zero and that an optimizer of its own updates in each step; the base of such rules."""
+
     def __init__(
         self, model: nn.Module, inputs: Tensor, *, optimizer: MakeOptimizer = ADAM, recorded: bool = False
     ) -> None:
@@ -297,7 +298,7 @@ class _LearnedFeedback(DirectFeedbackAlignment):
             self.optimizer.step()
 
 
-class DirectKolenPollack(_LearnedFeedback):
+class DirectKolenPollack(LearnedFeedback):
     r"""Update the feedback as weights from the block to the output would be (Webster, Choi & Ahn 2021).
 
     .. math:: \delta_l = B_l^T e, \qquad \nabla B_l = e\, a_l^T
@@ -323,7 +324,7 @@ class DirectKolenPollack(_LearnedFeedback):
         return error.t() @ torch.cat([output.detach().flatten(1) for output in outputs], 1)
 
 
-class ForwardDirectFeedbackAlignment(_LearnedFeedback):
+class ForwardDirectFeedbackAlignment(LearnedFeedback):
     r"""Learn the feedback from forward-mode derivatives (Bacho & Chu 2024, arXiv 2212.07282, equations 7 and 8).
 
     Tangents :math:`u_l`, independent for each unit and example, enter behind every hidden block in one forward pass.

@@ -48,7 +48,10 @@ ALEXNET_SIZE = 224
 FUSED = ("Adam", "AdamW", "SGD", "Adagrad")  # have one kernel for the whole step, also on a CPU
 COLUMNS = ("epoch", "train_loss", "test_loss", "test_accuracy", "seconds", "images_per_second", "learning_rate")
 # Settings that a checkpoint depends on. The session notes batch size, seed, optimizer and learning rates by itself.
-BELONGS = ("dataset", "train_mode", "num_tangents", "b_lr", "feedback_decay", "alpha", "alpha_decay")
+BELONGS = (
+    *("dataset", "norm", "train_mode", "num_tangents", "num_groups", "grid"),
+    *("b_lr", "feedback_decay", "alpha", "alpha_decay"),
+)
 FILES = ("record.json", "log.csv", "curves.png", "curves.svg")
 PASSING = ("log_dir", "resume", "dry_run", "log_interval", "processes")  # settings that do not change the result
 
@@ -234,7 +237,7 @@ def fit(settings: Settings, data: Dataset, /, **options: Any) -> History:
         optimizer=optimizer(settings.optimizer, settings.lr, settings.weight_decay),
         scheduler=partial(StepLR, step_size=1, gamma=settings.gamma),
         batch_size=settings.batch_size,
-        augment=crops() if settings.network == "alexnet" else None,
+        augment=crops() if settings.is_alexnet else None,
         test_batch_size=settings.test_batch_size,
         seeds=(settings.seed,),
         **options,
@@ -267,16 +270,17 @@ def network(settings: Settings, data: Dataset) -> Callable[[], nn.Sequential]:
     """Return the function that makes the network for these images."""
     _, channels, size, _ = data.train_inputs.shape
     classes = len(data.class_names)
-    if settings.network == "alexnet":
-        return partial(enlarging_alexnet, classes)
-    if settings.network == "cnn":
-        return partial(shallow_cnn, channels, size, classes)
-    return partial(fully_connected, channels * size * size, settings.n_layers, settings.width, classes)
+    norm = settings.norm
+    if settings.is_alexnet:
+        return partial(enlarging_alexnet, classes, norm)
+    if settings.conv:
+        return partial(shallow_cnn, channels, size, classes, norm)
+    return partial(fully_connected, channels * size * size, settings.n_layers, settings.width, classes, norm)
 
 
-def enlarging_alexnet(num_classes: int) -> nn.Sequential:
+def enlarging_alexnet(num_classes: int, norm: str = "batch") -> nn.Sequential:
     """Return AlexNet behind a layer that enlarges images to 224 x 224. Crops of that size pass unchanged."""
-    return nn.Sequential(nn.Upsample(size=(ALEXNET_SIZE, ALEXNET_SIZE), mode="bilinear"), *alexnet(num_classes))
+    return nn.Sequential(nn.Upsample(size=(ALEXNET_SIZE, ALEXNET_SIZE), mode="bilinear"), *alexnet(num_classes, norm))
 
 
 def crops() -> Augment:
@@ -314,7 +318,7 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
             return partial(forward_gradient, tangents="rank-one", **tangents)
         case "FG-A":
             return partial(forward_gradient, tangents="activity", **tangents)
-    from fwdlib.methods import feedback
+    from fwdlib.methods import feedback, local_losses
 
     inputs = data.train_inputs[:1]
     model = initialise(build, settings.seed).to(inputs.device)
@@ -327,6 +331,11 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
             return feedback.DirectKolenPollack(model, inputs, **learns)
         case "FDFA":
             return feedback.ForwardDirectFeedbackAlignment(model, inputs, **learns, **tangents)
+        case "L-BP":
+            return local_losses.LocalBackprop(model, inputs, **learns, grid=settings.grid)
+        case "LG-FG-A":
+            parts = {"num_groups": settings.num_groups, "grid": settings.grid}
+            return local_losses.LocalForwardGradient(model, inputs, **learns, **tangents, **parts)
     decay = {"alpha": settings.alpha, "alpha_decay": settings.alpha_decay ** (1 / steps_per_epoch)}
     return feedback.ControlVariateForwardGradient(model, inputs, **learns, **tangents, **decay)
 

@@ -14,17 +14,19 @@ from tyro import conf
 from fwdlib.checks import check_choice, check_count, check_fraction, check_positive
 
 DatasetName = Literal["MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "KMNIST", "digits"]
-TrainMode = Literal["BP", "FG", "FG-RANK1", "FG-A", "FG-CV", "DFA", "DKP", "FDFA"]
+TrainMode = Literal["BP", "FG", "FG-RANK1", "FG-A", "FG-CV", "DFA", "DKP", "FDFA", "L-BP", "LG-FG-A"]
+NormName = Literal["batch", "layer", "group", "none"]
 OptimizerName = Literal["Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SGD", "RMSprop", "Adagrad"]
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 TRAIN_MODES: tuple[str, ...] = get_args(TrainMode)
+NORMS: tuple[str, ...] = get_args(NormName)
 OPTIMIZER_NAMES: tuple[str, ...] = get_args(OptimizerName)
 SHARED_MODES = ("BP", "FG", "FG-RANK1")  # of which several processes can share a batch
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, and by which network. Its hidden layers have BatchNorm and ReLU."""
+    """What is learned, and by which network. Its hidden layers have a normalisation and ReLU."""
 
     dataset: DatasetName = "MNIST"
     """Images to classify; `python -m fwdlib data` shows where each set would come from."""
@@ -32,11 +34,14 @@ class Task:
     """Hidden layers of the fully connected network, of 800 units each, 1000 for CIFAR10."""
     conv: bool = False
     """Train the CNN 15C5-40C5-P2-128 instead. CIFAR100 always gets AlexNet."""
+    norm: NormName = "batch"
+    """Normalisation of the hidden layers. BatchNorm makes an example's loss depend on the other examples of its batch,
+    which adds much noise to FG-A. The others do not: layer, over all units; group, over at most 16 groups; none."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """How the gradient is computed. All defaults except alpha's are those of Bacho & Chu 2024."""
+    """How the gradient is computed. The defaults of FDFA are those of Bacho & Chu 2024."""
 
     train_mode: TrainMode = "FDFA"
     """The method:
@@ -47,13 +52,19 @@ class Method:
     - FG-CV: FG-A with FDFA's feedback as a control variate.
     - DFA: a fixed random matrix sends the output's error to each layer.
     - DKP: a matrix that learns as a weight would sends it.
-    - FDFA: a matrix that learns from forward derivatives sends it."""
+    - FDFA: a matrix that learns from forward derivatives sends it.
+    - L-BP: each hidden layer has a loss of its own, with the exact gradient.
+    - LG-FG-A: forward gradients of these losses, each group of units by itself."""
     num_tangents: int = 1
-    """Tangents to average over in each step, for FG, FG-RANK1, FG-A, FG-CV and FDFA."""
+    """Tangents to average over in each step, for FG, FG-RANK1, FG-A, FG-CV, FDFA and LG-FG-A."""
+    num_groups: int = 16
+    """Groups of the units of a layer, at most, for LG-FG-A: more groups, less noise; one unit a group is exact."""
+    grid: int = 4
+    """Patches along each side of a feature map, at most, for L-BP and LG-FG-A."""
     b_lr: float = 1e-4
-    """Learning rate of the feedback, with Adam, for DKP, FDFA and FG-CV."""
+    """Learning rate of the feedback, or the heads of local losses, with Adam: DKP, FDFA, FG-CV, L-BP, LG-FG-A."""
     feedback_decay: float = 0.0
-    """Weight decay of the feedback, for DKP, FDFA and FG-CV; for DKP the authors recommend 1e-6."""
+    """Weight decay of the feedback or the heads, for the same modes; for DKP the authors recommend 1e-6."""
     alpha: float = 1.0
     """Weight of what the feedback fails to predict, for FG-CV: 1, our default, has no bias; 0 is FDFA."""
     alpha_decay: float = 1.0
@@ -114,8 +125,10 @@ class Settings(Task, Method, Steps, Execution):
     def __post_init__(self) -> None:
         check_choice("dataset", self.dataset, DATASETS)
         check_choice("train_mode", self.train_mode, TRAIN_MODES)
+        check_choice("norm", self.norm, NORMS)
         check_choice("optimizer", self.optimizer, OPTIMIZER_NAMES)
-        counts = ("n_layers", "num_tangents", "epochs", "batch_size", "test_batch_size", "log_interval", "processes")
+        counts = ("n_layers", "num_tangents", "num_groups", "grid", "epochs", "batch_size", "test_batch_size")
+        counts += ("log_interval", "processes")
         for name in counts:
             check_count(name, getattr(self, name))
         check_count("seed", self.seed, minimum=0)
@@ -135,11 +148,15 @@ class Settings(Task, Method, Steps, Execution):
         return 1000 if self.dataset == "CIFAR10" else 800
 
     @property
+    def is_alexnet(self) -> bool:
+        """Whether the network is AlexNet."""
+        return self.dataset == "CIFAR100"
+
+    @property
     def network(self) -> str:
-        """Name of the network: ``"2x800"``, ``"cnn"`` or ``"alexnet"``."""
-        if self.dataset == "CIFAR100":
-            return "alexnet"
-        return "cnn" if self.conv else f"{self.n_layers}x{self.width}"
+        """Name of the network: ``"2x800"``, ``"cnn"`` or ``"alexnet"``, and of its norm if that is not BatchNorm."""
+        kind = "alexnet" if self.is_alexnet else "cnn" if self.conv else f"{self.n_layers}x{self.width}"
+        return kind if self.norm == "batch" else f"{kind}-{self.norm}"
 
     @property
     def name(self) -> str:

@@ -26,7 +26,7 @@ from fwdlib.training import train
 pytestmark = pytest.mark.slow  # starts processes, or trains large networks
 
 CPU = torch.device("cpu")
-LEARNED = ("DKP", "FDFA", "FG-CV")
+LEARNED = ("DKP", "FDFA", "FG-CV", "L-BP", "LG-FG-A")
 
 
 @pytest.fixture
@@ -113,6 +113,7 @@ def test_the_choices_are_those_that_there_are():
     [
         ({"n_layers": 2}, (1, 28), "2x800", 784 * 800 + 800 * 800 + 800 * 10 + 1610 + 4 * 800),
         ({"dataset": "CIFAR10", "n_layers": 1}, (3, 32), "1x1000", 3072 * 1000 + 1000 * 10 + 1010 + 2 * 1000),
+        ({"n_layers": 2, "norm": "none"}, (1, 28), "2x800-none", 784 * 800 + 800 * 800 + 800 * 10 + 1610),
         ({"conv": True}, (1, 28), "cnn", 390 + 15040 + 4000 * 128 + 128 + 1290 + 2 * (15 + 40 + 128)),
         ({"dataset": "CIFAR10", "conv": True}, (3, 32), "cnn", None),
     ],
@@ -129,6 +130,7 @@ def test_networks(changes, shape, name, num_params):
 def test_options_reach_the_estimators(tiny):
     data = images()
     options = {"num_tangents": 3, "b_lr": 0.02, "feedback_decay": 1e-6, "alpha": 0.5, "alpha_decay": 0.25}
+    options |= {"num_groups": 8, "grid": 2}
     made = {}
     for mode in TRAIN_MODES:
         settings = tiny(train_mode=mode, **options)
@@ -137,11 +139,12 @@ def test_options_reach_the_estimators(tiny):
     model = network(settings, data)()
     objective = BatchLoss(model, data.train_inputs, data.train_targets)
     jvps = {mode: made[mode](objective, params_of(model)).jvps for mode in TRAIN_MODES}
-    tangents = dict.fromkeys(("FG", "FG-RANK1", "FG-A", "FG-CV", "FDFA"), 3)
+    tangents = dict.fromkeys(("FG", "FG-RANK1", "FG-A", "FG-CV", "FDFA", "LG-FG-A"), 3)
     assert {mode: len(values) for mode, values in jvps.items() if len(values)} == tangents
     for mode in LEARNED:
         (group,) = made[mode].optimizer.param_groups
         assert (group["lr"], group["weight_decay"]) == (0.02, 1e-6)
+    assert (made["LG-FG-A"].num_groups, made["LG-FG-A"].grid, made["L-BP"].grid) == (8, 2, 2)
     assert made["FG-CV"].alpha == pytest.approx(0.5 * 0.5)  # after one step of two
     made["FG-CV"](objective, params_of(model))
     assert made["FG-CV"].alpha == pytest.approx(0.5 * 0.25)
@@ -342,7 +345,7 @@ def test_every_setting_is_known_to_the_checkpoint_or_makes_no_difference():
     ("changes", "message"),
     [
         ({"dataset": "mnist"}, "dataset must be one of 'MNIST', .*, got 'mnist'"),
-        ({"train_mode": "FA"}, "train_mode must be one of 'BP', .*'FDFA', got 'FA'"),
+        ({"train_mode": "FA"}, "train_mode must be one of 'BP', .*'FDFA', .*, got 'FA'"),
         ({"optimizer": "LBFGS"}, "optimizer must be one of 'Adam', .*, got 'LBFGS'"),
         ({"epochs": 0}, "epochs must be a whole number of at least 1, got 0"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),

@@ -8,6 +8,7 @@ from torch import nn
 
 from fwdlib.models import num_parameters
 from fwdlib.trainer.networks import alexnet, fully_connected, shallow_cnn
+from fwdlib.trainer.settings import NORMS
 
 
 def test_fully_connected_is_linear_batchnorm_relu():
@@ -17,6 +18,17 @@ def test_fully_connected_is_linear_batchnorm_relu():
     assert model(torch.zeros(2, 3, 2, 2)).shape == (2, 5)
     assert num_parameters(fully_connected()) == (784 + 1 + 2) * 800 + (800 + 1 + 2) * 800 + 8010
     assert fully_connected(12, num_hidden=0)(torch.zeros(2, 12)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("build", [fully_connected, shallow_cnn])
+def test_only_batchnorm_mixes_the_examples(build, norm):
+    torch.manual_seed(0)
+    model = build(norm=norm)
+    inputs = torch.randn(4, 1, 28, 28, requires_grad=True)
+    (of_first,) = torch.autograd.grad(model(inputs)[0].square().sum(), inputs)
+    assert of_first[0].any()
+    assert of_first[1:].any() == (norm == "batch")
 
 
 def test_shallow_cnn_is_that_of_the_code():
