@@ -48,6 +48,8 @@ METHOD_STYLES = {
     "DKP": {"color": "#882255", "linestyle": (0, (6, 2, 1, 2))},
     "DFA": {"color": "0.5", "linestyle": (0, (1, 3))},
     "FG-CV": {"color": "#999933", "linestyle": (0, (3, 1))},
+    "L-BP": {"color": "#AA4499", "linestyle": (0, (2, 1))},
+    "LG-FG-A": {"color": "#332288", "linestyle": (0, (7, 1, 1, 1))},
 }
 
 

@@ -30,22 +30,36 @@ def read(path: Path) -> Any:
 
 # --- feedback: the modes of a task -----------------------------------------------------------------------------------
 
-LEARNS = {  # mode -> whether its feedback learns, and so has a learning rate of its own
+LEARNS = {  # mode -> whether its feedback or its heads learn, and so have a learning rate of their own
     "BP": False,
     "FDFA": True,
     "DKP": True,
     "DFA": False,
+    "L-BP": True,
+    "LG-FG-A": True,
     "FG-CV": True,
     "FG-A": False,
     "FG": False,
     "FG-RANK1": False,
-    "FG-CV, no feedback": False,
+    "FG-A, whole batch": False,
     "FG-CV, alpha 0.1": True,
     "FG-CV, alpha to 0": True,
+    "BP, LayerNorm": False,
+    "FG-A, LayerNorm": False,
+    "FG-CV, LayerNorm": True,
+    "LG-FG-A, 100 groups": True,
 }
 MODES = tuple(LEARNS)
-MAIN_MODES = MODES[:8]
-TASKS = {"MNIST-2x800": MODES, "FashionMNIST-2x800": ("BP", "FDFA"), "MNIST-cnn": MAIN_MODES}
+MAIN_MODES = MODES[:10]
+LOCAL_MODES = ("BP", "FDFA", "L-BP", "LG-FG-A")  # those whose accuracies are near backprop's
+TASKS = {
+    "MNIST-2x800": MODES,
+    "KMNIST-2x800": LOCAL_MODES,
+    "FashionMNIST-2x800": LOCAL_MODES,
+    "MNIST-cnn": MAIN_MODES,
+    "KMNIST-cnn": LOCAL_MODES,
+    "FashionMNIST-cnn": LOCAL_MODES,
+}
 PLAIN = "loss.backward()"  # a step of backprop as everyone writes it
 RECORDED = "BP, recorded"
 

@@ -91,7 +91,7 @@ class Network:
         return {name: owner[attribute] for block in self.blocks for name, owner, attribute in block.places.values()}
 
     def run(
-        self, tensors: Params | None, inputs: Tensor, behind: Sequence[Tensor | None]
+        self, tensors: Params | None, inputs: Tensor, behind: Sequence[Tensor | None], *, live_only: bool = False
     ) -> tuple[list[Tensor], Tensor | None]:
         """Return the outputs of all blocks, each with a tape that starts at its inputs, and the tangents of the last.
 
@@ -99,6 +99,7 @@ class Network:
             tensors: replace the model's parameters and buffers of these names; None for its own.
             inputs: of the first block.
             behind: for each hidden block the tangents (K, B, ...) that enter at its outputs; None for none.
+            live_only: no tangent enters at an output of 0 behind a ReLU, which passes no gradient on.
         """
         activation, tangents = inputs, None
         outputs: list[Tensor] = []
@@ -107,6 +108,8 @@ class Network:
             outputs.append(output)
             activation = output.detach()
             if entering is not None:
+                if live_only and block.ends_in_relu:
+                    entering = entering * (activation != 0)
                 tangents = entering if tangents is None else tangents + entering
         return outputs, tangents
 

@@ -18,6 +18,7 @@ rule                                feedback                                    
                                     :math:`\partial y / \partial a_l`                 pass forward
 :class:`ControlVariateForward...`   the same; the part of the loss that it does not   the same
                                     predict is added back, so there is no bias
+:class:`ActivityForwardGradient`    none: :math:`\delta_l = s\, u_l`                    the same
 =================================== ================================================= ===================
 
 All are estimators as :mod:`fwdlib.estimators` defines them. They are objects because they own their feedback.
@@ -80,6 +81,7 @@ class DirectFeedbackAlignment:
 
     num_tangents = 0
     alpha, weights = 0.0, WEIGHTS[0]  # of the residual: how much is added, and its weights
+    live_only = False  # whether units that a ReLU has switched off get no tangent
 
     def __init__(self, model: nn.Module, inputs: Tensor, *, seed: int = 0, recorded: bool = False) -> None:
         self.recorded = recorded
@@ -166,7 +168,7 @@ class DirectFeedbackAlignment:
     ) -> tuple[Tensor, ...]:
         # Returns the loss; the derivatives of the examples' losses, (K, B); the gradients of feedback and leaves.
         behind = self._by_block(u) if len(u) else [None] * len(self._shapes)
-        outputs, tangents = network.run(tensors, inputs, behind)
+        outputs, tangents = network.run(tensors, inputs, behind, live_only=self.live_only)
         along = feedback_gradient = inputs.new_zeros(0, len(inputs))
 
         def deltas(error: Tensor) -> list[Tensor]:
@@ -454,14 +456,73 @@ class ControlVariateForwardGradient(ForwardDirectFeedbackAlignment):
     def _deltas(self, matrix: Tensor, error: Tensor, along: Tensor, u: Tensor, alpha: float | Tensor) -> Tensor:
         deltas = super()._deltas(matrix, error, along, u, alpha)
         residual = along - (deltas * u).sum(2)  # (K, B)
-        if self.weights == "batch":
-            residual = residual.sum(1, keepdim=True).expand_as(residual)
-        residual = residual * (alpha / self.num_tangents)
-        return deltas + (residual.unsqueeze(2) * u).sum(0)
+        return deltas + _forward_gradient(residual * alpha, u, self.weights)
 
     def _learn(self, feedback_gradient: Tensor | None) -> None:
         super()._learn(feedback_gradient)
         self.alpha *= self.alpha_decay
+
+
+class ActivityForwardGradient(DirectFeedbackAlignment):
+    r"""Perturb the activities: *FG-A*, the forward gradient of Ren et al. 2023 (arXiv 2210.03310, section 3).
+
+    Signs :math:`u_l`, independent for each unit and example, enter behind every hidden block in one forward pass, which
+    gives the derivative s of each example's loss along all of them.
+
+    .. math:: \delta_l = s\, u_l
+
+    averaged over the K tangents. It is :class:`ControlVariateForwardGradient` without feedback. A unit behind a ReLU
+    whose output is 0 is not perturbed, as in the paper: it has no gradient.
+
+    Bias: none. Second moment: that of the control variate, where the residual is the whole gradient and n counts the
+    units that are not switched off. The stacked engine's ``"activity"`` tangents enter in front of the activations.
+
+    Cost: one forward pass with tangents behind the first block, and the products of the weights' gradients.
+
+    For BatchNorm in training mode and ``weights`` see :class:`ControlVariateForwardGradient`.
+
+    Args:
+        model: made of blocks; see :func:`~fwdlib.methods.blocks.blocks_of`.
+        inputs: a batch for the model.
+        num_tangents: K.
+        weights: ``"example"`` or ``"batch"``.
+        recorded: see :class:`DirectFeedbackAlignment`.
+
+    Raises:
+        ValueError: if an argument is out of its range, or the model does not show its blocks.
+    """
+
+    live_only = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        *,
+        num_tangents: int = 1,
+        weights: str = "example",
+        recorded: bool = False,
+    ) -> None:
+        self.num_tangents = check_count("num_tangents", num_tangents)
+        self.weights = check_choice("weights", weights, WEIGHTS)
+        super().__init__(model, inputs, recorded=recorded)
+
+    def reset(self, seed: int = 0) -> None:
+        """Start again. There is no feedback."""
+        self.matrix.zero_()
+
+    def _draw(self, num_examples: int, generator: AnyGenerator) -> Tensor:
+        return random_signs((self.num_tangents, num_examples, sum(self._sizes)), self.matrix.detach(), generator)
+
+    def _deltas(self, matrix: Tensor, error: Tensor, along: Tensor, u: Tensor, alpha: float | Tensor) -> Tensor:
+        return _forward_gradient(along, u, self.weights)
+
+
+def _forward_gradient(along: Tensor, u: Tensor, weights: str) -> Tensor:
+    # The mean over the tangents u (K, B, units), weighted with the derivatives (K, B) along them.
+    if weights == "batch":
+        along = along.sum(1, keepdim=True).expand_as(along)
+    return (along.unsqueeze(2) * u).mean(0)
 
 
 @functools.lru_cache(maxsize=1)

@@ -50,7 +50,7 @@ COLUMNS = ("epoch", "train_loss", "test_loss", "test_accuracy", "seconds", "imag
 # Settings that a checkpoint depends on. The session notes batch size, seed, optimizer and learning rates by itself.
 BELONGS = (
     *("dataset", "norm", "train_mode", "num_tangents", "num_groups", "grid"),
-    *("b_lr", "feedback_decay", "alpha", "alpha_decay"),
+    *("b_lr", "feedback_decay", "alpha", "alpha_decay", "weights"),
 )
 FILES = ("record.json", "log.csv", "curves.png", "curves.svg")
 PASSING = ("log_dir", "resume", "dry_run", "log_interval", "processes")  # settings that do not change the result
@@ -316,8 +316,6 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
             return partial(forward_gradient, tangents="normal", **tangents)
         case "FG-RANK1":
             return partial(forward_gradient, tangents="rank-one", **tangents)
-        case "FG-A":
-            return partial(forward_gradient, tangents="activity", **tangents)
     from fwdlib.methods import feedback, local_losses
 
     inputs = data.train_inputs[:1]
@@ -325,6 +323,8 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
     recorded = {"recorded": True}  # the networks of this module have no branches
     learns = {"optimizer": optimizer("Adam", settings.b_lr, settings.feedback_decay), **recorded}
     match settings.train_mode:
+        case "FG-A":
+            return feedback.ActivityForwardGradient(model, inputs, **recorded, **tangents, weights=settings.weights)
         case "DFA":
             return feedback.DirectFeedbackAlignment(model, inputs, **recorded)
         case "DKP":
@@ -337,7 +337,8 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
             parts = {"num_groups": settings.num_groups, "grid": settings.grid}
             return local_losses.LocalForwardGradient(model, inputs, **learns, **tangents, **parts)
     decay = {"alpha": settings.alpha, "alpha_decay": settings.alpha_decay ** (1 / steps_per_epoch)}
-    return feedback.ControlVariateForwardGradient(model, inputs, **learns, **tangents, **decay)
+    weights = {"weights": settings.weights}
+    return feedback.ControlVariateForwardGradient(model, inputs, **learns, **tangents, **decay, **weights)
 
 
 def optimizer(name: str, learning_rate: float, weight_decay: float) -> MakeOptimizer:

@@ -19,7 +19,9 @@ NormName = Literal["batch", "layer", "group", "none"]
 OptimizerName = Literal["Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SGD", "RMSprop", "Adagrad"]
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 TRAIN_MODES: tuple[str, ...] = get_args(TrainMode)
+WeightsName = Literal["example", "batch"]
 NORMS: tuple[str, ...] = get_args(NormName)
+WEIGHTS: tuple[str, ...] = get_args(WeightsName)
 OPTIMIZER_NAMES: tuple[str, ...] = get_args(OptimizerName)
 SHARED_MODES = ("BP", "FG", "FG-RANK1")  # of which several processes can share a batch
 
@@ -35,8 +37,8 @@ class Task:
     conv: bool = False
     """Train the CNN 15C5-40C5-P2-128 instead. CIFAR100 always gets AlexNet."""
     norm: NormName = "batch"
-    """Normalisation of the hidden layers. BatchNorm makes an example's loss depend on the other examples of its batch,
-    which adds much noise to FG-A. The others do not: layer, over all units; group, over at most 16 groups; none."""
+    """Normalisation of the hidden layers. BatchNorm makes an example's loss depend on the other examples of its batch.
+    The others do not: layer, over all units; group, over at most 16 groups; none."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class Method:
     """Weight of what the feedback fails to predict, for FG-CV: 1, our default, has no bias; 0 is FDFA."""
     alpha_decay: float = 1.0
     """Factor of alpha per epoch, for FG-CV: 1, our default, keeps alpha constant."""
+    weights: WeightsName = "example"
+    """Derivative that weights an example's tangents, for FG-A and FG-CV: of its own loss, or of the batch's. With
+    BatchNorm the first has a small bias, the second much more noise; without it neither has bias."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ class Settings(Task, Method, Steps, Execution):
         check_choice("dataset", self.dataset, DATASETS)
         check_choice("train_mode", self.train_mode, TRAIN_MODES)
         check_choice("norm", self.norm, NORMS)
+        check_choice("weights", self.weights, WEIGHTS)
         check_choice("optimizer", self.optimizer, OPTIMIZER_NAMES)
         counts = ("n_layers", "num_tangents", "num_groups", "grid", "epochs", "batch_size", "test_batch_size")
         counts += ("log_interval", "processes")

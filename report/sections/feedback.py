@@ -11,10 +11,11 @@ from fwdlib.methods.feedback_figures import plot_test_errors
 from fwdlib.statistics import difference_by_seed, paired_ratio, t_interval
 from report.names import FEEDBACK, LEARNS, MODES, PLAIN, RECORDED, STEPS, TASKS, feedback_file, read
 
+DATASETS = {"MNIST": "MNIST", "KMNIST": "KMNIST", "FashionMNIST": "Fashion-MNIST"}
+NETWORKS = {"2x800": "2 x 800", "cnn": "CNN"}
 TITLES = {
-    "MNIST-2x800": "MNIST, 2 x 800",
-    "FashionMNIST-2x800": "Fashion-MNIST, 2 x 800",
-    "MNIST-cnn": "MNIST, CNN",
+    f"{dataset}-{network}": f"{DATASETS[dataset]}, {NETWORKS[network]}"
+    for dataset, network in (task.split("-") for task in TASKS)
 }
 METHODS = {"BP": "backprop", "FG": "forward gradient", "FG-RANK1": "rank-one", "FG-A": "activity"}  # in the figures
 
@@ -31,8 +32,9 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def measured(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the trainings that count: those that were not for tuning."""
-    return [run for run in content["runs"] if run["purpose"] == "measured"]
+    """Return the trainings that count: those that were not for tuning, at the rates that the tuning chose."""
+    chosen = content.get("chosen", {}) | {"purpose": "measured"}
+    return [run for run in content["runs"] if chosen.items() <= run.items()]
 
 
 def curves(studies: dict[str, Any]) -> dict[str, dict[str, list[list[float]]]]:

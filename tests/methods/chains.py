@@ -51,6 +51,12 @@ def cnn():
     return nn.Sequential(model, nn.Linear(8, 3)).double(), torch.randn(6, 1, 8, 8, dtype=torch.float64)
 
 
+def relu_net():
+    torch.manual_seed(0)
+    hidden = nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 6), nn.LayerNorm(6), nn.ReLU()
+    return nn.Sequential(*hidden, nn.Linear(6, 3)).double(), torch.randn(6, 4, dtype=torch.float64)
+
+
 MODELS = {"MLP": mlp, "CNN": cnn}
 
 

@@ -13,6 +13,7 @@ from fwdlib.data import Dataset
 from fwdlib.estimators import backprop_gradient
 from fwdlib.methods.blocks import blocks_of
 from fwdlib.methods.feedback import (
+    ActivityForwardGradient,
     ControlVariateForwardGradient,
     DirectFeedbackAlignment,
     DirectKolenPollack,
@@ -33,6 +34,7 @@ from tests.methods.chains import (
     exact,
     grads_of,
     mlp,
+    relu_net,
     seeded,
 )
 
@@ -43,6 +45,7 @@ RULES = {
     "DKP": DirectKolenPollack,
     "FDFA": ForwardDirectFeedbackAlignment,
     "FG-CV": ControlVariateForwardGradient,
+    "FG-A": ActivityForwardGradient,
 }
 
 
@@ -241,6 +244,45 @@ def test_the_control_variate_is_unbiased_at_any_feedback(make, scale, tangents):
         assert_within_5_sigma(torch.stack([estimate[name] for estimate in estimates]), grad)
 
 
+@pytest.mark.parametrize("weights", ["example", "batch"])
+def test_without_feedback_the_control_variate_is_the_forward_gradient_of_the_activities(weights):
+    model, inputs = cnn()
+    options = {"num_tangents": 3, "weights": weights}
+    rules = (
+        ActivityForwardGradient(model, inputs, **options),
+        ControlVariateForwardGradient(model, inputs, optimizer=FIXED, **options),
+    )
+    model[0][1] = nn.Sigmoid()  # behind which every unit has a gradient
+    found = [rule(BatchLoss(model, inputs, TARGETS), params_of(model), generator=seeded()) for rule in rules]
+    torch.testing.assert_close(*(dict(estimate.grads) | {"": estimate.jvps} for estimate in found))
+
+
+@pytest.mark.parametrize("make", [cnn, relu_net], ids=["CNN", "ReLU"])
+def test_the_forward_gradient_of_the_activities_is_unbiased(make):
+    model, inputs = make()
+    estimator, draw, expected = ActivityForwardGradient(model, inputs, num_tangents=20), seeded(), exact(model, inputs)
+    estimates = [grads_of(estimator, model, inputs, generator=draw) for _ in range(150)]
+    for name, grad in expected.items():
+        assert_within_5_sigma(torch.stack([estimate[name] for estimate in estimates]), grad)
+
+
+@pytest.mark.parametrize("num_tangents", [1, 4])
+def test_only_units_that_a_relu_lets_through_add_noise(num_tangents):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 3)).double()
+    model[0].bias.data[20:] = -100.0
+    inputs = torch.randn(6, 4, dtype=torch.float64)
+    outputs = model[:2](inputs).detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(F.cross_entropy(model[2](outputs), TARGETS), outputs)
+    live = outputs.detach() != 0
+    v = (slopes * live).square()
+    closed_form = ((v.sum(1, keepdim=True) - v) * live).sum(0) / num_tangents
+    estimator, draw = ActivityForwardGradient(model, inputs, num_tangents=num_tangents, recorded=True), seeded()
+    found = torch.stack([grads_of(estimator, model, inputs, generator=draw)["0.bias"] for _ in range(2000)])
+    assert_within_5_sigma((found - exact(model, inputs)["0.bias"]).square(), closed_form)
+    assert not found[:, 20:].any()
+
+
 def test_weighting_the_batch_is_unbiased_where_batchnorm_mixes_the_examples():
     model, inputs = mlp()
     model.insert(3, nn.BatchNorm1d(4).double())  # behind the first block, whose activations it mixes
@@ -390,7 +432,7 @@ def test_each_rule_learns_in_the_one_loop(rule):
     options = {"optimizer": "Adam", "learning_rate": 0.01, "batch_size": 30, "max_iterations": 150}
     history = train(build, data, estimator, **options, progress=None)
     assert history.runs[0].test_errors[-1] == 0
-    if rule != "DFA":
+    if rule not in ("DFA", "FG-A"):
         assert all(feedback.any() for feedback in estimator.feedback)
 
 

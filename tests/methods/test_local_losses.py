@@ -23,6 +23,7 @@ from tests.methods.chains import (
     exact,
     grads_of,
     mlp,
+    relu_net,
     seeded,
 )
 
@@ -30,12 +31,6 @@ FIXED = make_optimizer("SGD", 1e-300)
 SGD_ONE = make_optimizer("SGD", 1.0)  # a step of the heads is minus their gradient
 RULES = {"L-BP": LocalBackprop, "LG-FG-A": LocalForwardGradient}
 ONE_UNIT = {"num_groups": 10**6, "grid": 10**6}  # in each part
-
-
-def relu_net():
-    torch.manual_seed(0)
-    hidden = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6), nn.LayerNorm(6), nn.ReLU()
-    return nn.Sequential(*hidden, nn.Linear(6, 3)).double(), torch.randn(6, 4, dtype=torch.float64)
 
 
 ALL_MODELS = MODELS | {"ReLU": relu_net}
