@@ -54,6 +54,7 @@ LOGISTIC, MLP, CNN = (THEIRS[model] for model in ("logistic", "mlp", "cnn"))
 ADAM = f"{CNN['steps_per_iteration']} steps"
 SEED, PAPER, FRAMEWORK = "[@predecessors2023]", "[@baydin2022]", "[@bouvet2019]"
 FDFA, SEVERAL, FRANK_WOLFE = "[@bacho2024]", "[@fluegel2024]", "[@rostami2024]"
+LOCAL, REN = "[@ren2022]", PUBLISHED["local_losses"]
 SENSITIVITIES, HORIZONS = "[@ma2021]", "[@micaelli2021]"
 HYPERGRADIENTS, ONLINE = "[@franceschi2017]", "[@zucchet2023]"
 PROCESSES = PUBLISHED["processes"]
@@ -476,7 +477,7 @@ CLAIMS = [
         f"{FDFA}, abstract",
         "FDFA trains nearly as well as backprop.",
         "test accuracy, backprop ahead by [points]",
-        lambda c: {s["title"]: s["behind"] for s in made(c, "feedback", "studies") if s["behind"]},
+        lookups.behind_backprop("FDFA"),
         below(1),
         {"holds": "its feedback learns the mean Jacobian"},
     ),
@@ -503,5 +504,57 @@ CLAIMS = [
         "FG-A",
         above(1),
         {"holds": "its noise is averaged over steps, and is not in the gradient"},
+    ),
+    Claim(
+        f"{LOCAL}, table 3",
+        "Perturbing the activities trains better than perturbing the weights.",
+        "test accuracy, FG-A ahead of FG by [points], MNIST",
+        lookups.accuracy_gap("FG-A", "FG"),
+        above(0),
+        {"holds": "its noise is that of the units, and not of the weights"},
+    ),
+    Claim(
+        f"{LOCAL}, table 3",
+        "Local losses with groups train better than a global loss with perturbed activities.",
+        "test accuracy, LG-FG-A ahead of FG-A by [points], MNIST",
+        lookups.accuracy_gap("LG-FG-A", "FG-A"),
+        above(0),
+        {"holds": "each group has the noise of its own units"},
+    ),
+    Claim(
+        f"{LOCAL}, table 3",
+        f"With them a forward gradient is within {REN['bound']} points of backprop on MNIST.",
+        "test accuracy, backprop ahead of LG-FG-A by [points]",
+        lambda c: {
+            case: interval
+            for mode in ("LG-FG-A", "LG-FG-A, 100 groups")
+            for case, interval in lookups.behind_backprop(mode, ["MNIST, 2 x 800"], name=mode)(c).items()
+        },
+        below(REN["bound"]),
+        {
+            "holds": "the noise of a small group averages out over a batch",
+            "partly": "it takes small groups",
+            "fails": "not with groups of this size",
+        },
+    ),
+    Claim(
+        f"{LOCAL}, table 3",
+        "Local losses with their exact gradients train as well as backprop.",
+        "test accuracy, backprop ahead of L-BP by [points]",
+        lookups.behind_backprop("L-BP"),
+        below(REN["bound"]),
+        {
+            "holds": "a layer does not need to know what comes after it",
+            "partly": "on the harder images a layer that does not know what follows learns less",
+            "fails": "a layer that does not know what follows learns less",
+        },
+    ),
+    Claim(
+        f"{LOCAL}, table 3",
+        "Forward gradients of local losses train better than direct feedback alignment.",
+        "test accuracy, LG-FG-A ahead of DFA by [points], MNIST",
+        lookups.accuracy_gap("LG-FG-A", "DFA"),
+        above(0),
+        {"fails": "with BatchNorm and two hidden layers, fixed feedback is as good"},
     ),
 ]

@@ -17,6 +17,7 @@ TITLES = {
     f"{dataset}-{network}": f"{DATASETS[dataset]}, {NETWORKS[network]}"
     for dataset, network in (task.split("-") for task in TASKS)
 }
+NEAR = ("FDFA", "L-BP", "LG-FG-A", "LG-FG-A, 100 groups")  # modes whose distance from backprop is of interest
 METHODS = {"BP": "backprop", "FG": "forward gradient", "FG-RANK1": "rank-one", "FG-A": "activity"}  # in the figures
 
 
@@ -82,18 +83,20 @@ def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:
             "mode": mode,
             "lr": runs[0]["lr"],
             "b_lr": runs[0]["b_lr"] if LEARNS[mode] else None,
+            "num_groups": modes[mode]["settings"].get("num_groups"),
             "accuracies": accuracies,
             "accuracy": t_interval(list(accuracies.values())),
             "diverged": sum(run["status"] == "diverged" for run in runs),
             "num_seeds": len(runs),
         }
     settings = next(iter(modes.values()))["settings"]
+    accuracies = {mode: row["accuracies"] for mode, row in rows.items()}
     return {
         "title": TITLES[task],
         "rows": rows,
         "epochs": settings["epochs"],
         "settings": settings,
-        "behind": difference_by_seed(*(rows[mode]["accuracies"] if mode in rows else {} for mode in ("BP", "FDFA"))),
+        "behind": {mode: difference_by_seed(accuracies.get("BP", {}), accuracies[mode]) for mode in NEAR if mode in rows},
         "missing": [mode for mode in TASKS[task] if mode not in rows],
     }
 
@@ -109,7 +112,11 @@ def _steps(steps: dict[str, Any]) -> dict[str, Any]:
         for net, taken in steps["seconds"].items()
     }
     against = {
-        net: {other: paired_ratio(taken["FDFA"], taken[other]) for other in (PLAIN, RECORDED) if other in taken}
+        net: {
+            mode: {other: paired_ratio(taken[mode], taken[other]) for other in (PLAIN, RECORDED) if other in taken}
+            for mode in ("FDFA", "LG-FG-A")
+            if mode in taken
+        }
         for net, taken in steps["seconds"].items()
     }
-    return {"rows": rows, "fdfa": against, "environment": steps["environment"]}
+    return {"rows": rows, "against": against, "environment": steps["environment"]}

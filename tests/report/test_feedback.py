@@ -64,8 +64,8 @@ def test_accuracies_and_how_far_fdfa_is_behind(folder):
     assert study["rows"]["BP"]["accuracy"].estimate == pytest.approx(98.4)
     assert study["rows"]["BP"]["b_lr"] is None
     assert study["rows"]["FDFA"]["b_lr"] == 1.6e-3
-    assert study["behind"].estimate == pytest.approx(0.3)
-    assert study["behind"].low < 0.3 < study["behind"].high
+    assert study["behind"]["FDFA"].estimate == pytest.approx(0.3)
+    assert study["behind"]["FDFA"].low < 0.3 < study["behind"]["FDFA"].high
 
 
 def test_what_diverged_has_learned_nothing_and_is_not_drawn(folder):
