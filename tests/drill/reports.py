@@ -86,7 +86,7 @@ def bench_killed(trial: Trial) -> str:
     trial.until(lambda: len(trial.processes()) >= 2)
     trial.pause(0, 6)
     trial.end(process, signal.SIGKILL)
-    return f"all ended after {trial.all_end():.1f} s"
+    return f"all ended after {trial.all_end(30):.1f} s"  # a C++ compiler first finishes the file that it is making
 
 
 @item("locked", "One build writes to a folder. A second one is told who has it and since when.", short=True)
