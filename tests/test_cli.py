@@ -203,21 +203,8 @@ def test_train_passes_its_options_on(folder, monkeypatch, tmp_path):
     words = ["--dataset", "KMNIST", "--n-layers", "3", "--conv", "--train-mode", "FG-CV", "--num-tangents", "4"]
     words += ["--b-lr", "1e-2", "--feedback-decay", "1e-6", "--alpha", "0.5", "--alpha-decay", "0.9", "--epochs", "7"]
     words += ["--batch-size", "32", "--optimizer", "SGD", "--lr", "0.1", "--gamma", "0.8", "--weight-decay", "1e-5"]
-    words += [
-        "--norm",
-        "group",
-        "--num-groups",
-        "8",
-        "--grid",
-        "2",
-        "--seed",
-        "5",
-        "--device",
-        "cpu",
-        "--log-dir",
-        str(tmp_path / "logs"),
-        "--resume",
-    ]
+    words += ["--norm", "group", "--num-groups", "8", "--grid", "2", "--weights", "batch"]
+    words += ["--seed", "5", "--device", "cpu", "--log-dir", str(tmp_path / "logs"), "--resume"]
     assert cli.main(["train", *words, "--test-batch-size", "500", "--log-interval", "10"]) == 0
     assert cli.main(["train"]) == 0
     given, defaults = (vars(settings) for settings in asked)
