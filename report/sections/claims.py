@@ -506,7 +506,7 @@ CLAIMS = [
         {"holds": "its noise is averaged over steps, and is not in the gradient"},
     ),
     Claim(
-        f"{LOCAL}, table 3",
+        f"{LOCAL}, results",
         "Perturbing the activities trains better than perturbing the weights.",
         "test accuracy, FG-A ahead of FG by [points], MNIST",
         lookups.accuracy_gap("FG-A", "FG"),
@@ -514,7 +514,7 @@ CLAIMS = [
         {"holds": "its noise is that of the units, and not of the weights"},
     ),
     Claim(
-        f"{LOCAL}, table 3",
+        f"{LOCAL}, results",
         "Local losses with groups train better than a global loss with perturbed activities.",
         "test accuracy, LG-FG-A ahead of FG-A by [points], MNIST",
         lookups.accuracy_gap("LG-FG-A", "FG-A"),
@@ -522,7 +522,7 @@ CLAIMS = [
         {"holds": "each group has the noise of its own units"},
     ),
     Claim(
-        f"{LOCAL}, table 3",
+        f"{LOCAL}, results",
         f"With them a forward gradient is within {REN['bound']} points of backprop on MNIST.",
         "test accuracy, backprop ahead of LG-FG-A by [points]",
         lambda c: {
@@ -538,7 +538,7 @@ CLAIMS = [
         },
     ),
     Claim(
-        f"{LOCAL}, table 3",
+        f"{LOCAL}, results",
         "Local losses with their exact gradients train as well as backprop.",
         "test accuracy, backprop ahead of L-BP by [points]",
         lookups.behind_backprop("L-BP"),
@@ -550,7 +550,7 @@ CLAIMS = [
         },
     ),
     Claim(
-        f"{LOCAL}, table 3",
+        f"{LOCAL}, results",
         "Forward gradients of local losses train better than direct feedback alignment.",
         "test accuracy, LG-FG-A ahead of DFA by [points], MNIST",
         lookups.accuracy_gap("LG-FG-A", "DFA"),
