@@ -28,7 +28,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from fwdlib.forward.padding import Padding, without_rows
 from fwdlib.stacked.gradients import Gradients, Use, add_outer_, add_product_
-from fwdlib.tangents import Params, RankOne, rank_one_factors
+from fwdlib.tangents import Params, RankOne, is_traced, is_transformed, rank_one_factors
 
 DrawSigns = Callable[[Sequence[int], Tensor], Tensor]
 """Draws independent signs of a shape, with the dtype and device of a tensor."""
@@ -45,10 +45,20 @@ class Convolution(NamedTuple):
     groups: int
 
     def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int | None = None) -> Tensor:
-        """Convolve."""
+        """Convolve. With kernels of one place, that is a product of matrices, for which no entries are rearranged."""
+        if groups is None and self._is_product(inputs, weight):
+            matrix = weight.flatten(1).expand(len(inputs), -1, -1)
+            rows = inputs.flatten(2)
+            product = matrix @ rows if bias is None else torch.baddbmm(bias.unsqueeze(1), matrix, rows)
+            return product.reshape(len(inputs), -1, *inputs.shape[2:])
         return self.function(
             inputs, weight, bias, self.stride, self.padding, self.dilation, self.groups if groups is None else groups
         )
+
+    def _is_product(self, inputs: Tensor, weight: Tensor) -> bool:
+        if inputs.is_cuda or self.groups > 1 or is_transformed() or not inputs.is_contiguous():
+            return False
+        return set(weight.shape[2:]) == set(self.stride) == {1} and not any(self.padding) and inputs.numel() > 0
 
     def weight_gradient(self, inputs: Tensor, shape: torch.Size, outputs: Tensor) -> Tensor:
         """Return the sum over all positions of ``outputs`` times the patch of ``inputs`` that each position sees."""
@@ -73,6 +83,8 @@ class Perturbation:
 
     per_example = False
     """Whether it needs the derivative of each example's loss."""
+    has_factors = True
+    """Whether the tangent of a weight is of rank one."""
     padding: Padding
     """What the pass shows of rows without a gradient: their tangents become zero when it has ended."""
 
@@ -98,35 +110,30 @@ class Perturbation:
             self._dense[name] = self.factors(name).dense()
         return self._dense[name]
 
-    def linear(self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Return what a linear layer adds to the tangents of its outputs, in addition to W dx.
+    def linear(
+        self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor, tangents: Tensor | None = None
+    ) -> Tensor:
+        """Return the tangents of a linear layer's outputs: ``tangents`` and what its own parameters add.
 
         Args:
             weight: the name of its weight (q, p); None if the weight has no tangent.
             bias: the name of its bias (q,); None if there is none or it has no tangent.
             inputs: shape (..., p), primals.
             outputs: shape (..., q), primals.
+            tangents: W dx, shape (K, ..., q), to be written over; None for zero.
 
         Returns:
             Broadcastable to (K, ..., q).
         """
-        added = None
         if weight is not None:
             left, right = self.factors(weight)
             rows = inputs.reshape(-1, inputs.shape[-1])
-            along = (rows @ right.t()).t()  # (K, examples)
-            added = (along.unsqueeze(-1) * left.unsqueeze(1)).reshape(-1, *outputs.shape)
-        return self._with_bias(added, bias, outputs, -1)
-
-    def kernels(self, name: str, inputs: Tensor, layer: Convolution) -> Tensor | None:
-        """Return further kernels for the layer to convolve its inputs with, shape (K, p, ...); None for no kernels.
-
-        Args:
-            name: the name of its weight (q, p, ...).
-            inputs: shape (B, channels, ...), primals.
-            layer: its other arguments.
-        """
-        return self.factors(name).right if layer.groups == 1 else None
+            along = (rows @ right.t()).t().unsqueeze(-1)  # (K, examples, 1)
+            if tangents is None:
+                tangents = (along * left.unsqueeze(1)).reshape(-1, *outputs.shape)
+            else:
+                _add_products_(tangents, along, left.unsqueeze(1))
+        return self._with_bias(tangents, bias, outputs, -1)
 
     def convolution(
         self,
@@ -135,12 +142,12 @@ class Perturbation:
         inputs: Tensor,
         outputs: Tensor,
         layer: Convolution,
-        along: Tensor | None = None,
+        tangents: Tensor | None = None,
     ) -> Tensor:
-        """Return what a convolutional layer adds to the tangents of its outputs, in addition to the convolution of dx.
+        """Return the tangents of a convolutional layer's outputs: ``tangents`` and what its own parameters add.
 
-        A rank-one tangent costs one convolution with a single output channel, times the signs of the channels. If there
-        are no :meth:`kernels`, each tangent is convolved in full.
+        A rank-one tangent costs one convolution with a single output channel, times the signs of the channels. With
+        groups each tangent is convolved in full.
 
         Args:
             weight: the name of its weight (q, p, ...); None if the weight has no tangent.
@@ -148,22 +155,27 @@ class Perturbation:
             inputs: shape (B, channels, ...), primals.
             outputs: shape (B, q, ...), primals.
             layer: its other arguments.
-            along: the convolution of the inputs with :meth:`kernels`, shape (B, K, ...).
+            tangents: the convolution of dx, shape (K, B, q, ...), to be written over; None for zero.
 
         Returns:
             Broadcastable to (K, B, q, ...).
         """
-        added, axis = None, 1 - outputs.dim()
-        if weight is not None and along is None:
+        axis = 1 - outputs.dim()
+        if weight is not None and (layer.groups > 1 or not self.has_factors):
             added = torch.stack([layer(inputs, tangent) for tangent in self.dense(weight)])
+            tangents = _sum(tangents, added)
         elif weight is not None:
-            left = self.factors(weight).left
-            along = along.transpose(0, 1)  # (K, B, ...)
-            if outputs.dim() == 4 and outputs.stride(1) == 1:  # channels_last: the product in that order
-                added = (along.unsqueeze(-1) * left.reshape(len(left), 1, 1, 1, -1)).movedim(-1, 2)
+            left, right = self.factors(weight)
+            along = layer(inputs, right).transpose(0, 1).unsqueeze(2)  # (K, B, 1, ...)
+            left = _between(left, outputs.dim(), axis)
+            if tangents is not None and along.dtype == tangents.dtype and not is_transformed():
+                tangents.addcmul_(along, left.to(along.dtype))
+            elif outputs.dim() == 4 and outputs.stride(1) == 1:  # channels_last: the product in that order
+                added = (along.movedim(2, -1) * left.movedim(2, -1)).movedim(-1, 2)
+                tangents = _sum(tangents, added)
             else:
-                added = along.unsqueeze(2) * _between(left, outputs.dim(), axis)
-        return self._with_bias(added, bias, outputs, axis)
+                tangents = _sum(tangents, along * left)
+        return self._with_bias(tangents, bias, outputs, axis)
 
     def rows(self, name: str, indices: Tensor, padding_idx: int | None = None) -> Tensor:
         """Return the rows at ``indices`` (...) of the tangents of a table (q, p), shape (K, ..., p).
@@ -224,6 +236,8 @@ class DensePerturbation(Perturbation):
         tangents: for each parameter of shape (...) a tensor of shape (K, ...).
     """
 
+    has_factors = False
+
     def __init__(self, params: Params, num_examples: int | None, tangents: Params) -> None:
         num_tangents = len(next(iter(tangents.values())))
         super().__init__(params, num_tangents, num_examples, _no_signs)
@@ -248,16 +262,15 @@ class DensePerturbation(Perturbation):
     def _drop_rows(self, name: str, rows: list[int]) -> None:
         self._dense[name] = without_rows(self._dense[name], rows)
 
-    def kernels(self, name: str, inputs: Tensor, layer: Convolution) -> None:
-        """Return None: the tangents have as many output channels as the weight."""
-
-    def linear(self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor) -> Tensor:
+    def linear(
+        self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor, tangents: Tensor | None = None
+    ) -> Tensor:
         """Multiply by each tangent: the third product, which makes the textbook's method slow."""
-        added = None
         if weight is not None:
             rows = inputs.reshape(-1, inputs.shape[-1])
             added = torch.matmul(rows, self.dense(weight).transpose(1, 2)).reshape(-1, *outputs.shape)
-        return self._with_bias(added, bias, outputs, -1)
+            tangents = _sum(tangents, added)
+        return self._with_bias(tangents, bias, outputs, -1)
 
 
 class PerExamplePerturbation(Perturbation):
@@ -273,14 +286,12 @@ class PerExamplePerturbation(Perturbation):
 
     per_example = True
 
-    def kernels(self, name: str, inputs: Tensor, layer: Convolution) -> Tensor | None:
-        """Return None if each example has tangents of its own."""
-        return None if self._is_batch(inputs) else super().kernels(name, inputs, layer)
-
-    def linear(self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Return a_n (b_n . x_n), computed elementwise, and keep both signs for the one product of the estimate."""
+    def linear(
+        self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor, tangents: Tensor | None = None
+    ) -> Tensor:
+        """Add a_n (b_n . x_n), computed elementwise, and keep both signs for the one product of the estimate."""
         if not self._is_batch(inputs):
-            return super().linear(weight, bias, inputs, outputs)
+            return super().linear(weight, bias, inputs, outputs, tangents)
         added = None
         if weight is not None:
             left, right = self._signs(weight, inputs)
@@ -289,7 +300,7 @@ class PerExamplePerturbation(Perturbation):
         if bias is not None:
             tangent = _spread(self._signs(bias, inputs)[0], outputs.dim())
             added = tangent if added is None else added + tangent
-        return added
+        return _sum(tangents, added)
 
     def convolution(
         self,
@@ -298,11 +309,11 @@ class PerExamplePerturbation(Perturbation):
         inputs: Tensor,
         outputs: Tensor,
         layer: Convolution,
-        along: Tensor | None = None,
+        tangents: Tensor | None = None,
     ) -> Tensor:
-        """Return one convolution with a single output channel for each example, times its signs."""
+        """Add one convolution with a single output channel for each example, times its signs."""
         if not self._is_batch(inputs) or layer.groups > 1:
-            return super().convolution(weight, bias, inputs, outputs, layer, along)
+            return super().convolution(weight, bias, inputs, outputs, layer, tangents)
         added, ones = None, [1] * (outputs.dim() - 2)
         if weight is not None:
             left, right = self._signs(weight, inputs)
@@ -314,7 +325,7 @@ class PerExamplePerturbation(Perturbation):
             tangent = self._signs(bias, inputs)[0]
             tangent = tangent.reshape(*tangent.shape, *ones)
             added = tangent.expand(-1, *outputs.shape) if added is None else added + tangent
-        return added
+        return _sum(tangents, added)
 
     def _signs(self, name: str, inputs: Tensor) -> RankOne:
         self.padding.read(name)
@@ -347,16 +358,15 @@ class ActivityPerturbation(Perturbation):
 
     per_example = True
 
-    def kernels(self, name: str, inputs: Tensor, layer: Convolution) -> None:
-        """Return None: the perturbation is added to the outputs."""
-
-    def linear(self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Return signs; only the estimate needs a product."""
+    def linear(
+        self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor, tangents: Tensor | None = None
+    ) -> Tensor:
+        """Add signs; only the estimate needs a product."""
 
         def outer(target: Tensor, rows: Tensor) -> None:
             add_product_(target, rows.reshape(-1, rows.shape[-1]).t(), inputs.reshape(-1, inputs.shape[-1]))
 
-        return self._perturb(weight, bias, inputs, outputs, outer, -1)
+        return _sum(tangents, self._perturb(weight, bias, inputs, outputs, outer, -1))
 
     def convolution(
         self,
@@ -365,14 +375,14 @@ class ActivityPerturbation(Perturbation):
         inputs: Tensor,
         outputs: Tensor,
         layer: Convolution,
-        along: Tensor | None = None,
+        tangents: Tensor | None = None,
     ) -> Tensor:
-        """Return signs; the estimate is the weight gradient of a convolution."""
+        """Add signs; the estimate is the weight gradient of a convolution."""
 
         def correlate(target: Tensor, rows: Tensor) -> None:
             target.add_(layer.weight_gradient(inputs, target.shape, rows))
 
-        return self._perturb(weight, bias, inputs, outputs, correlate, 1)
+        return _sum(tangents, self._perturb(weight, bias, inputs, outputs, correlate, 1))
 
     def _perturb(
         self,
@@ -404,6 +414,19 @@ PERTURBATIONS: dict[str, type[Perturbation]] = {
     "per-example": PerExamplePerturbation,
     "activity": ActivityPerturbation,
 }
+
+
+def _sum(tangents: Tensor | None, added: Tensor) -> Tensor:
+    # Write the sum over `tangents`; None stands for zero.
+    return added if tangents is None else tangents.add_(added)
+
+
+def _add_products_(target: Tensor, left: Tensor, right: Tensor) -> None:
+    # Add left (K, n, 1) times right (K, 1, q) to target (K, ..., q).
+    if is_traced() or is_transformed() or not target.dtype == left.dtype == right.dtype:
+        target.add_((left * right).reshape(target.shape))
+    else:
+        target.view(len(target), -1, target.shape[-1]).baddbmm_(left, right)
 
 
 def _between(rows: Tensor, num_axes: int, axis: int) -> Tensor:
