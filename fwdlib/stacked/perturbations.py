@@ -20,6 +20,7 @@ examples agree, and far more than |grad f|^2 where they cancel.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from fwdlib.forward.padding import Padding, without_rows
-from fwdlib.stacked.gradients import Gradients, Use, add_outer_, add_product_
+from fwdlib.stacked.gradients import Gradients, Use, add, add_outer, add_product
 from fwdlib.tangents import Params, RankOne, is_traced, is_transformed, rank_one_factors
 
 DrawSigns = Callable[[Sequence[int], Tensor], Tensor]
@@ -163,7 +164,7 @@ class Perturbation:
         axis = 1 - outputs.dim()
         if weight is not None and (layer.groups > 1 or not self.has_factors):
             added = torch.stack([layer(inputs, tangent) for tangent in self.dense(weight)])
-            tangents = _sum(tangents, added)
+            tangents = add(tangents, added)
         elif weight is not None:
             left, right = self.factors(weight)
             along = layer(inputs, right).transpose(0, 1).unsqueeze(2)  # (K, B, 1, ...)
@@ -172,9 +173,9 @@ class Perturbation:
                 tangents.addcmul_(along, left.to(along.dtype))
             elif outputs.dim() == 4 and outputs.stride(1) == 1:  # channels_last: the product in that order
                 added = (along.movedim(2, -1) * left.movedim(2, -1)).movedim(-1, 2)
-                tangents = _sum(tangents, added)
+                tangents = add(tangents, added)
             else:
-                tangents = _sum(tangents, along * left)
+                tangents = add(tangents, along * left)
         return self._with_bias(tangents, bias, outputs, axis)
 
     def rows(self, name: str, indices: Tensor, padding_idx: int | None = None) -> Tensor:
@@ -188,7 +189,8 @@ class Perturbation:
 
     def mix_examples(self) -> None:
         """Use the derivative of the whole loss as the weight of everything perturbed so far."""
-        self.uses = [use._replace(is_per_example=False) for use in self.uses]
+        if self.per_example:
+            self.uses = [use._replace(is_per_example=False) for use in self.uses]
 
     def gradients(self, total: Tensor, of_examples: Tensor | None) -> Gradients:
         """Return the estimate.
@@ -208,7 +210,9 @@ class Perturbation:
             self._drawn |= rank_one_factors(params, self.num_tangents, self.draw_signs)
         if name not in self._used:
             self._used.add(name)
-            self.uses.append(Use(name, lambda target, weights: add_outer_(target, *self._drawn[name], weights)))
+            drawn = self._drawn  # and not self: a cycle is garbage that Python finds late, and by a search
+            along = partial(_add_weighted, drawn, name)
+            self.uses.append(Use(name, along, factors=partial(drawn.__getitem__, name)))
         return self._drawn[name]
 
     def _drop_rows(self, name: str, rows: list[int]) -> None:
@@ -256,7 +260,8 @@ class DensePerturbation(Perturbation):
     def _used_dense(self, name: str) -> Tensor:
         if name not in self._used:
             self._used.add(name)
-            self.uses.append(Use(name, lambda t, weights: t.add_(torch.tensordot(weights, self._dense[name], dims=1))))
+            dense = self._dense  # and not self, see above
+            self.uses.append(Use(name, lambda t, weights: add(t, torch.tensordot(weights, dense[name], dims=1))))
         return self._dense[name]
 
     def _drop_rows(self, name: str, rows: list[int]) -> None:
@@ -269,7 +274,7 @@ class DensePerturbation(Perturbation):
         if weight is not None:
             rows = inputs.reshape(-1, inputs.shape[-1])
             added = torch.matmul(rows, self.dense(weight).transpose(1, 2)).reshape(-1, *outputs.shape)
-            tangents = _sum(tangents, added)
+            tangents = add(tangents, added)
         return self._with_bias(tangents, bias, outputs, -1)
 
 
@@ -300,7 +305,7 @@ class PerExamplePerturbation(Perturbation):
         if bias is not None:
             tangent = _spread(self._signs(bias, inputs)[0], outputs.dim())
             added = tangent if added is None else added + tangent
-        return _sum(tangents, added)
+        return add(tangents, added)
 
     def convolution(
         self,
@@ -325,7 +330,7 @@ class PerExamplePerturbation(Perturbation):
             tangent = self._signs(bias, inputs)[0]
             tangent = tangent.reshape(*tangent.shape, *ones)
             added = tangent.expand(-1, *outputs.shape) if added is None else added + tangent
-        return _sum(tangents, added)
+        return add(tangents, added)
 
     def _signs(self, name: str, inputs: Tensor) -> RankOne:
         self.padding.read(name)
@@ -334,9 +339,9 @@ class PerExamplePerturbation(Perturbation):
         left = self.draw_signs((*rows, len(p)), p)
         right = self.draw_signs((*rows, *p.shape[1:]), p) if p.dim() > 1 else None
 
-        def add_to(target: Tensor, weights: Tensor) -> None:
+        def add_to(target: Tensor | None, weights: Tensor) -> Tensor:
             weights = (weights if weights.dim() == 2 else weights.unsqueeze(1).expand(rows)).reshape(-1)
-            add_outer_(target, left.flatten(0, 1), None if right is None else right.flatten(0, 1), weights)
+            return add_outer(target, left.flatten(0, 1), None if right is None else right.flatten(0, 1), weights)
 
         self.uses.append(Use(name, add_to, is_per_example=True))
         return RankOne(left, right)
@@ -363,10 +368,10 @@ class ActivityPerturbation(Perturbation):
     ) -> Tensor:
         """Add signs; only the estimate needs a product."""
 
-        def outer(target: Tensor, rows: Tensor) -> None:
-            add_product_(target, rows.reshape(-1, rows.shape[-1]).t(), inputs.reshape(-1, inputs.shape[-1]))
+        def outer(target: Tensor | None, rows: Tensor) -> Tensor:
+            return add_product(target, rows.reshape(-1, rows.shape[-1]).t(), inputs.reshape(-1, inputs.shape[-1]))
 
-        return _sum(tangents, self._perturb(weight, bias, inputs, outputs, outer, -1))
+        return add(tangents, self._perturb(weight, bias, inputs, outputs, outer, -1))
 
     def convolution(
         self,
@@ -379,10 +384,10 @@ class ActivityPerturbation(Perturbation):
     ) -> Tensor:
         """Add signs; the estimate is the weight gradient of a convolution."""
 
-        def correlate(target: Tensor, rows: Tensor) -> None:
-            target.add_(layer.weight_gradient(inputs, target.shape, rows))
+        def correlate(target: Tensor | None, rows: Tensor) -> Tensor:
+            return add(target, layer.weight_gradient(inputs, self.params[weight].shape, rows))
 
-        return _sum(tangents, self._perturb(weight, bias, inputs, outputs, correlate, 1))
+        return add(tangents, self._perturb(weight, bias, inputs, outputs, correlate, 1))
 
     def _perturb(
         self,
@@ -390,7 +395,7 @@ class ActivityPerturbation(Perturbation):
         bias: str | None,
         inputs: Tensor,
         outputs: Tensor,
-        add_product: Callable[[Tensor, Tensor], None],
+        add_to: Callable[[Tensor | None, Tensor], Tensor],
         axis: int,
     ) -> Tensor:
         signs = self.draw_signs((self.num_tangents, *outputs.shape), outputs)
@@ -401,11 +406,15 @@ class ActivityPerturbation(Perturbation):
             # The sum over the tangents of weight times signs; it has the shape of the outputs.
             return (weights.reshape(*weights.shape, *[1] * (signs.dim() - weights.dim())) * signs).sum(0)
 
+        def weigh_channels(weights: Tensor) -> Tensor:
+            found = weigh(weights)
+            return found.sum(others) if others else found  # torch sums over all axes if it is given none
+
         if weight is not None:
             self.padding.read(weight)
-            self.uses.append(Use(weight, lambda target, weights: add_product(target, weigh(weights)), is_batch))
+            self.uses.append(Use(weight, lambda target, weights: add_to(target, weigh(weights)), is_batch))
         if bias is not None:
-            self.uses.append(Use(bias, lambda target, weights: target.add_(weigh(weights).sum(others)), is_batch))
+            self.uses.append(Use(bias, lambda target, weights: add(target, weigh_channels(weights)), is_batch))
         return signs
 
 
@@ -416,9 +425,8 @@ PERTURBATIONS: dict[str, type[Perturbation]] = {
 }
 
 
-def _sum(tangents: Tensor | None, added: Tensor) -> Tensor:
-    # Write the sum over `tangents`; None stands for zero.
-    return added if tangents is None else tangents.add_(added)
+def _add_weighted(drawn: dict[str, RankOne], name: str, target: Tensor | None, weights: Tensor) -> Tensor:
+    return add_outer(target, *drawn[name], weights)
 
 
 def _add_products_(target: Tensor, left: Tensor, right: Tensor) -> None:
