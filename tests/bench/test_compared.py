@@ -82,10 +82,10 @@ def test_quick_is_less_and_compiles_less():
 @pytest.mark.parametrize("name", ["vit", "gpt", "resnet18", "mobilenet-v3"])
 def test_networks_that_people_use_are_trained_by_both_kinds_of_step(name):
     model, inputs, targets = prepare(find_task(name), batch=8)
-    losses = []
-    for method in ("backprop", "rank-one"):
-        torch.manual_seed(0)  # of dropout
-        losses.append(make_step(Variant(method), model, inputs, targets)())
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    losses = [make_step(Variant(method), model, inputs, targets)() for method in ("backprop", "rank-one")]
     torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
 
 
