@@ -2,7 +2,8 @@
 
 Each is executed from top to bottom on real data and written back with its outputs, but without progress bars, widgets,
 stderr and time stamps. The Colab badge and the line that installs fwdlib there come from the repository's address in
-pyproject.toml. Without an address there is no badge, and Colab gets the wheel.
+pyproject.toml. Without an address there is no badge, and Colab gets the wheel. The start notebook's table of reasons is
+computed from the committed results.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from tqdm import tqdm
 
 from fwdlib import results, runtime
 from fwdlib.atomic import check_writable, message_of
+from report.page.context import build_context, load_results
+from report.sections import choice
 
 ROOT = Path(__file__).resolve().parents[1]
 COLAB = "https://colab.research.google.com"
@@ -36,6 +39,14 @@ import sys
 
 if "google.colab" in sys.modules:  # nothing to do on your own machine
     %pip install --quiet --no-deps {package} palmerpenguins"""
+REASONS = "reasons"  # tag of the cell that holds them
+REASONS_TEXT = """\
+## Why avoid backprop at all?
+
+If you can run backprop, do: nothing here trains a network of ordinary size faster. The first row is that case. The
+other rows are the reasons to want something else, each with what the report measured, in brackets its 95 % interval.
+
+{table}"""
 
 
 @dataclass
@@ -69,6 +80,7 @@ def main(options: Options) -> None:
         bar.set_postfix_str(path.stem)
         notebook = nbformat.read(path, as_version=4)
         write_setup(notebook, path.resolve().relative_to(ROOT).as_posix(), address)
+        write_reasons(notebook)
         if not options.write_only:
             try:
                 execute(notebook, path.stem, options.timeout)
@@ -105,6 +117,14 @@ def write_setup(notebook: NotebookNode, name: str, address: str | None) -> None:
     notebook.cells[setup + 1].source = SETUP_CODE.format(package=package)
 
 
+def write_reasons(notebook: NotebookNode) -> None:
+    """Write the report's table of reasons, from the committed results, into the cell with the tag for it, if any."""
+    for cell in notebook.cells:
+        if REASONS in cell.metadata.get("tags", ()):
+            found = choice.rows(build_context(load_results(ROOT / "report" / "results")))
+            cell.source = REASONS_TEXT.format(table=choice.markdown(found, "../report/report.html"))
+
+
 def execute(notebook: NotebookNode, name: str, timeout: int) -> None:
     """Run all cells in a new kernel, in an empty folder, and keep their outputs.
 
@@ -130,8 +150,9 @@ def execute(notebook: NotebookNode, name: str, timeout: int) -> None:
             resources={"metadata": {"path": folder}},
         )
         client.execute(env=environment)
-        record = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
-    source = record.get("source")  # missing if the notebook needs no data
+        record = Path(folder) / f"{name}.json"
+        source = record.is_file() and json.loads(record.read_text(encoding="utf-8")).get("source")
+    # A notebook that needs no data names no source, or keeps no record.
     if source and source["substitute_for"]:
         raise ValueError(
             f"it ran on {source['name']} in place of {source['substitute_for']}. Committed notebooks "
