@@ -32,6 +32,7 @@ from report.page.context import build_context, load_results
 from report.sections import choice
 
 ROOT = Path(__file__).resolve().parents[1]
+WIDGET = "application/vnd.jupyter.widget-view+json"
 COLAB = "https://colab.research.google.com"
 SETUP_TEXT = "## Setup\n\nOn your own machine there is nothing to do here. In Colab, {colab}run this cell."
 SETUP_CODE = """\
@@ -165,6 +166,9 @@ def clean(notebook: NotebookNode) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):  # what a widget shows where there is none
+                    output.data.pop(WIDGET, None)
             cell.outputs = [output for output in cell.outputs if _belongs(output)]
             for output in cell.outputs:
                 if "metadata" in output:
@@ -189,7 +193,7 @@ def smaller_png(encoded: str) -> str:
 def _belongs(output: NotebookNode) -> bool:
     if output.output_type == "stream":
         return output.name == "stdout"
-    return "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+    return WIDGET not in output.get("data", {})
 
 
 if __name__ == "__main__":

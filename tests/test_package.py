@@ -40,6 +40,7 @@ CORE = (
     "results",
     "plotting",
     "drawings",
+    "sliders",
     "children",
 )
 WINGS = {  # the wings that each may import
