@@ -107,7 +107,7 @@ def write_setup(notebook: NotebookNode, name: str, address: str | None) -> None:
         badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({target})"
         rest = ["", badge, *rest]
     notebook.cells[0].source = "\n".join([title, *rest])
-    package = f'"fwdlib @ git+{address}"' if address else "fwdlib-*.whl"
+    package = f"git+{address}" if address else "fwdlib-*.whl"
     upload = (
         ""
         if address
