@@ -38,7 +38,7 @@ TOGETHER = [  # modules and their parts, the longest first
     *(["protocols", "cnn"], ["feedback", "MNIST-2x800"], ["tangents"], ["feedback", "MNIST-cnn"]),
     *(["frank_wolfe", "tuning", "training", "convergence"], ["protocols", "logistic", "mlp"]),
     *(["functions", "descents", "divergence", "growth"], ["scratch", "agreement", "training"], ["descent"]),
-    *(["feedback", "FashionMNIST-2x800"], ["frank_wolfe", "memory"]),
+    *(["feedback", "FashionMNIST-2x800", "KMNIST-2x800"], ["frank_wolfe", "memory"]),
 ]
 ALONE = [
     ["functions", "steps"],

@@ -47,7 +47,7 @@ LEARNS = {  # mode -> whether its feedback or its heads learn, and so have a lea
     "BP, LayerNorm": False,
     "FG-A, LayerNorm": False,
     "FG-CV, LayerNorm": True,
-    "LG-FG-A, 100 groups": True,
+    "LG-FG-A, 16 groups": True,
 }
 MODES = tuple(LEARNS)
 MAIN_MODES = MODES[:10]

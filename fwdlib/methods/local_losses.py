@@ -18,8 +18,9 @@ rule                             gradient of a unit's output                    
 ================================ =================================================== ==================================
 
 The head is linear, so the derivative of a part's loss is the part of the derivative of the block's loss: dividing into
-parts changes the noise alone. Inside a block, the derivative from its output to its own parameters is autograd's. A
-block with one layer of weights passes no error through any weight.
+parts changes the noise alone, and with exact gradients (*LG-BP* of the paper) nothing. Inside a block, the derivative
+from its output to its own parameters is autograd's. A block with one layer of weights passes no error through any
+weight.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ class LocalForwardGradient(LocalBackprop):
         model: nn.Module,
         inputs: Tensor,
         *,
-        num_groups: int = 16,
+        num_groups: int = 100,
         num_tangents: int = 1,
         optimizer: MakeOptimizer = ADAM,
         grid: int = 1,

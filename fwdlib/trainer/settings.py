@@ -59,7 +59,7 @@ class Method:
     - LG-FG-A: forward gradients of these losses, each group of units by itself."""
     num_tangents: int = 1
     """Tangents to average over in each step, for FG, FG-RANK1, FG-A, FG-CV, FDFA and LG-FG-A."""
-    num_groups: int = 16
+    num_groups: int = 100
     """Groups of the units of a layer, at most, for LG-FG-A: more groups, less noise; one unit a group is exact."""
     grid: int = 4
     """Patches along each side of a feature map, at most, for L-BP and LG-FG-A."""

@@ -17,7 +17,7 @@ TITLES = {
     f"{dataset}-{network}": f"{DATASETS[dataset]}, {NETWORKS[network]}"
     for dataset, network in (task.split("-") for task in TASKS)
 }
-NEAR = ("FDFA", "L-BP", "LG-FG-A", "LG-FG-A, 100 groups")  # modes whose distance from backprop is of interest
+NEAR = ("FDFA", "L-BP", "LG-FG-A", "LG-FG-A, 16 groups")  # modes whose distance from backprop is of interest
 METHODS = {"BP": "backprop", "FG": "forward gradient", "FG-RANK1": "rank-one", "FG-A": "activity"}  # in the figures
 
 
@@ -96,7 +96,9 @@ def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "epochs": settings["epochs"],
         "settings": settings,
-        "behind": {mode: difference_by_seed(accuracies.get("BP", {}), accuracies[mode]) for mode in NEAR if mode in rows},
+        "behind": {
+            mode: difference_by_seed(accuracies.get("BP", {}), accuracies[mode]) for mode in NEAR if mode in rows
+        },
         "missing": [mode for mode in TASKS[task] if mode not in rows],
     }
 

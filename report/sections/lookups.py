@@ -69,18 +69,17 @@ def apart(context: Context) -> Cases:
     return {"": quotient(*(either_way(context["tasks"][model]["ratios"]["total"]) for model in ("mlp", "logistic")))}
 
 
-def behind_backprop(mode: str, titles: Sequence[str] | None = None, name: str = "") -> Lookup:
+def behind_backprop(mode: str, titles: Sequence[str] | None = None) -> Lookup:
     """Give by how many points of test accuracy a mode is behind backprop.
 
     Args:
         mode: one of those whose distance the section gives.
         titles: of the tasks; None for all of which this mode and backprop were trained.
-        name: of the one case, in place of the titles.
     """
 
     def cases(context: Context) -> Cases:
         found = {study["title"]: study["behind"].get(mode) for study in made(context, "feedback", "studies")}
-        return {name or title: gap for title, gap in found.items() if gap and (titles is None or title in titles)}
+        return {title: gap for title, gap in found.items() if gap and (titles is None or title in titles)}
 
     return cases
 

@@ -62,7 +62,7 @@ MODES: dict[str, dict[str, Any]] = {  # options, with the powers of the first gu
     "BP, LayerNorm": {"train_mode": "BP", **NO_MIXING, "power": 2},
     "FG-A, LayerNorm": {"train_mode": "FG-A", **NO_MIXING, "power": 0},
     "FG-CV, LayerNorm": {"train_mode": "FG-CV", **NO_MIXING, "power": 1},
-    "LG-FG-A, 100 groups": {"train_mode": "LG-FG-A", "num_groups": 100, "power": 2, "feedback_power": 3},
+    "LG-FG-A, 16 groups": {"train_mode": "LG-FG-A", "num_groups": 16, "power": 2, "feedback_power": 3},
 }
 
 
