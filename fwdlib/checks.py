@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 MAX_SEED = 2**32 - 1  # the largest that numpy and scikit-learn take
 
@@ -67,18 +68,32 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
-def check_inserted(cells: Sequence[str]) -> None:
-    r"""Check the parameters that papermill has inserted into a notebook.
+def _check_threshold(name: str, value: float | None) -> None:
+    if value is not None:
+        check_positive(name, value)
 
-    papermill only warns of a name that the notebook does not know, and runs with the default. Quick mode sets a number
-    of seeds of its own, so nothing else would look at the one that was asked for.
+
+RANGES: dict[str, Callable[[str, Any], object]] = {  # of the parameters that notebooks share
+    "learning_rate": check_positive,
+    **dict.fromkeys(("num_seeds", "num_iterations", "max_iterations", "num_tangents"), check_count),
+    **dict.fromkeys(("seed", "data_seed"), lambda _name, value: check_seed(value)),
+    "threshold": _check_threshold,
+    "blocks": lambda name, value: check_choice(name, value, ("joint", "parameter")),
+}
+
+
+def check_inserted(cells: Sequence[str]) -> None:
+    r"""Check a notebook's parameters: those that papermill has inserted, and those that a reader has changed.
+
+    papermill only warns of a name that the notebook does not know, and runs with the default. A value that makes no
+    sense would stop the notebook only where it is used, perhaps after minutes.
 
     Args:
         cells: the code of a notebook. Inserted parameters are a cell of their own after the notebook's parameters, and
             in Jupyter a reader may run it again later.
 
     Raises:
-        ValueError: if the notebook has no parameter of a name, or ``num_seeds`` is not a whole number of at least 1.
+        ValueError: if the notebook has no parameter of a name, or a value is out of its range.
 
     Example:
         >>> check_inserted(["num_seeds = 20", "# Parameters\nnum_seeds = 3"])
@@ -90,9 +105,12 @@ def check_inserted(cells: Sequence[str]) -> None:
     known: dict[str, str] = {}
     for cell in cells:
         given = dict(re.findall(r"^(\w+) *= *(.*)$", cell, re.MULTILINE))
-        if cell.startswith("# Parameters\n"):
-            if strange := [name for name in given if name not in known]:
-                raise ValueError(f"this notebook has no parameter {strange[0]!r}; it has {', '.join(known)}")
-            if "num_seeds" in given:
-                check_count("num_seeds", ast.literal_eval(given["num_seeds"]))
+        if cell.startswith("# Parameters\n") and (strange := [name for name in given if name not in known]):
+            raise ValueError(f"this notebook has no parameter {strange[0]!r}; it has {', '.join(known)}")
         known |= given
+    for name in known.keys() & RANGES.keys():  # the last value: a reader may have corrected one and run the cell again
+        try:
+            value = ast.literal_eval(known[name])
+        except (ValueError, SyntaxError):  # computed: no parameter
+            continue
+        RANGES[name](name, value)

@@ -127,7 +127,8 @@ def load_images(
     """Load an image set, or a random part of it drawn without replacement.
 
     If a grey set (KMNIST, MNIST, FashionMNIST) is not available, scikit-learn's digits replace it, resized to 28 x 28;
-    ``source.substitute_for`` and :func:`describe` say so.
+    ``source.substitute_for`` and :func:`describe` say so. There are fewer of them: where more are asked for, all are
+    returned.
 
     Args:
         name: one of ``IMAGE_SETS``.
@@ -161,9 +162,8 @@ def load_images(
     halves = []
     for (images, targets), argument, count in zip(pools, ("num_train", "num_test"), (num_train, num_test), strict=True):
         if count is not None:
-            if check_count(argument, count) > len(targets):
-                replacing = f" (the substitute for {name})" if substitute_for else ""
-                raise ValueError(f"{argument} must be at most the {len(targets)} of {used}{replacing}, got {count}")
+            if check_count(argument, count) > len(targets) and not substitute_for:
+                raise ValueError(f"{argument} must be at most the {len(targets)} of {used}, got {count}")
             drawn = torch.randperm(len(targets), generator=generator(seed, purpose="data"))[:count]
             images, targets = images[drawn], targets[drawn]
         halves += [images / 255 if images.dtype == torch.uint8 else images, targets]

@@ -103,41 +103,32 @@ def plot_quantity(records: Sequence[Record], quantity: str) -> Figure:
 
 
 @styled
-def plot_seeds(record: Record, threshold: float | None = None) -> Figure:
+def plot_seeds(records: Record | Sequence[Record], threshold: float | None = None) -> Figure:
     """Draw every seed's training loss over its iterations, marked by how it ended.
 
     Args:
-        record: of a run.
+        records: one record, or several of the same task to compare.
         threshold: the loss at which a seed stopped, drawn as a line.
 
     Returns:
         A figure with one panel.
     """
+    records = [records] if isinstance(records, Record) else list(records)
     figure = Figure(figsize=(7, 3.1))
     axes = figure.subplots()
-    marks = {"reached": ("o", 18), "completed": ("o", 18), "not reached": (">", 24), "diverged": ("x", 40)}
-    color = METHOD_STYLES.get(record.title, {"color": "0.3"})["color"]
-    for run in record.runs:
-        finite = [value if np.isfinite(value) else np.nan for value in run.train_loss]
-        axes.plot(finite, color=color, alpha=0.45, linewidth=0.9)
-        last = int(np.flatnonzero(np.isfinite(finite))[-1]) if np.isfinite(finite).any() else 0
-        marker, size = marks[run.status]
-        axes.scatter(last, finite[last], marker=marker, s=size, color=color, zorder=3)
-    for status, (marker, size) in marks.items():
-        count = sum(run.status == status for run in record.runs)
-        if count:
-            axes.scatter([], [], marker=marker, s=size, color=color, label=f"{status}: {count}")
+    for record in records:
+        _draw_seeds(axes, record, f"{record.title}, " if len(records) > 1 else "")
     if threshold is not None:
         axes.axhline(threshold, color="0.2", linewidth=0.8, linestyle=":")
         where = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "bottom"}
         axes.annotate("threshold", (0.01, threshold), fontsize=8, **where)
-    axes.set(title=f"Training loss of each of {len(record.runs)} seeds", xlabel="iteration (optimizer steps)")
+    axes.set(title=f"Training loss of each of {len(records[0].runs)} seeds", xlabel="iteration (optimizer steps)")
     axes.set(ylabel="mean cross entropy [nats]", yscale="log")
-    if not any(np.isfinite(run.train_loss).any() for run in record.runs):
+    if not any(np.isfinite(run.train_loss).any() for record in records for run in record.runs):
         axes.set_ylim(0.1, 10)  # there is nothing to scale the axis by
     plain_ticks(axes)
     axes.legend()
-    stamp_records(figure, [record])
+    stamp_records(figure, records)
     return figure
 
 
@@ -145,7 +136,7 @@ def plot_seeds(record: Record, threshold: float | None = None) -> Figure:
 def plot_losses(
     curves: dict[str, Sequence[float]], threshold: float | None = None, threshold_label: str = "threshold"
 ) -> Figure:
-    """Draw a few named loss curves over the iterations; each ends with a cross where it exceeds 100 times the start.
+    """Draw a few named loss curves over the iterations; each ends with a cross before it exceeds 100 times the start.
 
     Args:
         curves: name -> training loss before the first step and after each.
@@ -164,6 +155,8 @@ def plot_losses(
         if np.isnan(shown).any():
             last = int(np.flatnonzero(np.isnan(shown))[0]) - 1
             axes.plot(last, shown[last], "x", color=color, markersize=8)
+    if any(line.get_marker() == "x" for line in axes.lines):
+        axes.plot([], [], "x", color="0.3", markersize=8, label="goes on above 100 times the start")
     if threshold is not None:
         axes.axhline(threshold, color="0.2", linewidth=0.8, linestyle=":", label=threshold_label)
     axes.set(xlabel="iteration (optimizer steps)", ylabel="training loss [nats]", yscale="log")
@@ -278,6 +271,21 @@ def _draw_quantity(axes: Axes, records: Sequence[Record], quantity: str) -> None
         axes.set(ylabel=f"correct of {num_test} [%]", ylim=(0, 103))
     else:
         axes.set(ylabel=f"wrong of {num_test}", ylim=(0, None))
+
+
+def _draw_seeds(axes: Axes, record: Record, prefix: str) -> None:
+    marks = {"reached": ("o", 18), "completed": ("o", 18), "not reached": (">", 24), "diverged": ("x", 40)}
+    color = METHOD_STYLES.get(record.title, {"color": "0.3"})["color"]
+    for run in record.runs:
+        finite = [value if np.isfinite(value) else np.nan for value in run.train_loss]
+        axes.plot(finite, color=color, alpha=0.45, linewidth=0.9)
+        last = int(np.flatnonzero(np.isfinite(finite))[-1]) if np.isfinite(finite).any() else 0
+        marker, size = marks[run.status]
+        axes.scatter(last, finite[last], marker=marker, s=size, color=color, zorder=3)
+    for status, (marker, size) in marks.items():
+        count = sum(run.status == status for run in record.runs)
+        if count:
+            axes.scatter([], [], marker=marker, s=size, color=color, label=f"{prefix}{status}: {count}")
 
 
 def _until_end(run: Run, quantity: str, num_test: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from fwdlib import runtime
 from fwdlib.atomic import write_bytes
 from fwdlib.history import History, Run
-from fwdlib.statistics import Interval, median_interval
+from fwdlib.statistics import Interval, difference_by_seed, median_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,17 +48,10 @@ class Record:
     quick: bool
 
 
-def save_run(
-    name: str,
-    *,
-    title: str,
-    history: History,
-    alone: History,
-    parameters: dict[str, Any],
-    source: Source,
-    folder: str | Path | None = None,
-) -> Path:
-    """Write the record of a run to ``<folder>/<name>.json``, whole or not at all.
+def make_record(
+    name: str, *, title: str, history: History, alone: History, parameters: dict[str, Any], source: Source
+) -> Record:
+    """Return the record of a run.
 
     Args:
         name: of the notebook, without ``.ipynb``.
@@ -67,15 +60,8 @@ def save_run(
         alone: of the first seed alone, for its times.
         parameters: of the notebook, the device among them.
         source: of the data.
-        folder: where the record goes. Default: :func:`fwdlib.runtime.results_dir`.
-
-    Returns:
-        The path of the record.
-
-    Raises:
-        OSError: if it cannot be written; the message says where and why. The old file is left in place.
     """
-    record = Record(
+    return Record(
         name=name,
         title=title,
         parameters=parameters,
@@ -88,6 +74,23 @@ def save_run(
         environment=runtime.environment(parameters.get("device", "cpu")),
         quick=runtime.is_quick(),
     )
+
+
+def save_run(name: str, *, folder: str | Path | None = None, **content: Any) -> Path:
+    """Write the record of a run to ``<folder>/<name>.json``, whole or not at all.
+
+    Args:
+        name: of the notebook, without ``.ipynb``.
+        folder: where the record goes. Default: :func:`fwdlib.runtime.results_dir`.
+        content: the other arguments of :func:`make_record`.
+
+    Returns:
+        The path of the record.
+
+    Raises:
+        OSError: if it cannot be written; the message says where and why. The old file is left in place.
+    """
+    record = make_record(name, **content)
     path = Path(folder or runtime.results_dir()) / f"{name}.json"
     write_json(path, {"format": FORMAT, **dataclasses.asdict(record)}, exact=("parameters",))
     return path
@@ -166,6 +169,51 @@ def summary(records: list[Record]) -> pd.DataFrame:
     import pandas as pd
 
     return pd.DataFrame({record.name: _summary_column(record) for record in records})
+
+
+def comparison(first: Record, second: Record) -> pd.DataFrame:
+    """Return :func:`summary` of two records, headed by their titles, with their difference pair by pair.
+
+    A pair is a seed that both records have. Differences are means over the pairs with 95 % intervals; a pair in which a
+    seed did not finish has no difference and is left out, as the first row says. Times are ratios.
+
+    Args:
+        first: the one that is subtracted, usually backprop's.
+        second: of the same task.
+
+    Returns:
+        A table of text, for display.
+    """
+    import pandas as pd
+
+    columns = {record.title: _summary_column(record) for record in (first, second)}
+    return pd.DataFrame(columns | {"mean difference, seed by seed": _difference_column(first, second)})
+
+
+def _difference_column(first: Record, second: Record) -> dict[str, str]:
+    ends = [_finished(record) for record in (first, second)]
+    number = sum(seed in ends[1] for seed in ends[0])
+    steps, loss, wrong = (
+        difference_by_seed(*({seed: end[i] for seed, end in of.items()} for of in reversed(ends))) for i in range(3)
+    )
+    accuracy = wrong and Interval(*(-100 * end / first.num_test for end in reversed(wrong)))
+    one, other = (np.array(record.alone.step_seconds) for record in (first, second))
+    texts = [
+        f"{number} pairs",
+        *(
+            interval_text(difference, form) if difference else "none"
+            for difference, form in ((steps, "{:+.1f}"), (loss, "{:+.4f}"), (accuracy, "{:+.1f} %"), (wrong, "{:+.1f}"))
+        ),
+        f"{other.mean() / one.mean():.2f} times" if one.size and other.size else "no step was needed",
+        f"{other.sum() / one.sum():.2f} times" if one.size and other.size else "no step was needed",
+    ]
+    return dict(zip(_summary_column(first), texts, strict=True))
+
+
+def _finished(record: Record) -> dict[int, tuple[float, float, float]]:
+    # iterations, test loss and errors at the end of each seed that finished
+    found = zip(record.runs, iterations(record), strict=True)
+    return {run.seed: (num, *map(float, run.end(record.num_test))) for run, num in found if math.isfinite(num)}
 
 
 def _summary_column(record: Record) -> dict[str, str]:

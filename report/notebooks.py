@@ -2,7 +2,8 @@
 
 Each is executed from top to bottom on real data and written back with its outputs, but without progress bars, widgets,
 stderr and time stamps. The Colab badge and the line that installs fwdlib there come from the repository's address in
-pyproject.toml. Without an address there is no badge, and Colab gets the wheel.
+pyproject.toml. Without an address there is no badge, and Colab gets the wheel. The start notebook's table of reasons is
+computed from the committed results.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from tqdm import tqdm
 
 from fwdlib import results, runtime
 from fwdlib.atomic import check_writable, message_of
+from report.page.context import build_context, load_results
+from report.sections import choice
 
 ROOT = Path(__file__).resolve().parents[1]
+WIDGET = "application/vnd.jupyter.widget-view+json"
 COLAB = "https://colab.research.google.com"
 SETUP_TEXT = "## Setup\n\nOn your own machine there is nothing to do here. In Colab, {colab}run this cell."
 SETUP_CODE = """\
@@ -36,6 +40,14 @@ import sys
 
 if "google.colab" in sys.modules:  # nothing to do on your own machine
     %pip install --quiet --no-deps {package} palmerpenguins"""
+REASONS = "reasons"  # tag of the cell that holds them
+REASONS_TEXT = """\
+## Why avoid backprop at all?
+
+If you can run backprop, do: nothing here trains a network of ordinary size faster. The first row is that case. The
+other rows are the reasons to want something else, each with what the report measured, in brackets its 95 % interval.
+
+{table}"""
 
 
 @dataclass
@@ -69,6 +81,7 @@ def main(options: Options) -> None:
         bar.set_postfix_str(path.stem)
         notebook = nbformat.read(path, as_version=4)
         write_setup(notebook, path.resolve().relative_to(ROOT).as_posix(), address)
+        write_reasons(notebook)
         if not options.write_only:
             try:
                 execute(notebook, path.stem, options.timeout)
@@ -94,7 +107,7 @@ def write_setup(notebook: NotebookNode, name: str, address: str | None) -> None:
         badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({target})"
         rest = ["", badge, *rest]
     notebook.cells[0].source = "\n".join([title, *rest])
-    package = f'"fwdlib @ git+{address}"' if address else "fwdlib-*.whl"
+    package = f"git+{address}" if address else "fwdlib-*.whl"
     upload = (
         ""
         if address
@@ -103,6 +116,14 @@ def write_setup(notebook: NotebookNode, name: str, address: str | None) -> None:
     setup = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## Setup"))
     notebook.cells[setup].source = SETUP_TEXT.format(colab=upload)
     notebook.cells[setup + 1].source = SETUP_CODE.format(package=package)
+
+
+def write_reasons(notebook: NotebookNode) -> None:
+    """Write the report's table of reasons, from the committed results, into the cell with the tag for it, if any."""
+    for cell in notebook.cells:
+        if REASONS in cell.metadata.get("tags", ()):
+            found = choice.rows(build_context(load_results(ROOT / "report" / "results")))
+            cell.source = REASONS_TEXT.format(table=choice.markdown(found, "../report/report.html"))
 
 
 def execute(notebook: NotebookNode, name: str, timeout: int) -> None:
@@ -130,8 +151,9 @@ def execute(notebook: NotebookNode, name: str, timeout: int) -> None:
             resources={"metadata": {"path": folder}},
         )
         client.execute(env=environment)
-        record = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
-    source = record.get("source")  # missing if the notebook needs no data
+        record = Path(folder) / f"{name}.json"
+        source = record.is_file() and json.loads(record.read_text(encoding="utf-8")).get("source")
+    # A notebook that needs no data names no source, or keeps no record.
     if source and source["substitute_for"]:
         raise ValueError(
             f"it ran on {source['name']} in place of {source['substitute_for']}. Committed notebooks "
@@ -144,6 +166,9 @@ def clean(notebook: NotebookNode) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):  # what a widget shows where there is none
+                    output.data.pop(WIDGET, None)
             cell.outputs = [output for output in cell.outputs if _belongs(output)]
             for output in cell.outputs:
                 if "metadata" in output:
@@ -168,7 +193,7 @@ def smaller_png(encoded: str) -> str:
 def _belongs(output: NotebookNode) -> bool:
     if output.output_type == "stream":
         return output.name == "stdout"
-    return "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+    return WIDGET not in output.get("data", {})
 
 
 if __name__ == "__main__":

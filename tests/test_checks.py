@@ -58,3 +58,31 @@ def test_inserted_parameters_may_run_again():
     for inserted in ("seeed = 1", "num_seeds = 0", "num_seeds = 1.5", "num_seeds = 'few'"):
         with pytest.raises(ValueError, match=r"no parameter 'seeed'; it has seed, num_seeds|num_seeds must be a whole"):
             check_inserted([*cells[:3], f"# Parameters\n{inserted}"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "learning_rate = -0.1  # of all",
+        "learning_rate = '0.1'",
+        "threshold = 0",
+        "max_iterations = 0",
+        "num_iterations = 1e3",
+        "num_tangents = 0",
+        "seed = -1",
+        "blocks = 'layer'",
+    ],
+)
+def test_a_value_out_of_range_is_refused_where_a_reader_or_papermill_has_set_it(line):
+    name = line.partition(" ")[0].removeprefix("data_")
+    for cells in ([line], ["\n".join([f"{name} = 1", "x = 2"]), f"# Parameters\n{line}"]):
+        with pytest.raises(ValueError, match=name):
+            check_inserted(cells)
+
+
+def test_a_value_that_the_reader_has_corrected_is_forgotten():
+    check_inserted(["learning_rate = -1", "print(In)", "learning_rate = 0.1", "print(In)"])
+
+
+def test_values_in_range_and_values_that_are_computed_pass():
+    check_inserted(["seed = 0\nlearning_rate = 1e-3\nthreshold = None\nblocks = 'joint'", "num_tangents = len(x)"])

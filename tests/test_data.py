@@ -231,11 +231,15 @@ def test_unknown_names_are_refused():
         data.fetch("digits")
 
 
+def test_a_substitute_gives_all_that_it_has_where_more_is_asked_for():
+    found = data.load_images("MNIST", num_train=6000, num_test=100)
+    assert (len(found.train_targets), len(found.test_targets)) == (1437, 100)
+    assert found.source.substitute_for == "MNIST"
+
+
 def test_too_many_images_are_refused(small_kmnist, monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"num_train must be at most the 1437 of digits \(the substitute for MNIST\), got 60000"
-    ):
-        data.load_images("MNIST", num_train=60000)
+    with pytest.raises(ValueError, match="num_train must be at most the 1437 of digits, got 60000"):
+        data.load_images("digits", num_train=60000)
     monkeypatch.setenv("FWDLIB_DATA", str(small_kmnist))
     with pytest.raises(ValueError, match="num_test must be at most the 20 of KMNIST, got 21"):
         data.load_kmnist(num_train=1, num_test=21)

@@ -38,9 +38,47 @@ def test_what_is_said_of_an_answer(answer, cases, said, capsys):
     assert out.endswith("right.") == said.endswith("right.")
 
 
-def test_the_wrong_numbers_are_shown(capsys):
-    check(square, [((3.0,), 8.0)])
-    assert "9.0" in capsys.readouterr().out
+def wrong(given, expected):
+    check(same, [((given,), expected)])
+
+
+ROW = torch.tensor([1.0, -2.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "said"),
+    [
+        (7.25, 8.0, "For the arguments (7.25), what it returns is too small."),
+        (-8.0, 8.0, "has the wrong sign"),
+        (0.0, 8.0, "is 0"),
+        (float("inf"), 8.0, "is not finite"),
+        (ROW, ROW[:2], "has shape (3,), not (2,)"),
+        (3 * ROW, ROW, "off by the same factor"),
+        (ROW + torch.tensor([0, 0, 1]), ROW, "(a tensor of shape (3,)), what it returns is right in 2 of 3"),
+        (torch.tensor([[1.0, 2.0], [3.0, 5.0]]).T, torch.tensor([[1.0, 2.0], [3.0, 5.0]]), "transpose"),
+        (ROW, {"w": ROW}, "it returns a value of type Tensor, not a dictionary"),
+        ({"v": ROW}, {"w": ROW}, "its keys are ['v'], not ['w']"),
+        ({"w": -ROW}, {"w": ROW}, "has the wrong sign (at 'w')"),
+    ],
+)
+def test_it_says_in_what_way_an_answer_is_wrong(given, expected, said, capsys):
+    wrong(given, expected)
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "secret"), [(7.25, 8.5, "8.5"), (2 * ROW, ROW, "-2"), (ROW + 1, ROW, "4")]
+)
+def test_it_does_not_give_the_right_number_away(given, expected, secret, capsys):
+    wrong(given, expected)
+    out = capsys.readouterr().out
+    assert "not right yet" in out
+    assert secret not in out
+
+
+def test_a_dictionary_of_tensors_is_compared_by_name(capsys):
+    wrong({"a": ROW, "b": 2 * ROW}, {"b": 2 * ROW, "a": ROW})
+    assert capsys.readouterr().out.strip() == "same: right."
 
 
 def test_any_other_error_of_the_answer_is_the_student_s_to_see():

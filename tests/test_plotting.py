@@ -179,6 +179,16 @@ def test_seeds_marks_a_diverged_one_where_it_was_last_finite():
     assert [2.0, 2.0] in [points.get_offsets()[0].tolist() for points in axes.collections if len(points.get_offsets())]
 
 
+def test_seeds_of_two_methods_have_their_own_colours_and_counts():
+    records = [make_record("backprop", [run(0)]), make_record("forward gradient", [diverged(0), run(1)])]
+    axes = plot_seeds(records).axes[0]
+    assert [line.get_color() for line in lines(axes)] == [
+        METHOD_STYLES[title]["color"] for title in ("backprop", "forward gradient", "forward gradient")
+    ]
+    texts = [text.get_text() for text in axes.get_legend().texts]
+    assert texts == ["backprop, reached: 1", "forward gradient, reached: 1", "forward gradient, diverged: 1"]
+
+
 def test_seeds_draws_the_threshold_where_there_is_one():
     axes = plot_seeds(make_record(), threshold=0.3).axes[0]
     assert [0.3, 0.3] in [list(line.get_ydata()) for line in axes.lines]
@@ -192,12 +202,18 @@ def test_seeds_draws_the_threshold_where_there_is_one():
 def test_losses_draws_a_named_curve_each_and_a_cross_where_one_ends(drawn):
     losses = {"rate 1": [1.0, 0.5, 0.25], "rate 2": [1.0, 4.0, math.nan]}
     axes = drawn(plot_losses, losses, threshold=0.3).axes[0]
-    assert [text.get_text() for text in axes.get_legend().texts] == ["rate 1", "rate 2", "threshold"]
+    entries = ["rate 1", "rate 2", "goes on above 100 times the start", "threshold"]
+    assert [text.get_text() for text in axes.get_legend().texts] == entries
     curves = lines(axes)
     assert curves[0].get_ydata().tolist() == [1.0, 0.5, 0.25]
     crosses = [line for line in curves if line.get_marker() == "x"]
     assert [(*cross.get_xdata(), *cross.get_ydata()) for cross in crosses] == [(1, 4.0)]
     assert crosses[0].get_color() == curves[1].get_color() != curves[0].get_color()
+
+
+def test_losses_says_nothing_of_crosses_where_there_are_none():
+    axes = plot_losses({"a": [1.0, 0.5]}).axes[0]
+    assert [text.get_text() for text in axes.get_legend().texts] == ["a"]
 
 
 def test_losses_of_a_run_that_was_never_finite(svg):

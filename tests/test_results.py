@@ -16,7 +16,7 @@ import torch
 from fwdlib import atomic, results
 from fwdlib.data import Source
 from fwdlib.history import History, Run
-from fwdlib.results import interval_text, load_run, save_run, summary, table, write_json, write_text
+from fwdlib.results import comparison, interval_text, load_run, save_run, summary, table, write_json, write_text
 from fwdlib.statistics import Interval
 
 INF = math.inf
@@ -306,6 +306,30 @@ def test_summary_of_seeds_that_arrived(record):
 def test_iterations_of_seeds_that_did_not_arrive_are_infinite(record):
     runs = [*record.runs, Run(7, "completed", 100)]
     assert results.iterations(dataclasses.replace(record, runs=runs)) == [2, INF, INF, 100]
+
+
+def test_comparison_takes_the_difference_seed_by_seed_over_the_seeds_that_finished_with_both(record):
+    def ended(seed, iterations, loss, wrong, status="reached"):
+        return Run(seed, status, iterations, [1.0, loss], [1.0, loss], [9, wrong], [0.5] * iterations)
+
+    first = [ended(0, 10, 0.25, 2), ended(1, 20, 0.5, 4), ended(2, 30, 0.5, 4)]
+    second = [ended(0, 11, 0.75, 1), ended(1, 24, 0.5, 4), ended(2, 99, 9.0, 9, "not reached")]
+    records = [
+        dataclasses.replace(record, title=title, runs=runs, alone=runs[0], num_test=10)
+        for title, runs in (("backprop", first), ("forward gradient", second))
+    ]
+    table = comparison(*records)
+    assert list(table) == ["backprop", "forward gradient", "mean difference, seed by seed"]
+    found = list(table["mean difference, seed by seed"])
+    assert found[0] == "2 pairs"
+    assert [text.split()[0] for text in found[1:]] == ["+2.5", "+0.2500", "+5.0", "-0.5", "1.00", "1.10"]
+    assert "[" in found[1]  # with its interval
+
+
+def test_comparison_without_a_seed_that_finished_with_both_has_no_difference(record):
+    never = [dataclasses.replace(run, status="not reached", test_loss=[1.0]) for run in record.runs]
+    found = comparison(record, dataclasses.replace(record, title="other", runs=never))["mean difference, seed by seed"]
+    assert list(found)[:5] == ["0 pairs", "none", "none", "none", "none"]
 
 
 def test_summary_has_a_column_for_each_record(record):

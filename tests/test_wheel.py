@@ -11,6 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from report import notebooks
+from tests.test_make import write_index
+
 pytestmark = pytest.mark.slow  # starts processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,4 +76,34 @@ def test_runs_alone_and_offline(notebook, site, tmp_path):
     text = "".join(output.text for output in outputs if output.output_type == "stream")
     # the penguins are the same rows offline; the digits are not KMNIST, and say so
     assert ("SUBSTITUTE: this is digits, not KMNIST" in text) == notebook.stem.startswith("3")
-    assert (folder / "results" / f"{notebook.stem}.json").is_file()
+    assert (folder / "results" / f"{notebook.stem}.json").is_file() == (notebook.stem != "0_start")
+
+
+def test_the_setup_cell_installs_from_the_repository_s_address(tmp_path):
+    """In Colab, one click: a repository in a folder has the address, and an index in a folder has palmerpenguins."""
+    repository, target = tmp_path / "repository", tmp_path / "target"
+    repository.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, repository)
+    shutil.copytree(ROOT / "fwdlib", repository / "fwdlib", ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", repository]
+    for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "all"]):
+        subprocess.run([*git, *command], check=True)
+    notebook = nbformat.read(ROOT / "notebooks" / "1a_logistic_backprop.ipynb", 4)
+    notebooks.write_setup(notebook, "notebooks/1a_logistic_backprop.ipynb", repository.as_uri())
+    setup = next(cell.source for cell in notebook.cells if "google.colab" in cell.source and cell.cell_type == "code")
+    program = f"""
+import sys, types
+from IPython.core.interactiveshell import InteractiveShell
+sys.modules["google.colab"] = types.ModuleType("google.colab")
+InteractiveShell.instance().run_cell({setup!r}).raise_error()
+"""
+    index = write_index(tmp_path / "index", ("palmerpenguins", "0.1.6"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
+    environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": index, "PIP_TARGET": str(target)}
+    environment |= {"PIP_NO_BUILD_ISOLATION": "false", "HOME": str(tmp_path)}  # pip's word for "no isolation"
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert files_in(target / "fwdlib") == files_in(ROOT / "fwdlib"), run.stdout + run.stderr
+    assert (target / "palmerpenguins-0.1.6.dist-info").is_dir()

@@ -18,6 +18,7 @@ from fwdlib.results import Record, iterations, load_run
 from fwdlib.statistics import Interval, median_interval, paired_difference, paired_ratio
 from report import names, published
 from report.sections import (
+    choice,
     claims,
     cost,
     feedback,
@@ -170,6 +171,7 @@ def build_context(results: Results) -> dict[str, Any]:
         "files": {key: [getattr(TASKS[key], method) for method in METHODS] for key in TASKS},
     }
     found["claims"] = claims.findings(found)
+    found["choice"] = choice.rows(found)
     return found
 
 

@@ -23,6 +23,7 @@ from report.page.escaping import Markdown, code, escaped, policy
 from report.wording import count, duration, enumerated, interval, megabytes, number, times
 
 HERE = Path(__file__).parent
+SCRIPTS = ("page.js", "sliders.js")  # become one, in the page
 PAGES = ("report.html", "report.pdf")
 MARKDOWN = "markdown-tex_math_single_backslash"
 CITE = ["--citeproc", f"--bibliography={HERE / 'references.bib'}"]
@@ -102,6 +103,7 @@ def to_html(text: str, folder: Path) -> str:
     """
     options = ["--standalone", f"--template={HERE / 'page.html'}", "--embed-resources", "--mathml", "--wrap=none"]
     options += [f"--resource-path={folder}{os.pathsep}{HERE}", f"--lua-filter={HERE / 'page.lua'}"]
+    options += [f"--variable=script:{''.join((HERE / name).read_text('utf-8') for name in SCRIPTS)}"]
     options += ["--toc", "--toc-depth=3", "--syntax-highlighting=none", *CITE]
     page = pypandoc.convert_text(text, "html5", MARKDOWN, extra_args=options)
     return page.replace('content="POLICY"', f'content="{policy(page)}"', 1)

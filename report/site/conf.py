@@ -38,6 +38,6 @@ html_theme_options = {
     "use_fullscreen_button": False,
 }
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system has it
-html_static_path = ["style"]
+html_static_path = ["style", "../page/sliders.js"]
 html_css_files = ["course.css"]
-html_js_files = ["course.js"]
+html_js_files = ["course.js", "sliders.js"]

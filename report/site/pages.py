@@ -1,7 +1,7 @@
 """A Sphinx extension: the pages that are templates, filled with what the repository holds, and the report beside them.
 
-Every page but the notebooks is a Jinja template. It can use :func:`notebooks`, :func:`reference`, :func:`public_names`
-and :func:`promises`, so that no list of notebooks, modules or promises is kept by hand.
+Every page but the notebooks is a Jinja template. It can use :func:`notebooks`, :func:`reference`, :func:`public_names`,
+:func:`promises` and :func:`reasons`, so that no list of notebooks, modules or promises is kept by hand, and no number.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ T = TypeVar("T")
 REPORT = Path(__file__).parents[1]
 ROOT = REPORT.parent
 NOTEBOOK_LINK = re.compile(r'href="[^"]*?notebooks/([\w/]+)\.ipynb"')
+REPORT_LINK = re.compile(r"\[([^\]]*)\]\((?:\.\./)*(?:report/)?report\.html(#[\w-]+)?\)")
 PDF_LINK = '<li><a href="report.pdf"'
 
 
@@ -40,15 +41,16 @@ class Entry(NamedTuple):
     """The paragraph in which it says what it claims, in Markdown without links; empty if there is none."""
 
 
-def notebooks(folder: str) -> list[Entry]:
-    """Return the notebooks of a folder in the order of their numbers.
+def notebooks(pattern: str) -> list[Entry]:
+    """Return the notebooks of a pattern in the order of their numbers.
 
     Args:
-        folder: below the root of the repository, ``"notebooks/beyond"``.
+        pattern: below the root of the repository, ``"notebooks/beyond/[0-9]*.ipynb"``.
     """
-    paths = (ROOT / folder).glob("[0-9]*.ipynb")
+    paths = ROOT.glob(pattern)
     ordered = sorted(paths, key=lambda path: (int(re.match(r"\d+", path.name)[0]), path.name))
-    return [Entry(f"{folder}/{path.stem}", claim(nbformat.read(path, 4).cells[0].source)) for path in ordered]
+    documents = [path.relative_to(ROOT).with_suffix("").as_posix() for path in ordered]
+    return [Entry(d, claim(nbformat.read(p, 4).cells[0].source)) for d, p in zip(documents, ordered, strict=True)]
 
 
 def claim(text: str) -> str:
@@ -91,12 +93,22 @@ def promises() -> dict[str, list[Any]]:
     return {title: [item for item in ITEMS.values() if item.kind == kind] for kind, title in KINDS.items()}
 
 
+def reasons() -> str:
+    """Return the table of the report that says when to avoid backprop, as Markdown."""
+    from report.page.context import build_context, load_results
+    from report.sections import choice
+
+    return choice.markdown(choice.rows(build_context(load_results(REPORT / "results"))), "report.html")
+
+
 def fill(app: Sphinx, document: str, source: list[str]) -> None:
-    """Render a page that is a template."""
+    """Render a page that is a template, and make links to the report lead beside the pages."""
     if not document.startswith("notebooks/"):
         names: dict[str, Any] = {"notebooks": notebooks, "reference": reference, "public_names": public_names}
-        names["promises"] = promises
+        names |= {"promises": promises, "reasons": reasons}
         source[0] = jinja2.Template(source[0], undefined=jinja2.StrictUndefined).render(names)
+    up = "../" * document.count("/")
+    source[0] = REPORT_LINK.sub(rf"<a href='{up}report.html\2'>\1</a>", source[0])  # MyST would look for a source
 
 
 def mend_links(app: Sphinx, document: nodes.document) -> None:

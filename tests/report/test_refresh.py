@@ -46,7 +46,7 @@ def test_with_an_address_badge_and_setup_name_it_and_only_once(notebook):
     assert text.count("colab-badge.svg") == 1
     target = "https://colab.research.google.com/github/someone/somewhere/blob/main/notebooks/1b_logistic_forward.ipynb"
     assert f"]({target})" in notebook.cells[0].source
-    assert f'%pip install --quiet --no-deps "fwdlib @ git+{ADDRESS}" palmerpenguins' in text
+    assert f"%pip install --quiet --no-deps git+{ADDRESS} palmerpenguins" in text
     assert "make wheel" not in text
     refresh.write_setup(notebook, "notebooks/1b_logistic_forward.ipynb", None)
     assert "colab-badge" not in "\n".join(sources(notebook))

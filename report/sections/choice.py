@@ -1,0 +1,171 @@
+"""The table "Should I use it?": for each situation what to take, the number that says so, and where it comes from.
+
+The report, the front page of the site and the start notebook print the same rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from report.names import PLAIN
+from report.sections.verdicts import NotMeasuredError, made
+from report.wording import count, interval, megabytes, number
+
+LARGE = "MNIST, 2 x 800"
+
+
+class Row(NamedTuple):
+    """A situation and the advice for it, in plain Markdown without links."""
+
+    situation: str
+    take: str
+    measured: str
+    section: str
+    """The name of the report's section that the numbers are from."""
+
+
+def rows(context: dict[str, Any]) -> list[Row]:
+    """Return the rows whose studies were made.
+
+    Args:
+        context: of the page, with every section; None for a section whose study was not made.
+    """
+    found = []
+    for row in (_backprop, _few_inputs, _online, _not_recorded, _memory, _links, _no_way_back, _forward_only):
+        try:
+            found.append(row(context))
+        except NotMeasuredError:
+            continue
+    return found
+
+
+def markdown(found: list[Row], page: str) -> str:
+    """Return the rows as a table in Markdown.
+
+    Args:
+        found: the rows.
+        page: where the report is, from the page that shows the table.
+
+    Example:
+        >>> print(markdown([Row("one process", "backprop", "5 times", "cost")], "report.html"))
+        | your situation | take | measured in the report |
+        |:---|:---|:---|
+        | one process | backprop | 5 times ([cost](report.html#cost)) |
+    """
+    lines = [
+        f"| {row.situation} | {row.take} | {row.measured} ([{row.section}]({page}#{row.section})) |" for row in found
+    ]
+    return "\n".join(["| your situation | take | measured in the report |", "|:---|:---|:---|", *lines])
+
+
+def _backprop(context: dict[str, Any]) -> Row:
+    # the strictest comparison of whole trainings: every method at its own best learning rate
+    models = [model for model in made(context, "protocols")["models"].values() if model["threshold"] is not None]
+    if not models:
+        raise NotMeasuredError("protocols")
+    ratios = [model["fair"][model["best"]]["against"]["total"] for model in models]
+    pairs = zip(ratios, models, strict=True)
+    times = " and ".join(f"{interval(ratio)} times as long ({model['title'].lower()})" for ratio, model in pairs)
+    return Row(
+        "backprop runs, and fits into memory",
+        "backprop",
+        f"with the best forward gradient and tuned learning rates, a training takes {times}",
+        "protocols",
+    )
+
+
+def _few_inputs(context: dict[str, Any]) -> Row:
+    found = made(context, "sensitivity")
+    ratios = [row["headline"].estimate for row in found["rows"]]
+    border, at = found["map"]["borders"]["compiled reverse mode"], found["map"]["border_at"]
+    most = f"; up to about {number(border, 2)} parameters at {count(at)} steps" if border else ""
+    return Row(
+        "few parameters, many steps: a simulator, an optimizer's settings, a recurrent layer",
+        "forward mode with a tangent for each parameter: exact",
+        f"{number(min(ratios), 2)} to {number(max(ratios), 2)} of the time of the fastest backprop on {len(ratios)} "
+        f"processes, faster on {len(found['faster'])}{most}",
+        "sensitivity",
+    )
+
+
+def _online(context: dict[str, Any]) -> Row:
+    row = min(made(context, "sensitivity")["memory"].values(), key=lambda row: row["share"])
+    return Row(
+        "the gradient is wanted while the data come in",
+        "forward mode beside the state",
+        f"it keeps no past: {number(100 * row['share'], 2)} % of reverse mode's memory at {count(row['at'])} steps",
+        "sensitivity",
+    )
+
+
+def _not_recorded(context: dict[str, Any]) -> Row:
+    rows = made(context, "sensitivity")["memory"].values()
+    stopped = [m for row in rows for name, m in row["methods"].items() if m["expected"] and name.startswith("reverse")]
+    if not stopped:
+        raise NotMeasuredError("stopped")
+    worst = max(stopped, key=lambda method: method["expected"])
+    return Row(
+        "a program too long to record for a way back",
+        "forward mode",
+        f"at {count(worst['stopped'])} steps reverse mode would have needed {megabytes(worst['expected'])}",
+        "sensitivity",
+    )
+
+
+def _memory(context: dict[str, Any]) -> Row:
+    depth = made(context, "cost", "depth")
+    ours, theirs = made(depth, "rank_one", "memory"), made(depth, "backprop", "memory")
+    return Row(
+        "a deep network whose activations do not fit into memory",
+        "rank-one tangents, at the price of noise",
+        f"{number(100 * ours / theirs, 2)} % of backprop's memory at {depth['last']} layers",
+        "cost",
+    )
+
+
+def _links(context: dict[str, Any]) -> Row:
+    found = made(context, "scaling")
+    slowest = made(found, "slowest")
+    fewest = min(found["most"], key=found["most"].get)
+    descent = found["descent"]
+    but = f", but {number(descent['ratio'], 2)} times as many steps to the same loss" if descent else ""
+    return Row(
+        "several processes on a slow link",
+        "backprop, unless nothing but a few numbers can be sent",
+        f"{count(found['most'][fewest])} bytes a step in place of {megabytes(found['gradient'])}: at "
+        f"{slowest['megabits']} Mbit/s a step is {interval(slowest['ratios'][fewest])} times as fast{but}",
+        "scaling",
+    )
+
+
+def _no_way_back(context: dict[str, Any]) -> Row:
+    rows = _large(context)
+    fdfa, backprop = made(rows, "FDFA")["accuracy"], made(rows, "BP")["accuracy"]
+    steps = context["feedback"]["steps"]
+    time = steps and steps["fdfa"].get("MNIST-2x800")
+    cost = f"; a step takes {interval(time[PLAIN])} times as long" if time else ""
+    return Row(
+        "hardware that cannot carry errors back through the layers",
+        "learned feedback: FDFA",
+        f"{interval(fdfa)} % right on MNIST, backprop {interval(backprop)} %{cost}",
+        "feedback",
+    )
+
+
+def _forward_only(context: dict[str, Any]) -> Row:
+    rows = _large(context)
+    best = max((m for m in ("FG", "FG-RANK1", "FG-A") if m in rows), key=lambda m: rows[m]["accuracy"].estimate)
+    return Row(
+        "many parameters, and nothing but forward passes",
+        "a forward gradient with little noise, and patience",
+        f"{interval(rows[best]['accuracy'])} % right on MNIST ({best}), backprop {interval(rows['BP']['accuracy'])} %",
+        "feedback",
+    )
+
+
+def _large(context: dict[str, Any]) -> dict[str, Any]:
+    studies = {study["title"]: study["rows"] for study in made(context, "feedback")["studies"]}
+    rows = studies.get(LARGE, {})
+    if not {"BP", "FG"} <= rows.keys():
+        raise NotMeasuredError(LARGE)
+    return rows
