@@ -47,6 +47,7 @@ ALONE = [
     ["feedback", "steps"],
     ["scaling"],
     ["sensitivity"],
+    ["budget"],
 ]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 

@@ -202,7 +202,7 @@ def test_what_fwdlib_imports_is_a_dependency():
     # by the name of the import, where it is not that of the package; what a module can do without is left out
     names = {"sklearn": "scikit-learn", "PIL": "pillow"}
     tools = {"papermill", "nbformat", "psutil", "distributed"} | {"jupyter_client", "packaging"}  # the doctor's
-    optional = {"tensorflow_datasets"}
+    optional = {"tensorflow_datasets", "torchzero"}
     given = {dependency.name for dependency in dependencies()}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -31,6 +31,7 @@ COMPARED = ("backprop", *CHECKPOINTS, "two-point", *OURS)  # names of METHOD_STY
 SWEPT = COMPARED[:-2]  # over the depth of an MLP
 PEERS = ("torchzero",)
 DROPPED_IN = ("backprop", "in-backward", "rank-one")  # timed with each of torch's optimizers, too
+LARGE = 30  # modules: a larger model takes up to a minute to compile
 OWN_MODEL = tuple(CHECKPOINTS)  # they leave hooks at the parameters
 
 
@@ -152,7 +153,7 @@ class Variant(NamedTuple):
 
 
 def variants(model: nn.Module, *, quick: bool = False, peers: bool = False) -> list[Variant]:
-    """Return the variants to time for a model. A quick run has fewer, and only three compiled ones.
+    """Return the variants to time for a model. A quick run has fewer, and as for a large model three compiled ones.
 
     Args:
         model: the model.
@@ -169,7 +170,7 @@ def variants(model: nn.Module, *, quick: bool = False, peers: bool = False) -> l
         found += [Variant(method, 1, compiled) for method in OURS[1:]]
         found += [Variant("rank-one", 1, compiled, "channels_last")] if has_convolution else []
         found += [] if quick else [Variant("rank-one", k, compiled) for k in (4, 16)]
-    if quick:
+    if quick or sum(1 for _ in model.modules()) > LARGE:
         backprop = Variant("backprop", compiled=True)
         kept = (backprop, backprop._replace(form="one graph"), Variant("rank-one", compiled=True))
         found = [variant for variant in found if not variant.compiled or variant in kept]

@@ -11,7 +11,7 @@ from typing import Any
 from fwdlib.statistics import difference_by_seed
 from report import published
 from report.names import AS_PUBLISHED, MODELS
-from report.sections import lookups
+from report.sections import claims_on_cost, lookups
 from report.sections.verdicts import Claim, Finding, Rule, above, below, compatible, judge, made, within
 from report.wording import number
 
@@ -62,6 +62,10 @@ SMALL, TRAINING = "one trajectory", "hypergradients"
 LAYERS = [f"{size} layer, {name}" for name in ("relu", "tanh") for size in ("small", "wide")]
 OVER = "forward gradient over backprop"
 RATIOS = {"iterations": "number of iterations", "step": "time of an iteration", "total": "time of a training"}
+
+AVOIDED, DIMENSION_FREE = "[@panchal2025]", "[@li2024]"
+COST_OF_AVOIDING = PUBLISHED["avoiding_backprop"]
+STRICT = "backprop with checkpoints"
 
 CLAIMS = [
     Claim(
@@ -552,4 +556,5 @@ CLAIMS = [
         above(0),
         {"fails": "with BatchNorm and two hidden layers, fixed feedback is as good"},
     ),
+    *claims_on_cost.CLAIMS,
 ]

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from fwdlib.bench import figures as bench_figures
 from fwdlib.statistics import Interval, median_interval, paired_ratio
 from report import published
-from report.names import BENCH, DESCENT, read
+from report.names import BENCH, BUDGET, DESCENT, read
+from report.sections import budget
 
 TEXTBOOK = "forward gradient, eager"
 ONE_GRAPH = "backprop one graph, compiled"
@@ -23,8 +24,8 @@ MODEL_OF_DESCENT = "mnist-mlp"
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Return what was measured, ``bench`` and ``descent``, each None if it was not."""
-    return {"bench": read(folder / BENCH), "descent": read(folder / DESCENT)}
+    """Return what was measured, ``bench``, ``descent`` and ``budget``, each None if it was not."""
+    return {name: read(folder / file) for name, file in (("bench", BENCH), ("descent", DESCENT), ("budget", BUDGET))}
 
 
 def context(measured: dict[str, Any]) -> dict[str, Any] | None:
@@ -46,6 +47,7 @@ def context(measured: dict[str, Any]) -> dict[str, Any] | None:
     found["not_faster"] = [m for m in found["bench"] if m["structured"]["rank-one"]["ratio"].high >= 1]
     found["dropped_in"] = [m for m in found["bench"] if m["dropped_in"]]
     found["compiled"] = [m for m in found["bench"] if m["compile_seconds"]]
+    found["budget"] = budget.context(measured.get("budget"))
     found["descent"] = _descent(measured["descent"], bench) if measured["descent"] else None
     return found
 

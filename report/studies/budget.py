@@ -109,8 +109,8 @@ def measure(settings: Settings, folder: Path, methods: Sequence[str] = PARTS) ->
     Returns:
         ``settings``, ``environment``; ``memory``, by network and method, the bytes of a step above the parameters; and
         ``runs``: for each training its network, method, learning rate, seed, purpose (``"tuning"`` or ``"measured"``),
-        number of steps, and by evaluation the ``seconds`` spent in steps, training and test loss; a training that
-        diverged ends early, with nan.
+        number of steps, and by evaluation the ``seconds`` spent in steps, training and test loss, and test accuracy; a
+        training that diverged ends early, with nan.
     """
     torch.set_num_threads(1)
     data, file = load_images("MNIST", num_test=2000), folder / BUDGET
@@ -149,7 +149,7 @@ def _train(
     inputs, targets = train_inputs[: settings.batch_size].clone(), data.train_targets[: settings.batch_size].clone()
     step = make_step(method, model, inputs, targets, BASE_RATE * 2.0**power)
     spent, steps = 0.0, 0
-    found: dict[str, list[float]] = {"seconds": [], "train": [], "test": []}
+    found: dict[str, list[float]] = {"seconds": [], "train": [], "test": [], "accuracy": []}
     for i in range(settings.num_evaluations + 1):
         while spent < seconds * i / settings.num_evaluations:
             rows = torch.randint(len(train_inputs), (settings.batch_size,), generator=draw)
@@ -160,15 +160,15 @@ def _train(
             spent += time.process_time() - started
             steps += 1
         with torch.no_grad():
-            part = slice(settings.num_train)
-            losses = [
-                float(F.cross_entropy(model(train_inputs[part]), data.train_targets[part])),
-                float(F.cross_entropy(model(test_inputs), data.test_targets)),
-            ]
-        for name, value in zip(found, (spent, *losses), strict=True):
+            part, logits = slice(settings.num_train), model(test_inputs)
+            train = float(F.cross_entropy(model(train_inputs[part]), data.train_targets[part]))
+            test = float(F.cross_entropy(logits, data.test_targets))
+            accuracy = float((logits.argmax(1) == data.test_targets).float().mean())
+        if has_diverged := not math.isfinite(train):
+            train = test = math.nan
+        for name, value in zip(found, (spent, train, test, accuracy), strict=True):
             found[name].append(value)
-        if not math.isfinite(losses[0]):
-            found["train"][-1] = found["test"][-1] = math.nan
+        if has_diverged:
             break
     return {"learning_rate": BASE_RATE * 2.0**power, "steps": steps, **found}
 

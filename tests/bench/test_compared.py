@@ -71,6 +71,16 @@ def test_all_forms_are_there_once():
     assert not any("channels_last" in str(variant) for variant in variants(nn.Linear(1, 1)))
 
 
+def test_of_a_large_model_three_forms_are_compiled():
+    large = variants(nn.Sequential(*[nn.Linear(1, 1) for _ in range(40)]))
+    assert {str(v) for v in large if v.compiled} == {
+        "backprop, compiled",
+        "backprop one graph, compiled",
+        "rank-one, compiled",
+    }
+    assert {str(v) for v in variants(nn.Linear(1, 1)) if not v.compiled} == {str(v) for v in large if not v.compiled}
+
+
 def test_quick_is_less_and_compiles_less():
     full, quick = variants(nn.Linear(1, 1)), variants(nn.Linear(1, 1), quick=True)
     assert set(quick) < set(full)

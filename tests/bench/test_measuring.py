@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 
 import pytest
@@ -105,6 +106,13 @@ def test_a_step_that_does_not_compile_is_not_timed_as_compiled(monkeypatch):
     monkeypatch.setattr(torch._inductor, "compile", broken)
     found = time_of("penguins-logistic", lambda _: [Variant("backprop"), Variant("rank-one", compiled=True)])
     assert "because RuntimeError: no kernel for this" in found["skipped"]["rank-one, compiled"]
+    assert set(found["seconds"]) == {"forward", "backprop, eager"}
+
+
+def test_a_package_that_is_not_installed_is_skipped(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchzero", None)
+    found = time_of("penguins-logistic", lambda _: [Variant("backprop"), Variant("torchzero")])
+    assert "torchzero" in found["skipped"]["torchzero, eager"]
     assert set(found["seconds"]) == {"forward", "backprop, eager"}
 
 

@@ -14,12 +14,15 @@ from torch import nn
 from fwdlib.bench.compared import MODELS
 from fwdlib.data import Dataset, Source
 from report.names import DESCENT
+from report.page import render
 from report.sections import cost
 from report.studies import descent as study
 from report.studies.common import RESULTS
 from tests.report.records import MACHINE
+from tests.report.test_budget_section import made_up
 
 ROUNDS = 9
+RIVALS = ("in-backward", "L checkpoints", "two-point")
 
 
 def rounds(seconds):
@@ -223,3 +226,25 @@ def test_the_committed_descents_can_be_continued(monkeypatch):
     methods = ["backprop", "rank-one", "per-example", "activity"]
     found = study.measure(study.FULL, RESULTS, methods)
     assert {run["method"] for run in found["runs"]} == set(methods)
+
+
+def test_the_section_begins_with_the_rivals_that_win(bench):
+    found = cost.context({"bench": with_rivals(bench), "descent": None, "budget": made_up()})
+    text = render.environment().get_template("sections/cost.md.j2").render(cost=found, infinity=math.inf)
+    first = text.split("\n\n")[1]
+    assert first.startswith("**Where a rival wins.** On the CNN (")
+    assert "on 1 of 2 models: the CNN (1.00 MB with two\\-point, 3.00 MB with rank-one)" in first
+    assert "% of backprop's, but 15 % of what the strictest rival needs (L checkpoints" in text
+    assert "figures/front.svg" in text
+    assert "On the MLP L checkpoints has the lowest test loss" in text
+    assert "the strictest rival" not in _text_of(cost.context({"bench": _without_rivals(bench), "descent": None}))
+
+
+def _text_of(found):
+    return render.environment().get_template("sections/cost.md.j2").render(cost=found, infinity=math.inf)
+
+
+def _without_rivals(bench):
+    for of in [*bench["models"].values(), *bench["depth"].values()]:
+        of["memory"] = {name: held for name, held in of["memory"].items() if name not in RIVALS}
+    return bench

@@ -1,0 +1,117 @@
+"""Published claims on what avoiding backpropagation costs and what workers send; see :mod:`report.sections.claims`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fwdlib.statistics import Interval
+from report import published
+from report.sections import lookups
+from report.sections.budget import AVOIDING
+from report.sections.lookups import Lookup
+from report.sections.verdicts import Cases, Claim, above, below, made, within
+
+Context = dict[str, Any]
+AVOIDED, DIMENSION_FREE = "[@panchal2025]", "[@li2024]"
+QUOTED = published.load()["avoiding_backprop"]
+CHECKPOINTED = "backprop with checkpoints"
+MEGABYTE = 1e6
+
+
+def _under_budget(quantity: str) -> Lookup:
+    # Checkpointed backprop against each method without a backward pass, on each network.
+    def cases(context: Context) -> Cases:
+        against = made(context, "cost", "budget", "against")
+        found = {
+            f"{method}, {network}": of[quantity] for network, rows in against.items() for method, of in rows.items()
+        }
+        return {case: value for case, value in found.items() if value is not None}
+
+    return cases
+
+
+def _at_depth(context: Context) -> dict[str, dict[str, Any]]:
+    rivals = made(context, "cost", "depth", "rivals")
+    return {method: rivals[method] for method in AVOIDING if method in rivals}
+
+
+def _time_at_depth(context: Context) -> Cases:
+    # `ratio` is rank-one's time over a rival's
+    exact, found = made(context, "cost", "depth", "rivals", "exact", "ratio"), _at_depth(context)
+    return {method: lookups.quotient(exact, of["ratio"]) for method, of in found.items()}
+
+
+def _memory_at_depth(context: Context) -> Cases:
+    exact, found = made(context, "cost", "depth", "rivals", "exact", "memory"), _at_depth(context)
+    return {method: lookups.point(of["memory"] / exact) for method, of in found.items()}
+
+
+def _megabytes_to_converge(context: Context) -> Cases:
+    sent = made(context, "scaling", "most")
+    rows = {row["method"]: row["steps"] for row in made(context, "cost", "descent", "rows")}
+    pairs = {"rank-one": "FG-RANK1, K = 1", "rank-one, K = 16": "FG-RANK1, K = 16"}
+    return {
+        method: Interval(*(steps * sent[name] / MEGABYTE for steps in rows[method]))
+        for method, name in pairs.items()
+        if method in rows
+    }
+
+
+def _bytes_of_a_number(context: Context) -> Cases:
+    sent, gradient = made(context, "scaling", "most"), made(context, "scaling", "gradient")
+    return {name.removeprefix("FG-RANK1, "): lookups.point(of / gradient) for name, of in sent.items()}
+
+
+CLAIMS = [
+    Claim(
+        f"{AVOIDED}, abstract",
+        f"At comparable memory, {CHECKPOINTED} is more accurate, by up to {QUOTED['accuracy']} %.",
+        "test accuracy ahead by [points], after the same time",
+        _under_budget("accuracy"),
+        above(0),
+        {"holds": "a few numbers about the gradient a step are not enough", "partly": "it depends on the tangents"},
+    ),
+    Claim(
+        f"{AVOIDED}, abstract",
+        f"It converges faster, by up to {QUOTED['convergence']} %.",
+        "its time to the best test loss of the other method, over the other's",
+        _under_budget("time"),
+        below(1),
+        {"holds": "it needs far fewer steps", "partly": "it depends on the tangents"},
+    ),
+    Claim(
+        f"{AVOIDED}, abstract",
+        f"It takes fewer computations, by a factor of up to {QUOTED['computations']}.",
+        f"time of a step over that of {CHECKPOINTED}, at the greatest depth",
+        _time_at_depth,
+        above(1),
+        {
+            "fails": "a step costs less; it is their number that costs more",
+            "partly": "two losses with new random numbers cost more, a pass with rank-one tangents less",
+        },
+    ),
+    Claim(
+        f"{AVOIDED}, abstract",
+        "Its memory is comparable to that of methods without a backward pass.",
+        f"memory above the parameters over that of {CHECKPOINTED}, at the greatest depth",
+        _memory_at_depth,
+        within(0.5, 2),
+        {"holds": "within a factor of two", "partly": "within a factor of two", "fails": "they need less than half"},
+    ),
+    Claim(
+        f"{DIMENSION_FREE}, abstract",
+        f"A worker need exchange only around {QUOTED['megabytes']} MB in total.",
+        "what a worker sends until the training loss of the descents [MB]",
+        _megabytes_to_converge,
+        below(2 * QUOTED["megabytes"]),
+        {"holds": "less than twice that", "fails": "there are too many steps", "inconclusive": "the seeds differ"},
+    ),
+    Claim(
+        f"{DIMENSION_FREE}, title",
+        "What is sent in a step does not grow with the number of parameters.",
+        "bytes that a worker sends in a step, over those of a gradient",
+        _bytes_of_a_number,
+        below(0.001),
+        {"holds": "the derivatives and the loss, whatever the network"},
+    ),
+]
