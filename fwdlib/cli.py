@@ -235,11 +235,15 @@ class Bench:
     models: tuple[str, ...] = ()
     """Measure only these models, for example mnist-mlp paper-cnn. A wrong name lists all."""
     memory: bool = True
-    """Measure the peak memory of a step, each in a process of its own."""
+    """Measure the peak memory of a step, those of a model in a process of their own."""
     depth: bool = True
     """Measure MLPs of 1 to 100 layers."""
     batch: int | None = None
     """Examples in a batch. (default: each model's own)"""
+    threads: int | None = None
+    """Threads of torch. (default: as many as torch takes)"""
+    peers: bool = False
+    """Time other packages with forward gradients, too, as far as they are installed: torchzero."""
     out: Path | None = None
     """The JSON file. (default: build/bench-DEVICE.json, with -quick or -partial in its name if it is)"""
 
@@ -254,17 +258,18 @@ class Bench:
         from fwdlib.results import write_json
 
         partial = bool(self.models) or not (self.memory and self.depth)
-        path = self.out or benchmark.default_path(self.device, quick=self.quick, batch=self.batch, partial=partial)
+        options = {"quick": self.quick, "batch": self.batch, "threads": self.threads}
+        path = self.out or benchmark.default_path(self.device, partial=partial, **options)
         path = path.expanduser()
         check_writable(path)
         check_own(path.parent, [path.name], path.name, ("format", "environment", "models", "depth"))
         found = benchmark.run(
             device=self.device,
             models=self.models or None,
-            batch=self.batch,
             memory=self.memory,
             depth=self.depth,
-            quick=self.quick,
+            peers=self.peers,
+            **options,
         )
         print(table.text(found), flush=True)
         write_json(path, found)

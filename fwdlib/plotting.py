@@ -48,6 +48,12 @@ METHOD_STYLES = {
     "DKP": {"color": "#882255", "linestyle": (0, (6, 2, 1, 2))},
     "DFA": {"color": "0.5", "linestyle": (0, (1, 3))},
     "FG-CV": {"color": "#999933", "linestyle": (0, (3, 1))},
+    "in-backward": {"color": "#332288", "linestyle": "-"},
+    "2 checkpoints": {"color": "#4477AA", "linestyle": (0, (6, 1))},
+    "√L checkpoints": {"color": "#66A0D0", "linestyle": (0, (3, 1))},
+    "L checkpoints": {"color": "#88CCEE", "linestyle": (0, (1, 1))},
+    "two-point": {"color": "#AA4499", "linestyle": (0, (5, 2, 1, 2))},
+    "torchzero": {"color": "#661100", "linestyle": (0, (2, 2))},
 }
 
 

@@ -118,9 +118,11 @@ def rank_one_factors(
     pieces = iter(draw_signs((num_tangents, sum(sizes)), first).split(sizes, dim=1))
     factors = {}
     for name, (left, right) in shapes.items():
-        a = next(pieces).reshape(num_tangents, *left).to(params[name].dtype)
-        b = None if right is None else next(pieces).reshape(num_tangents, *right).to(params[name].dtype)
-        factors[name] = RankOne(a, b)
+        a, dtype = next(pieces), params[name].dtype
+        b = None if right is None else next(pieces)
+        a = a if len(left) == 1 else a.reshape(num_tangents, *left)
+        b = b if right is None or len(right) == 1 else b.reshape(num_tangents, *right)
+        factors[name] = RankOne(a.to(dtype), b if b is None else b.to(dtype))
     return factors
 
 

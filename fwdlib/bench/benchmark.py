@@ -55,6 +55,8 @@ def run(
     memory: bool = True,
     depth: bool = True,
     quick: bool = False,
+    peers: bool = False,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Measure everything and return the numbers, to be saved as JSON.
 
@@ -65,6 +67,8 @@ def run(
         memory: whether to measure peak memory.
         depth: whether to measure MLPs of increasing depth.
         quick: measure less, only to see that everything runs.
+        peers: time other packages, too, as far as they are installed.
+        threads: of torch; None for what it takes by itself.
 
     Returns:
         ``format, quick, environment, load`` (of the machine, before the start), ``settings``; ``models``, name -> what
@@ -80,6 +84,8 @@ def run(
         check_choice("models", name, MODELS)
     if batch is not None:
         check_count("batch", batch)
+    if threads is not None:
+        torch.set_num_threads(check_count("threads", threads))
     extent = QUICK if quick else FULL
     depths = extent.depths if depth else ()
     of_models = COMPARED if memory and not quick else ()  # methods whose memory is measured
@@ -94,11 +100,11 @@ def run(
         "models": {},
         "depth": {},
     }
-    total = len(names) * (1 + len(of_models)) + len(depths) * (1 + len(of_depths))
+    total = len(names) * (1 + bool(of_models)) + len(depths) * (1 + bool(of_depths))
     with tqdm(total=total, desc="bench", unit="measurement") as bar:
         measure = partial(_measure, extent, on, batch, bar)
         for name in names:
-            found["models"][name] = measure(name, partial(variants, quick=quick), of_models)
+            found["models"][name] = measure(name, partial(variants, quick=quick, peers=peers), of_models)
         for n in depths:
             found["depth"][str(n)] = measure(f"{n}x{extent.width}", lambda _: map(Variant, SWEPT), of_depths)
     return found
@@ -119,17 +125,19 @@ def _measure(
     found = measure_time(find_task(name), forms, device, batch, show, **extent.timing)
     gc.collect()
     bar.update()
-    for method in methods:
-        show(f"memory of {method}")
+    if methods:
+        show("memory")
         try:
-            found.setdefault("memory", {})[method] = measure_memory(name, method, device, batch)
+            found["memory"] = measure_memory(name, methods, device, batch)
         except RuntimeError as error:
-            found["skipped"][f"memory of {method}"] = reason_of(error)
+            found["skipped"]["memory"] = reason_of(error)
         bar.update()
     return found
 
 
-def default_path(device: str, *, quick: bool = False, batch: int | None = None, partial: bool = False) -> Path:
+def default_path(
+    device: str, *, quick: bool = False, batch: int | None = None, partial: bool = False, threads: int | None = None
+) -> Path:
     """Return where a result goes; ``build/bench-cpu.json`` in the checkout if the result is complete.
 
     Every restriction adds a word to the file's name, so that no committed result is overwritten by less.
@@ -139,7 +147,9 @@ def default_path(device: str, *, quick: bool = False, batch: int | None = None, 
         quick: whether less was measured.
         batch: the number of examples, if it was given.
         partial: whether models, memory or depth were left out.
+        threads: the number of threads, if it was given.
     """
     words = ["bench", device.partition(":")[0], *([f"batch{batch}"] if batch is not None else [])]
+    words += [f"threads{threads}"] if threads is not None else []
     words += ["partial"] * partial + ["quick"] * quick
     return (runtime.project_root() or Path.cwd()) / "build" / f"{'-'.join(words)}.json"

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from fwdlib import runtime
+from fwdlib.bench import networks, rivals
+from fwdlib.bench.rivals import CHECKPOINTS, OPTIMIZERS, Step
 from fwdlib.checks import check_choice, check_count
 from fwdlib.estimators import forward_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
@@ -24,10 +26,12 @@ from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.stacked.step import SGDStep
 
 LEARNING_RATE = 1e-9
-COMPARED = ("backprop", "forward gradient", "rank-one", "per-example", "activity")  # names of METHOD_STYLES
-SWEPT = COMPARED[:3]  # over the depth of an MLP
-
-Step = Callable[[], Tensor]
+OURS = ("forward gradient", "rank-one", "per-example", "activity")
+COMPARED = ("backprop", *CHECKPOINTS, "two-point", *OURS)  # names of METHOD_STYLES
+SWEPT = COMPARED[:-2]  # over the depth of an MLP
+PEERS = ("torchzero",)
+DROPPED_IN = ("backprop", "in-backward", "rank-one")  # timed with each of torch's optimizers, too
+OWN_MODEL = tuple(CHECKPOINTS)  # they leave hooks at the parameters
 
 
 class Task(NamedTuple):
@@ -40,6 +44,8 @@ class Task(NamedTuple):
     shape: tuple[int, ...]
     """Shape of one example."""
     num_classes: int
+    vocabulary: int = 0
+    """Of the tokens that the inputs are; 0 if they are numbers."""
 
 
 def perceptron(*widths: int) -> nn.Sequential:
@@ -83,6 +89,10 @@ MODELS = {
     "mnist-mlp": Task("MNIST MLP 784-1024-1024-10", lambda: perceptron(784, 1024, 1024, 10), 64, (784,), 10),
     "kmnist-cnn": Task("KMNIST CNN of notebook 3", CNN, 500, (1, 28, 28), 10),
     "paper-cnn": Task("CNN of the paper", paper_cnn, 64, (1, 28, 28), 10),
+    "vit": Task("vision transformer", networks.vit, 16, (3, 32, 32), 10),
+    "gpt": Task("GPT-style transformer", networks.gpt, 16, (64,), 256, vocabulary=256),
+    "resnet18": Task("ResNet-18", networks.resnet18, 8, (3, 32, 32), 10),
+    "mobilenet-v3": Task("MobileNetV3 small", networks.mobilenet_v3, 8, (3, 64, 64), 10),
 }
 
 
@@ -112,8 +122,12 @@ def prepare(
     model = initialise(task.build, 0).to(device).train()
     draw = runtime.generator(0, purpose="benchmark")
     batch = check_count("batch", task.batch if batch is None else batch)
-    inputs = torch.randn(batch, *task.shape, generator=draw).to(device)
-    return model, inputs, torch.randint(task.num_classes, (batch,), generator=draw).to(device)
+    if task.vocabulary:
+        inputs = torch.randint(task.vocabulary, (batch, *task.shape), generator=draw)
+    else:
+        inputs = torch.randn(batch, *task.shape, generator=draw)
+    targets = torch.randint(task.num_classes, inputs.shape if task.vocabulary else (batch,), generator=draw)
+    return model, inputs.to(device), targets.to(device)
 
 
 class Variant(NamedTuple):
@@ -126,28 +140,40 @@ class Variant(NamedTuple):
     form: str = ""
     """``"channels_last"`` for convolutional models; ``"one graph"`` for backprop, whose forward pass, backward pass and
     update are then traced into one graph by hand."""
+    optimizer: str = ""
+    """One of :data:`~fwdlib.bench.rivals.OPTIMIZERS`, into which the method drops ``.grad``; empty for plain SGD in the
+    method's own fastest form."""
 
     def __str__(self) -> str:
         """Return the label and the mode, separated by a comma."""
         label = f"{self.method} K={self.num_tangents}" if self.num_tangents > 1 else self.method
+        label = f"{label} with {self.optimizer}" if self.optimizer else label
         return f"{label} {self.form}".rstrip() + (", compiled" if self.compiled else ", eager")
 
 
-def variants(model: nn.Module, *, quick: bool = False) -> list[Variant]:
-    """Return the variants to time for a model. A quick run has fewer, and only three compiled ones."""
+def variants(model: nn.Module, *, quick: bool = False, peers: bool = False) -> list[Variant]:
+    """Return the variants to time for a model. A quick run has fewer, and only three compiled ones.
+
+    Args:
+        model: the model.
+        quick: whether the run is quick.
+        peers: whether to time other packages, too.
+    """
     has_convolution = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    found = [Variant("forward gradient")]
+    found = [Variant(method) for method in (*CHECKPOINTS, "two-point", "forward gradient")]
+    found += [Variant(method) for method in PEERS if peers]
+    found += [Variant(method, optimizer=name) for method in DROPPED_IN for name in OPTIMIZERS if not quick]
     for compiled in (False, True):
         forms = ["", *(["channels_last"] if has_convolution else []), *(["one graph"] if compiled else [])]
         found += [Variant("backprop", compiled=compiled, form=form) for form in forms]
-        found += [Variant(method, 1, compiled) for method in COMPARED[2:]]
+        found += [Variant(method, 1, compiled) for method in OURS[1:]]
         found += [Variant("rank-one", 1, compiled, "channels_last")] if has_convolution else []
         found += [] if quick else [Variant("rank-one", k, compiled) for k in (4, 16)]
     if quick:
         backprop = Variant("backprop", compiled=True)
         kept = (backprop, backprop._replace(form="one graph"), Variant("rank-one", compiled=True))
         found = [variant for variant in found if not variant.compiled or variant in kept]
-    return sorted(found, key=lambda variant: COMPARED.index(variant.method))
+    return sorted(found, key=lambda variant: (*COMPARED, *PEERS).index(variant.method))
 
 
 def make_step(variant: Variant, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
@@ -158,9 +184,17 @@ def make_step(variant: Variant, model: nn.Module, inputs: Tensor, targets: Tenso
     if variant.method == "backprop":
         if variant.form == "one graph":
             return _one_graph(model, inputs, targets)
-        return _backprop(model, inputs, targets, compiled=variant.compiled)
+        return _backprop(model, inputs, targets, variant.optimizer or "SGD", compiled=variant.compiled)
+    if variant.method in CHECKPOINTS:
+        return rivals.in_backward(model, inputs, targets, LEARNING_RATE, variant.method, variant.optimizer)
+    if variant.method == "two-point":
+        return rivals.two_point(model, inputs, targets, LEARNING_RATE)
+    if variant.method == "torchzero":
+        return rivals.torchzero(model, inputs, targets, LEARNING_RATE)
     if variant.method == "forward gradient":
-        return _textbook(model, inputs, targets)
+        return _dropped_in(model, inputs, targets, "normal", "SGD")
+    if variant.optimizer:
+        return _dropped_in(model, inputs, targets, variant.method, variant.optimizer)
     step = SGDStep(
         model,
         learning_rate=LEARNING_RATE,
@@ -171,11 +205,14 @@ def make_step(variant: Variant, model: nn.Module, inputs: Tensor, targets: Tenso
     return lambda: step(inputs, targets)
 
 
-def _textbook(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
-    objective, optimizer = BatchLoss(model, inputs, targets), torch.optim.SGD(model.parameters(), LEARNING_RATE)
+def _dropped_in(model: nn.Module, inputs: Tensor, targets: Tensor, tangents: str, optimizer_name: str) -> Step:
+    objective, optimizer = (
+        BatchLoss(model, inputs, targets),
+        OPTIMIZERS[optimizer_name](model.parameters(), LEARNING_RATE),
+    )
 
     def step() -> Tensor:
-        estimate = forward_gradient(objective, params_of(model), tangents="normal")
+        estimate = forward_gradient(objective, params_of(model), tangents=tangents)
         assign_gradients(model, estimate.grads)
         optimizer.step()
         return estimate.loss
@@ -183,13 +220,13 @@ def _textbook(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
     return step
 
 
-def _backprop(model: nn.Module, inputs: Tensor, targets: Tensor, *, compiled: bool) -> Step:
+def _backprop(model: nn.Module, inputs: Tensor, targets: Tensor, optimizer_name: str, *, compiled: bool) -> Step:
     def evaluate(inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(inputs), targets)
 
     # without fullgraph, torch silently runs what it cannot compile
     loss_of = torch.compile(evaluate, fullgraph=True, dynamic=False, mode=_mode(inputs)) if compiled else evaluate
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    optimizer = OPTIMIZERS[optimizer_name](model.parameters(), LEARNING_RATE)
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)

@@ -44,6 +44,7 @@ def plot_cost(bench: dict[str, Any]) -> Figure:
     entries = list(bench["models"].values())
     names = [name for entry in entries for name in entry["seconds"] if name != "forward"]
     labels = list(dict.fromkeys(_parts(name)[0] for name in names))
+    labels = [label for label in labels if " with " not in label]
     labels.sort(key=lambda label: list(METHOD_STYLES).index(label.split(" K=")[0]))
     columns = min(3, len(entries))
     rows = -(-len(entries) // columns)
@@ -60,12 +61,96 @@ def plot_cost(bench: dict[str, Any]) -> Figure:
     grey = {"color": "0.3", "linestyle": "", "markersize": 5.5}
     handles = [Line2D([], [], marker="o", markerfacecolor="white", label="eager", **grey)]
     handles += [Line2D([], [], marker="o", label="compiled", **grey)]
-    forms = dict.fromkeys(_parts(name)[1] for name in names)
+    forms = dict.fromkeys(_parts(name)[1] for name in names if " with " not in name)
     handles += [Line2D([], [], marker=COST_MARKS[form][0], label=form, **grey) for form in forms if form]
     title = f"time of a training step on {bench['environment']['device']}"
     legend_below(figure, handles, title=title, title_fontsize=9)
     _stamp_quick(figure, bench)
     return figure
+
+
+@styled
+def plot_front(bench: dict[str, Any]) -> Figure:
+    """Draw time against peak memory of an eager step, one dot for each method, one panel for each model.
+
+    The grey steps are the Pareto front: below and left of them there is no method. A dot with a black edge is on it.
+
+    Args:
+        bench: as :func:`fwdlib.bench.benchmark.run` returns it, or read from its JSON file.
+
+    Returns:
+        A figure with a panel for each model with memories, three in a row, both axes logarithmic.
+
+    Raises:
+        ValueError: if no memory was measured.
+    """
+    entries = [entry for entry in bench["models"].values() if entry.get("memory")]
+    if not entries:
+        raise ValueError("bench has no memories: measure again without --no-memory and without --quick")
+    columns = min(3, len(entries))
+    rows = -(-len(entries) // columns)
+    figure = Figure(figsize=(1 + 2.8 * columns, 0.9 + 2.1 * rows))
+    panels = figure.subplots(rows, columns, squeeze=False)
+    drawn: dict[str, Any] = {}
+    for axes, entry in zip(panels.flat, entries, strict=False):
+        drawn |= _draw_front(axes, entry)
+    for axes in panels.flat[len(entries) :]:
+        axes.set_visible(False)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("memory [MB]")
+    for axes in panels.flat[max(len(entries) - columns, 0) : len(entries)]:
+        axes.set_xlabel("time over the fastest backprop's")
+    legend_below(figure, [drawn[method] for method in METHOD_STYLES if method in drawn])
+    _stamp_quick(figure, bench)
+    return figure
+
+
+def front(points: dict[str, tuple[float, float]]) -> list[str]:
+    """Return the names of the points on the Pareto front, by time: of each no other is both as fast and as small.
+
+    Args:
+        points: name -> time, memory.
+    """
+    found: list[str] = []
+    for name in sorted(points, key=points.__getitem__):
+        if not found or points[name][1] < points[found[-1]][1]:
+            found.append(name)
+    return found
+
+
+def time_and_memory(entry: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return for each method with a memory the eager time over the fastest backprop's, and the bytes.
+
+    Args:
+        entry: of a model, as :func:`fwdlib.bench.measuring.measure_time` returns it, with ``memory``.
+    """
+    seconds = entry["seconds"]
+    return {
+        method: (paired_ratio(seconds[f"{method}, eager"], seconds[entry["reference"]]).estimate, held)
+        for method, held in entry["memory"].items()
+        if f"{method}, eager" in seconds
+    }
+
+
+def _draw_front(axes: Axes, entry: dict[str, Any]) -> dict[str, Any]:
+    # below 0.1 MB is what the system rounds to, and a logarithm has no zero
+    points = {name: (t, max(held / 1e6, 0.1)) for name, (t, held) in time_and_memory(entry).items()}
+    best = front(points)
+    steps = np.array([points[name] for name in best])
+    axes.step(*steps.T, where="post", color="0.7", linewidth=1, zorder=1)
+    drawn = {}
+    for name, (t, held) in points.items():
+        edge = "black" if name in best else "white"
+        style = {"color": METHOD_STYLES[name]["color"], "markeredgecolor": edge, "markersize": 7, "linestyle": ""}
+        (drawn[name],) = axes.plot(t, held, marker="o", label=name, **style)
+    axes.set_title(f"{entry['title']}\nbatch {entry['batch']}", fontsize=9)
+    axes.set(xscale="log", yscale="log")
+    axes.margins(0.12)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.set_minor_formatter(ticker.NullFormatter())
+    return drawn
 
 
 @styled
@@ -162,7 +247,7 @@ def _parts(name: str) -> tuple[str, str, bool]:
 def _draw_ratios(axes: Axes, labels: Sequence[str], entry: dict[str, Any]) -> None:
     axes.axvline(1, color="0.2", linewidth=1)
     for name, seconds in entry["seconds"].items():
-        if name != "forward":
+        if name != "forward" and " with " not in name:
             _draw_ratio(axes, labels, name, paired_ratio(seconds, entry["seconds"][entry["reference"]]))
     axes.set_title(f"{entry['title']}\nbatch {entry['batch']}", fontsize=9)
     axes.set(xscale="log", ylim=(len(labels) - 0.5, -0.5))

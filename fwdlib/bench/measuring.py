@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fwdlib import runtime
-from fwdlib.bench import memory
-from fwdlib.bench.compared import COMPARED, Step, Task, Variant, find_task, make_step, perceptron, prepare
+from fwdlib.bench import memory, networks
+from fwdlib.bench.compared import COMPARED, OWN_MODEL, Step, Task, Variant, find_task, make_step, perceptron, prepare
 from fwdlib.checks import check_choice, check_count
 from fwdlib.models import num_parameters
 
@@ -100,7 +102,8 @@ def measure_time(
         timing: options of :func:`interleave`.
 
     Returns:
-        ``title, batch, num_params``; ``seconds``, variant -> a list by round; ``skipped``, variant -> reason; and
+        ``title, batch, num_params``; ``seconds``, variant -> a list by round; ``compile_seconds``, what the first two
+        calls of a compiled variant took; ``skipped``, variant -> reason; and
         ``reference``, the fastest variant of backprop by the median. ``"one graph"`` does not count as a reference,
         for torch does not offer it.
     """
@@ -113,6 +116,7 @@ def measure_time(
 
     methods: dict[str, Step] = {FORWARD: evaluate}
     skipped: dict[str, str] = {}
+    compile_seconds: dict[str, float] = {}
     has_compiler = runtime.has_compiler()
     for variant in forms(model):
         show(str(variant))
@@ -120,26 +124,31 @@ def measure_time(
             skipped[str(variant)] = NO_COMPILER
             continue
         try:
-            step = make_step(variant, model, inputs, targets)
+            own = copy.deepcopy(model) if variant.method in OWN_MODEL else model
+            step = make_step(variant, own, inputs, targets)
+            started = time.perf_counter()
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "SGDStep runs as with compiled=False")  # not timed as compiled
                 for _ in range(2):  # a compiled step compiles at its first or second call
                     step()
             methods[str(variant)] = step
+            if variant.compiled:
+                compile_seconds[str(variant)] = time.perf_counter() - started
         except Exception as error:  # a compiler may raise anything; the other variants can still be timed
-            if not variant.compiled and not isinstance(error, torch.OutOfMemoryError):
+            if not variant.compiled and not isinstance(error, (torch.OutOfMemoryError, ImportError)):
                 raise
             skipped[str(variant)] = reason_of(error)
     show("timing")
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = interleave(methods, synchronize=synchronize, **timing)
-    candidates = [name for name in seconds if name.startswith("backprop") and "one graph" not in name]
+    candidates = [name for name in seconds if name.startswith("backprop") and not re.search("one graph| with ", name)]
     return {
         "title": task.title,
         "batch": len(inputs),
         "num_params": num_parameters(model),
         "reference": min(candidates, key=lambda name: np.median(seconds[name])),
         "seconds": seconds,
+        "compile_seconds": compile_seconds,
         "skipped": skipped,
     }
 
@@ -150,27 +159,30 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def measure_memory(name: str, method: str, device: torch.device | str = "cpu", batch: int | None = None) -> int:
-    """Return the bytes that an eager step needs at its peak beyond model and batch, measured in a new process.
+def measure_memory(
+    name: str, methods: Sequence[str], device: torch.device | str = "cpu", batch: int | None = None
+) -> dict[str, int]:
+    """Return the bytes that an eager step of each method needs at its peak beyond model and batch, in a new process.
 
     Args:
         name: of the model, as :func:`find_task` takes it.
-        method: one of :data:`COMPARED`.
-        device: where the step runs, see :func:`fwdlib.bench.memory.peak_bytes`.
+        methods: some of :data:`COMPARED`.
+        device: where the steps run, see :func:`fwdlib.bench.memory.peak_bytes`.
         batch: number of examples; None for the task's own.
 
     Raises:
-        ValueError: if name or method is unknown.
+        ValueError: if name or a method is unknown.
         RuntimeError: if the process fails; the message says why.
     """
     find_task(name)
-    check_choice("method", method, COMPARED)
-    arguments = {"method": method, "name": name, "device": str(device), "batch": batch}
-    return memory.peak_bytes("fwdlib.bench.measuring:_steps", arguments, device)
+    for method in methods:
+        check_choice("method", method, COMPARED)
+    arguments = {"methods": methods, "name": name, "device": str(device), "batch": batch}
+    return dict(zip(methods, memory.peaks_bytes("fwdlib.bench.measuring:_steps", arguments, device), strict=True))
 
 
-def _steps(method: str, **where: Any) -> Callable[[], None]:
-    return steps_to_measure(partial(make_step, Variant(method)), **where)
+def _steps(methods: Sequence[str], **where: Any) -> list[Callable[[], None]]:
+    return [steps_to_measure(partial(make_step, Variant(method)), **where) for method in methods]
 
 
 def steps_to_measure(
@@ -194,9 +206,12 @@ def steps_to_measure(
         step = make(model, inputs, targets)
         for _ in range(STEPS_OF_MEMORY):
             step()
+        model.zero_grad()  # what is left would be there before the next piece of work
 
     task = find_task(name)
-    if len(task.shape) == 1:
+    if task.vocabulary:
+        tiny = Task("tiny transformer", lambda: networks.gpt(4, 8, 8, 1), 2, (8,), 4, vocabulary=4)
+    elif len(task.shape) == 1:
         tiny = Task("tiny MLP", lambda: perceptron(8, 8, 2), 4, (8,), 2)
     else:
         tiny = Task("tiny CNN", lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten()), 4, (1, 8, 8), 72)

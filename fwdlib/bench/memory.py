@@ -14,6 +14,8 @@ import torch
 
 from fwdlib import children
 
+M_MMAP_THRESHOLD = -3  # as glibc numbers it
+
 
 def peak_bytes(function: str, arguments: Mapping[str, object], device: torch.device | str = "cpu") -> int:
     """Return the bytes that a piece of work needs at its peak, measured in a new process.
@@ -100,6 +102,7 @@ def _status(key: str) -> int:
 
 
 def _main(function: str, arguments: str, device: str) -> None:
+    _give_back_at_once()
     module, _, name = function.partition(":")
     work = getattr(importlib.import_module(module), name)(**json.loads(arguments))
     if callable(work):
@@ -111,6 +114,13 @@ def _main(function: str, arguments: str, device: str) -> None:
         _give_back()
         found.append(_peak_of(one, device))
     print(*found)
+
+
+def _give_back_at_once() -> None:
+    # Each large tensor has pages of its own, so what is counted is what is alive, and not gaps between tensors.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**16)
 
 
 def _give_back() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fwdlib.bench.compared import SWEPT, Variant
+from fwdlib.bench.compared import OURS, SWEPT, Variant
 from fwdlib.bench.measuring import FORWARD, NO_COMPILER
 from fwdlib.results import interval_text
 from fwdlib.statistics import Interval, paired_ratio
@@ -38,18 +38,21 @@ def text(found: dict[str, Any]) -> str:
 def _model_lines(entry: dict[str, Any]) -> Iterator[str]:
     seconds, reference, memory = entry["seconds"], entry["reference"], entry.get("memory", {})
     yield f"{entry['title']}, batch {entry['batch']}, {entry['num_params']} parameters"
-    rows = [("", "step [ms]", "R", "ratio to fastest backprop", "memory [MB]")]
+    compiling = entry.get("compile_seconds", {})
+    rows = [("", "step [ms]", "R", f"ratio to {reference}", "memory [MB]", "compiled in [s]")]
     for name, values in seconds.items():
         ratio = "" if name == FORWARD else interval_text(paired_ratio(values, seconds[reference]), "{:.2f}")
         method, _, mode = name.partition(", ")
         megabytes = f"{memory[method] / 1e6:.1f}" if method in memory and mode == "eager" else ""
-        rows.append((name, _milliseconds(values), _relative(values, seconds[FORWARD]), ratio, megabytes))
+        in_seconds = f"{compiling[name]:.0f}" if name in compiling else ""
+        rows.append((name, _milliseconds(values), _relative(values, seconds[FORWARD]), ratio, megabytes, in_seconds))
     yield from _aligned(rows)
     for name, reason in entry["skipped"].items():
         if reason != NO_COMPILER:
             yield f"  skipped {name}: {reason}"
     medians = {name: np.median(values) for name, values in seconds.items()}
-    best = min((name for name in seconds if name != FORWARD and "backprop" not in name), key=medians.get)
+    ours = [name for name in seconds if any(name.startswith(method) for method in OURS)]
+    best = min(ours, key=medians.get)
     one_graph = str(Variant("backprop", compiled=True, form="one graph"))
     against = [reference, *([one_graph] if one_graph in seconds else [])]
     ratios = [f"{interval_text(paired_ratio(seconds[best], seconds[name]), '{:.2f}')} of {name}" for name in against]
@@ -58,15 +61,18 @@ def _model_lines(entry: dict[str, Any]) -> Iterator[str]:
 
 def _depth_lines(found: dict[str, Any]) -> Iterator[str]:
     batch = next(iter(found["depth"].values()))["batch"]
-    yield f"MLP of n layers of width {found['settings']['width']}, batch {batch}: R, memory [MB]"
-    rows = [("layers", "forward [ms]", *SWEPT, *(f"{method} [MB]" for method in SWEPT))]
-    for layers, entry in found["depth"].items():
-        seconds, memory = entry["seconds"], entry.get("memory", {})
-        keys = [str(Variant(method)) for method in SWEPT]
-        relative = [_relative(seconds[key], seconds[FORWARD]) if key in seconds else "-" for key in keys]
-        megabytes = [f"{memory[method] / 1e6:.1f}" if method in memory else "-" for method in SWEPT]
-        rows.append((layers, _milliseconds(seconds[FORWARD]), *relative, *megabytes))
-    yield from _aligned(rows)
+    for what in ("time over a plain forward evaluation", "memory [MB]"):
+        yield f"MLP of n layers of width {found['settings']['width']}, batch {batch}: {what}"
+        rows = [("layers", *SWEPT)]
+        for layers, entry in found["depth"].items():
+            seconds, memory = entry["seconds"], entry.get("memory", {})
+            if what.startswith("time"):
+                keys = [str(Variant(method)) for method in SWEPT]
+                row = [_relative(seconds[key], seconds[FORWARD]) if key in seconds else "-" for key in keys]
+            else:
+                row = [f"{memory[method] / 1e6:.1f}" if method in memory else "-" for method in SWEPT]
+            rows.append((layers, *row))
+        yield from _aligned(rows)
 
 
 def _milliseconds(values: Sequence[float]) -> str:

@@ -175,6 +175,7 @@ def evaluate(
         with requiring_grad(own.values()):
             loss = run(objective.model, objective.run, perturbation, own)
     else:
+        objective.check_names(params)
         leaves = _leaves(params)
         with swapped(objective.model, leaves, {} if buffers is None else buffers):
             loss = run(objective.model, objective.run, perturbation, leaves)
@@ -231,7 +232,8 @@ def run(
         _refuse_script(modules, params)
     try:
         with _eager(), Pass(perturbation, params, calls) as stacked_pass:
-            return tree_map(stacked_pass.result, call())
+            found = call()
+            return stacked_pass.result(found) if isinstance(found, Tensor) else tree_map(stacked_pass.result, found)
     except RuntimeError as error:
         if isinstance(error, NotImplementedError) or not any(words in str(error) for words in BELOW):
             raise
@@ -293,13 +295,11 @@ def check_objective(objective: Objective, params: Params) -> None:
 
     Raises:
         TypeError: as :func:`stacked_gradient`.
-        ValueError: if there are no parameters, the model does not have them, or the batch is empty.
+        ValueError: if there are no parameters, or the batch is empty.
     """
     check_params(params)
-    if isinstance(objective, ModelLoss):
-        objective.check_names(params)
-        if objective.num_examples == 0:
-            raise ValueError("inputs is an empty batch, whose mean loss is not a number: pass at least one example")
+    if isinstance(objective, ModelLoss) and objective.num_examples == 0:
+        raise ValueError("inputs is an empty batch, whose mean loss is not a number: pass at least one example")
 
 
 def _num_examples(objective: Objective) -> int | None:

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from fwdlib.tangents import Params, is_transformed
+from fwdlib.tangents import Params, RankOne, is_traced, is_transformed
 
 
 class Use(NamedTuple):
     """A place where the pass perturbed something on behalf of a parameter."""
 
     name: str
-    add_to: Callable[[Tensor, Tensor], None]
-    """``add_to(target, weights)`` adds the weighted sum of the tangents to ``target``, which has the parameter's shape.
-    The weights have shape (K,), one for each tangent, or (K, B), one for each example in each tangent."""
+    add_to: Callable[[Tensor | None, Tensor], Tensor]
+    """``add_to(target, weights)`` adds the weighted sum of the tangents to ``target``, which has the parameter's shape,
+    and returns it; a new tensor if ``target`` is None. The weights have shape (K,), one for each tangent, or (K, B),
+    one for each example in each tangent."""
     is_per_example: bool = False
     """Whether an example's loss depends on its own tangents alone, so that its own derivative suffices as weight."""
+    factors: Callable[[], RankOne] | None = None
+    """Returns the tangents, if they are of rank one."""
 
 
 class Gradients(Mapping[str, Tensor]):
@@ -37,17 +41,20 @@ class Gradients(Mapping[str, Tensor]):
     def __init__(self, params: Params, uses: Sequence[Use], total: Tensor, of_examples: Tensor | None) -> None:
         self._params = params
         self._uses = uses
+        self._uses_of: dict[str, list[Use]] = {}
+        for use in uses:
+            self._uses_of.setdefault(use.name, []).append(use)
         self._total = total
         self._of_examples = of_examples
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the gradient of one parameter as a new tensor of its shape."""
-        p = self._params[name]
-        gradient = self._total.new_zeros(p.shape, dtype=p.dtype)  # made from the derivatives, which have vmap's axis
-        for use in self._uses:
-            if use.name == name:
-                use.add_to(gradient, self._weights(use))
-        return gradient
+        p, gradient = self._params[name], None
+        for use in self._uses_of.get(name, ()):
+            gradient = use.add_to(gradient, self._weights(use))
+        if gradient is None:
+            return self._total.new_zeros(p.shape, dtype=p.dtype)  # made from the derivatives, which have vmap's axis
+        return gradient.to(p.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._params)
@@ -60,28 +67,60 @@ class Gradients(Mapping[str, Tensor]):
 
         Cost: for rank-one tangents one pass over the parameters, and no memory.
         """
-        for use in self._uses:
+        uses = self._uses
+        if len(self._total) == 1 and self._total.device.type == "cpu" and not (is_traced() or is_transformed()):
+            _add_products(
+                [(params[use.name], *use.factors()) for use in uses if use.factors], float(self._total * factor)
+            )
+            uses = [use for use in uses if not use.factors]
+        for use in uses:
             use.add_to(params[use.name], self._weights(use) * factor)
 
     def _weights(self, use: Use) -> Tensor:
         return self._total if self._of_examples is None or not use.is_per_example else self._of_examples
 
 
-def add_outer_(target: Tensor, left: Tensor, right: Tensor | None, weights: Tensor) -> None:
-    """Add sum_r weights_r left_r right_r^T to ``target`` (q, p...); without ``right``, add sum_r weights_r left_r."""
+def _add_products(products: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight: float) -> None:
+    # Add weight left right^T to each target, for one tangent: in two calls of torch for all parameters.
+    matrices = [
+        (target, _column(left, target.dim()), right[0]) for target, left, right in products if right is not None
+    ]
+    vectors = [(target, left.reshape(target.shape)) for target, left, right in products if right is None]
+    if matrices:
+        torch._foreach_addcmul_(*map(list, zip(*matrices, strict=True)), value=weight)
+    if vectors:
+        torch._foreach_add_(*map(list, zip(*vectors, strict=True)), alpha=weight)
+
+
+def _column(left: Tensor, num_axes: int) -> Tensor:
+    # (1, q) -> (q, 1, ...)
+    return left.reshape(-1, *[1] * (num_axes - 1))
+
+
+def add_outer(target: Tensor | None, left: Tensor, right: Tensor | None, weights: Tensor) -> Tensor:
+    """Add sum_r weights_r left_r right_r^T to ``target`` (q, p...); without ``right``, add sum_r weights_r left_r.
+
+    Returns:
+        The target, written over; a new tensor if it is None.
+    """
     if right is None:
-        target.add_((weights.reshape(-1, *[1] * target.dim()) * left).sum(0))
-    elif len(weights) == 1 and not is_transformed():  # without a temporary of the size of the target
-        target.addcmul_((left[0] * weights).reshape(-1, *[1] * (target.dim() - 1)), right[0])
-    elif target.dim() == 2:
-        add_product_(target, (left * weights.unsqueeze(1)).t(), right)
-    else:
-        target.add_(((left * weights.unsqueeze(1)).t() @ right.flatten(1)).reshape(target.shape))
+        return add(target, (weights.reshape(-1, *[1] * (left.dim() - 1)) * left).sum(0))
+    if len(weights) == 1 and not is_transformed():  # without a temporary of the size of the target
+        column = _column(left[0] * weights, right.dim())
+        return column * right[0] if target is None else target.addcmul_(column, right[0])
+    scaled = (left * weights.unsqueeze(1)).t()
+    if right.dim() == 2:
+        return add_product(target, scaled, right)
+    return add(target, (scaled @ right.flatten(1)).reshape(-1, *right.shape[1:]))
 
 
-def add_product_(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add the matrix product ``left @ right`` to ``target``."""
-    if is_transformed():  # vmap would run addmm_ seed by seed
-        target.add_(left @ right)
-    else:
-        target.addmm_(left, right)
+def add_product(target: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Add the matrix product ``left @ right`` to ``target``; return it alone if the target is None."""
+    if target is None or is_transformed():  # vmap would run addmm_ seed by seed
+        return add(target, left @ right)
+    return target.addmm_(left, right)
+
+
+def add(target: Tensor | None, added: Tensor) -> Tensor:
+    """Write the sum of both over ``target``; None stands for zero."""
+    return added if target is None else target.add_(added)

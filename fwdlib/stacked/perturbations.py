@@ -20,6 +20,7 @@ examples agree, and far more than |grad f|^2 where they cancel.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,8 +28,8 @@ from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from fwdlib.forward.padding import Padding, without_rows
-from fwdlib.stacked.gradients import Gradients, Use, add_outer_, add_product_
-from fwdlib.tangents import Params, RankOne, rank_one_factors
+from fwdlib.stacked.gradients import Gradients, Use, add, add_outer, add_product
+from fwdlib.tangents import Params, RankOne, is_traced, is_transformed, rank_one_factors
 
 DrawSigns = Callable[[Sequence[int], Tensor], Tensor]
 """Draws independent signs of a shape, with the dtype and device of a tensor."""
@@ -45,10 +46,20 @@ class Convolution(NamedTuple):
     groups: int
 
     def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int | None = None) -> Tensor:
-        """Convolve."""
+        """Convolve. With kernels of one place, that is a product of matrices, for which no entries are rearranged."""
+        if groups is None and self._is_product(inputs, weight):
+            matrix = weight.flatten(1).expand(len(inputs), -1, -1)
+            rows = inputs.flatten(2)
+            product = matrix @ rows if bias is None else torch.baddbmm(bias.unsqueeze(1), matrix, rows)
+            return product.reshape(len(inputs), -1, *inputs.shape[2:])
         return self.function(
             inputs, weight, bias, self.stride, self.padding, self.dilation, self.groups if groups is None else groups
         )
+
+    def _is_product(self, inputs: Tensor, weight: Tensor) -> bool:
+        if inputs.is_cuda or self.groups > 1 or is_transformed() or not inputs.is_contiguous():
+            return False
+        return set(weight.shape[2:]) == set(self.stride) == {1} and not any(self.padding) and inputs.numel() > 0
 
     def weight_gradient(self, inputs: Tensor, shape: torch.Size, outputs: Tensor) -> Tensor:
         """Return the sum over all positions of ``outputs`` times the patch of ``inputs`` that each position sees."""
@@ -73,6 +84,8 @@ class Perturbation:
 
     per_example = False
     """Whether it needs the derivative of each example's loss."""
+    has_factors = True
+    """Whether the tangent of a weight is of rank one."""
     padding: Padding
     """What the pass shows of rows without a gradient: their tangents become zero when it has ended."""
 
@@ -98,35 +111,30 @@ class Perturbation:
             self._dense[name] = self.factors(name).dense()
         return self._dense[name]
 
-    def linear(self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Return what a linear layer adds to the tangents of its outputs, in addition to W dx.
+    def linear(
+        self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor, tangents: Tensor | None = None
+    ) -> Tensor:
+        """Return the tangents of a linear layer's outputs: ``tangents`` and what its own parameters add.
 
         Args:
             weight: the name of its weight (q, p); None if the weight has no tangent.
             bias: the name of its bias (q,); None if there is none or it has no tangent.
             inputs: shape (..., p), primals.
             outputs: shape (..., q), primals.
+            tangents: W dx, shape (K, ..., q), to be written over; None for zero.
 
         Returns:
             Broadcastable to (K, ..., q).
         """
-        added = None
         if weight is not None:
             left, right = self.factors(weight)
             rows = inputs.reshape(-1, inputs.shape[-1])
-            along = (rows @ right.t()).t()  # (K, examples)
-            added = (along.unsqueeze(-1) * left.unsqueeze(1)).reshape(-1, *outputs.shape)
-        return self._with_bias(added, bias, outputs, -1)
-
-    def kernels(self, name: str, inputs: Tensor, layer: Convolution) -> Tensor | None:
-        """Return further kernels for the layer to convolve its inputs with, shape (K, p, ...); None for no kernels.
-
-        Args:
-            name: the name of its weight (q, p, ...).
-            inputs: shape (B, channels, ...), primals.
-            layer: its other arguments.
-        """
-        return self.factors(name).right if layer.groups == 1 else None
+            along = (rows @ right.t()).t().unsqueeze(-1)  # (K, examples, 1)
+            if tangents is None:
+                tangents = (along * left.unsqueeze(1)).reshape(-1, *outputs.shape)
+            else:
+                _add_products_(tangents, along, left.unsqueeze(1))
+        return self._with_bias(tangents, bias, outputs, -1)
 
     def convolution(
         self,
@@ -135,12 +143,12 @@ class Perturbation:
         inputs: Tensor,
         outputs: Tensor,
         layer: Convolution,
-        along: Tensor | None = None,
+        tangents: Tensor | None = None,
     ) -> Tensor:
-        """Return what a convolutional layer adds to the tangents of its outputs, in addition to the convolution of dx.
+        """Return the tangents of a convolutional layer's outputs: ``tangents`` and what its own parameters add.
 
-        A rank-one tangent costs one convolution with a single output channel, times the signs of the channels. If there
-        are no :meth:`kernels`, each tangent is convolved in full.
+        A rank-one tangent costs one convolution with a single output channel, times the signs of the channels. With
+        groups each tangent is convolved in full.
 
         Args:
             weight: the name of its weight (q, p, ...); None if the weight has no tangent.
@@ -148,22 +156,27 @@ class Perturbation:
             inputs: shape (B, channels, ...), primals.
             outputs: shape (B, q, ...), primals.
             layer: its other arguments.
-            along: the convolution of the inputs with :meth:`kernels`, shape (B, K, ...).
+            tangents: the convolution of dx, shape (K, B, q, ...), to be written over; None for zero.
 
         Returns:
             Broadcastable to (K, B, q, ...).
         """
-        added, axis = None, 1 - outputs.dim()
-        if weight is not None and along is None:
+        axis = 1 - outputs.dim()
+        if weight is not None and (layer.groups > 1 or not self.has_factors):
             added = torch.stack([layer(inputs, tangent) for tangent in self.dense(weight)])
+            tangents = add(tangents, added)
         elif weight is not None:
-            left = self.factors(weight).left
-            along = along.transpose(0, 1)  # (K, B, ...)
-            if outputs.dim() == 4 and outputs.stride(1) == 1:  # channels_last: the product in that order
-                added = (along.unsqueeze(-1) * left.reshape(len(left), 1, 1, 1, -1)).movedim(-1, 2)
+            left, right = self.factors(weight)
+            along = layer(inputs, right).transpose(0, 1).unsqueeze(2)  # (K, B, 1, ...)
+            left = _between(left, outputs.dim(), axis)
+            if tangents is not None and along.dtype == tangents.dtype and not is_transformed():
+                tangents.addcmul_(along, left.to(along.dtype))
+            elif outputs.dim() == 4 and outputs.stride(1) == 1:  # channels_last: the product in that order
+                added = (along.movedim(2, -1) * left.movedim(2, -1)).movedim(-1, 2)
+                tangents = add(tangents, added)
             else:
-                added = along.unsqueeze(2) * _between(left, outputs.dim(), axis)
-        return self._with_bias(added, bias, outputs, axis)
+                tangents = add(tangents, along * left)
+        return self._with_bias(tangents, bias, outputs, axis)
 
     def rows(self, name: str, indices: Tensor, padding_idx: int | None = None) -> Tensor:
         """Return the rows at ``indices`` (...) of the tangents of a table (q, p), shape (K, ..., p).
@@ -176,7 +189,8 @@ class Perturbation:
 
     def mix_examples(self) -> None:
         """Use the derivative of the whole loss as the weight of everything perturbed so far."""
-        self.uses = [use._replace(is_per_example=False) for use in self.uses]
+        if self.per_example:
+            self.uses = [use._replace(is_per_example=False) for use in self.uses]
 
     def gradients(self, total: Tensor, of_examples: Tensor | None) -> Gradients:
         """Return the estimate.
@@ -196,7 +210,9 @@ class Perturbation:
             self._drawn |= rank_one_factors(params, self.num_tangents, self.draw_signs)
         if name not in self._used:
             self._used.add(name)
-            self.uses.append(Use(name, lambda target, weights: add_outer_(target, *self._drawn[name], weights)))
+            drawn = self._drawn  # and not self: a cycle is garbage that Python finds late, and by a search
+            along = partial(_add_weighted, drawn, name)
+            self.uses.append(Use(name, along, factors=partial(drawn.__getitem__, name)))
         return self._drawn[name]
 
     def _drop_rows(self, name: str, rows: list[int]) -> None:
@@ -224,6 +240,8 @@ class DensePerturbation(Perturbation):
         tangents: for each parameter of shape (...) a tensor of shape (K, ...).
     """
 
+    has_factors = False
+
     def __init__(self, params: Params, num_examples: int | None, tangents: Params) -> None:
         num_tangents = len(next(iter(tangents.values())))
         super().__init__(params, num_tangents, num_examples, _no_signs)
@@ -242,22 +260,22 @@ class DensePerturbation(Perturbation):
     def _used_dense(self, name: str) -> Tensor:
         if name not in self._used:
             self._used.add(name)
-            self.uses.append(Use(name, lambda t, weights: t.add_(torch.tensordot(weights, self._dense[name], dims=1))))
+            dense = self._dense  # and not self, see above
+            self.uses.append(Use(name, lambda t, weights: add(t, torch.tensordot(weights, dense[name], dims=1))))
         return self._dense[name]
 
     def _drop_rows(self, name: str, rows: list[int]) -> None:
         self._dense[name] = without_rows(self._dense[name], rows)
 
-    def kernels(self, name: str, inputs: Tensor, layer: Convolution) -> None:
-        """Return None: the tangents have as many output channels as the weight."""
-
-    def linear(self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor) -> Tensor:
+    def linear(
+        self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor, tangents: Tensor | None = None
+    ) -> Tensor:
         """Multiply by each tangent: the third product, which makes the textbook's method slow."""
-        added = None
         if weight is not None:
             rows = inputs.reshape(-1, inputs.shape[-1])
             added = torch.matmul(rows, self.dense(weight).transpose(1, 2)).reshape(-1, *outputs.shape)
-        return self._with_bias(added, bias, outputs, -1)
+            tangents = add(tangents, added)
+        return self._with_bias(tangents, bias, outputs, -1)
 
 
 class PerExamplePerturbation(Perturbation):
@@ -273,14 +291,12 @@ class PerExamplePerturbation(Perturbation):
 
     per_example = True
 
-    def kernels(self, name: str, inputs: Tensor, layer: Convolution) -> Tensor | None:
-        """Return None if each example has tangents of its own."""
-        return None if self._is_batch(inputs) else super().kernels(name, inputs, layer)
-
-    def linear(self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Return a_n (b_n . x_n), computed elementwise, and keep both signs for the one product of the estimate."""
+    def linear(
+        self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor, tangents: Tensor | None = None
+    ) -> Tensor:
+        """Add a_n (b_n . x_n), computed elementwise, and keep both signs for the one product of the estimate."""
         if not self._is_batch(inputs):
-            return super().linear(weight, bias, inputs, outputs)
+            return super().linear(weight, bias, inputs, outputs, tangents)
         added = None
         if weight is not None:
             left, right = self._signs(weight, inputs)
@@ -289,7 +305,7 @@ class PerExamplePerturbation(Perturbation):
         if bias is not None:
             tangent = _spread(self._signs(bias, inputs)[0], outputs.dim())
             added = tangent if added is None else added + tangent
-        return added
+        return add(tangents, added)
 
     def convolution(
         self,
@@ -298,11 +314,11 @@ class PerExamplePerturbation(Perturbation):
         inputs: Tensor,
         outputs: Tensor,
         layer: Convolution,
-        along: Tensor | None = None,
+        tangents: Tensor | None = None,
     ) -> Tensor:
-        """Return one convolution with a single output channel for each example, times its signs."""
+        """Add one convolution with a single output channel for each example, times its signs."""
         if not self._is_batch(inputs) or layer.groups > 1:
-            return super().convolution(weight, bias, inputs, outputs, layer, along)
+            return super().convolution(weight, bias, inputs, outputs, layer, tangents)
         added, ones = None, [1] * (outputs.dim() - 2)
         if weight is not None:
             left, right = self._signs(weight, inputs)
@@ -314,7 +330,7 @@ class PerExamplePerturbation(Perturbation):
             tangent = self._signs(bias, inputs)[0]
             tangent = tangent.reshape(*tangent.shape, *ones)
             added = tangent.expand(-1, *outputs.shape) if added is None else added + tangent
-        return added
+        return add(tangents, added)
 
     def _signs(self, name: str, inputs: Tensor) -> RankOne:
         self.padding.read(name)
@@ -323,9 +339,9 @@ class PerExamplePerturbation(Perturbation):
         left = self.draw_signs((*rows, len(p)), p)
         right = self.draw_signs((*rows, *p.shape[1:]), p) if p.dim() > 1 else None
 
-        def add_to(target: Tensor, weights: Tensor) -> None:
+        def add_to(target: Tensor | None, weights: Tensor) -> Tensor:
             weights = (weights if weights.dim() == 2 else weights.unsqueeze(1).expand(rows)).reshape(-1)
-            add_outer_(target, left.flatten(0, 1), None if right is None else right.flatten(0, 1), weights)
+            return add_outer(target, left.flatten(0, 1), None if right is None else right.flatten(0, 1), weights)
 
         self.uses.append(Use(name, add_to, is_per_example=True))
         return RankOne(left, right)
@@ -347,16 +363,15 @@ class ActivityPerturbation(Perturbation):
 
     per_example = True
 
-    def kernels(self, name: str, inputs: Tensor, layer: Convolution) -> None:
-        """Return None: the perturbation is added to the outputs."""
+    def linear(
+        self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor, tangents: Tensor | None = None
+    ) -> Tensor:
+        """Add signs; only the estimate needs a product."""
 
-    def linear(self, weight: str | None, bias: str | None, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Return signs; only the estimate needs a product."""
+        def outer(target: Tensor | None, rows: Tensor) -> Tensor:
+            return add_product(target, rows.reshape(-1, rows.shape[-1]).t(), inputs.reshape(-1, inputs.shape[-1]))
 
-        def outer(target: Tensor, rows: Tensor) -> None:
-            add_product_(target, rows.reshape(-1, rows.shape[-1]).t(), inputs.reshape(-1, inputs.shape[-1]))
-
-        return self._perturb(weight, bias, inputs, outputs, outer, -1)
+        return add(tangents, self._perturb(weight, bias, inputs, outputs, outer, -1))
 
     def convolution(
         self,
@@ -365,14 +380,14 @@ class ActivityPerturbation(Perturbation):
         inputs: Tensor,
         outputs: Tensor,
         layer: Convolution,
-        along: Tensor | None = None,
+        tangents: Tensor | None = None,
     ) -> Tensor:
-        """Return signs; the estimate is the weight gradient of a convolution."""
+        """Add signs; the estimate is the weight gradient of a convolution."""
 
-        def correlate(target: Tensor, rows: Tensor) -> None:
-            target.add_(layer.weight_gradient(inputs, target.shape, rows))
+        def correlate(target: Tensor | None, rows: Tensor) -> Tensor:
+            return add(target, layer.weight_gradient(inputs, self.params[weight].shape, rows))
 
-        return self._perturb(weight, bias, inputs, outputs, correlate, 1)
+        return add(tangents, self._perturb(weight, bias, inputs, outputs, correlate, 1))
 
     def _perturb(
         self,
@@ -380,7 +395,7 @@ class ActivityPerturbation(Perturbation):
         bias: str | None,
         inputs: Tensor,
         outputs: Tensor,
-        add_product: Callable[[Tensor, Tensor], None],
+        add_to: Callable[[Tensor | None, Tensor], Tensor],
         axis: int,
     ) -> Tensor:
         signs = self.draw_signs((self.num_tangents, *outputs.shape), outputs)
@@ -391,11 +406,15 @@ class ActivityPerturbation(Perturbation):
             # The sum over the tangents of weight times signs; it has the shape of the outputs.
             return (weights.reshape(*weights.shape, *[1] * (signs.dim() - weights.dim())) * signs).sum(0)
 
+        def weigh_channels(weights: Tensor) -> Tensor:
+            found = weigh(weights)
+            return found.sum(others) if others else found  # torch sums over all axes if it is given none
+
         if weight is not None:
             self.padding.read(weight)
-            self.uses.append(Use(weight, lambda target, weights: add_product(target, weigh(weights)), is_batch))
+            self.uses.append(Use(weight, lambda target, weights: add_to(target, weigh(weights)), is_batch))
         if bias is not None:
-            self.uses.append(Use(bias, lambda target, weights: target.add_(weigh(weights).sum(others)), is_batch))
+            self.uses.append(Use(bias, lambda target, weights: add(target, weigh_channels(weights)), is_batch))
         return signs
 
 
@@ -404,6 +423,18 @@ PERTURBATIONS: dict[str, type[Perturbation]] = {
     "per-example": PerExamplePerturbation,
     "activity": ActivityPerturbation,
 }
+
+
+def _add_weighted(drawn: dict[str, RankOne], name: str, target: Tensor | None, weights: Tensor) -> Tensor:
+    return add_outer(target, *drawn[name], weights)
+
+
+def _add_products_(target: Tensor, left: Tensor, right: Tensor) -> None:
+    # Add left (K, n, 1) times right (K, 1, q) to target (K, ..., q).
+    if is_traced() or is_transformed() or not target.dtype == left.dtype == right.dtype:
+        target.add_((left * right).reshape(target.shape))
+    else:
+        target.view(len(target), -1, target.shape[-1]).baddbmm_(left, right)
 
 
 def _between(rows: Tensor, num_axes: int, axis: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from report.names import BENCH, DESCENT, read
 
 TEXTBOOK = "forward gradient, eager"
 ONE_GRAPH = "backprop one graph, compiled"
+IN_BACKWARD = ("in-backward", "2 checkpoints", "√L checkpoints", "L checkpoints")
+OPTIMIZERS = ("SGD", "momentum", "Adam")
 STRUCTURED = ("rank-one", "per-example", "activity")
 MODEL_OF_DESCENT = "mnist-mlp"
 
@@ -37,6 +40,12 @@ def context(measured: dict[str, Any]) -> dict[str, Any] | None:
     found["textbook_slower"] = [m["title"] for m in found["bench"] if m["textbook"].low > 1]
     found["tangents"] = _tangents(bench["models"].get(MODEL_OF_DESCENT, {}).get("seconds", {}))
     found["depth"] = _depth(bench["depth"])
+    rivals = {m["title"]: m["rivals"] for m in found["bench"] if m["rivals"]}
+    found["rivals"] = rivals
+    found["smaller"] = [title for title, of in rivals.items() if of["smallest"]["memory"] < of["rank-one"]["memory"]]
+    found["not_faster"] = [m for m in found["bench"] if m["structured"]["rank-one"]["ratio"].high >= 1]
+    found["dropped_in"] = [m for m in found["bench"] if m["dropped_in"]]
+    found["compiled"] = [m for m in found["bench"] if m["compile_seconds"]]
     found["descent"] = _descent(measured["descent"], bench) if measured["descent"] else None
     return found
 
@@ -46,6 +55,8 @@ def figures(measured: dict[str, Any]) -> dict[str, Figure]:
     if not (bench := measured["bench"]):
         return {}
     found = {"cost": bench_figures.plot_cost(bench)}
+    if any("in-backward" in entry.get("memory", {}) for entry in bench["models"].values()):
+        found["front"] = bench_figures.plot_front(bench)
     if bench["depth"]:
         found["depth"] = bench_figures.plot_depth(bench, published.load()["paper"]["depth"])
     return found
@@ -79,7 +90,50 @@ def _model(entry: dict[str, Any]) -> dict[str, Any]:
         "memory": memory,
         "heavier": memory.get("rank-one", 0) > max(memory.get("backprop", 0), 10e6),  # less than that is noise
         "over_one_graph": paired_ratio(best, seconds[ONE_GRAPH]) if ONE_GRAPH in seconds else None,
+        "rivals": _rivals(entry),
+        "dropped_in": _dropped_in(seconds),
+        "compile_seconds": _compile_seconds(entry.get("compile_seconds", {})),
     }
+
+
+def _rivals(entry: dict[str, Any]) -> dict[str, Any] | None:
+    # What competes with rank-one tangents where memory is short; all of it eager. None if it was not measured.
+    seconds, memory = entry["seconds"], entry.get("memory", {})
+    methods = [method for method in (*IN_BACKWARD, "two-point") if method in memory and f"{method}, eager" in seconds]
+    if "rank-one" not in memory or not methods:
+        return None
+    rank_one = seconds["rank-one, eager"]
+    found = {
+        method: {
+            "name": method,
+            "memory": memory[method],
+            "share": memory["rank-one"] / memory[method] if memory[method] > 0 else math.inf,
+            "ratio": paired_ratio(rank_one, seconds[f"{method}, eager"]),
+        }
+        for method in (*methods, "rank-one")
+    }
+    exact = [found[method] for method in methods if method in IN_BACKWARD]
+    front = bench_figures.front(bench_figures.time_and_memory(entry))
+    return found | {
+        "smallest": min((found[method] for method in methods), key=lambda rival: rival["memory"]),
+        "exact": min(exact, key=lambda rival: rival["memory"]),
+        "front": front,
+    }
+
+
+def _dropped_in(seconds: dict[str, list[float]]) -> dict[str, Interval]:
+    # Rank-one gradients in .grad and one of torch's optimizers, over backprop with the same one.
+    pairs = {name: [f"{method} with {name}, eager" for method in ("rank-one", "backprop")] for name in OPTIMIZERS}
+    return {
+        name: paired_ratio(seconds[ours], seconds[theirs])
+        for name, (ours, theirs) in pairs.items()
+        if ours in seconds and theirs in seconds
+    }
+
+
+def _compile_seconds(compiling: dict[str, float]) -> dict[str, float]:
+    keys = {"rank-one": "rank-one, compiled", "backprop": "backprop, compiled"}
+    return {name: compiling[key] for name, key in keys.items() if key in compiling}
 
 
 def _fastest(seconds: dict[str, list[float]], method: str) -> str:
@@ -113,6 +167,7 @@ def _depth(depth: dict[str, Any]) -> dict[str, Any] | None:
             "first_memory": first.get("memory", {}).get(method),
             "memory": last.get("memory", {}).get(method),
         }
+    found["rivals"] = _rivals(last)
     return found
 
 

@@ -2,7 +2,15 @@
 
 import pytest
 
-from fwdlib.bench.figures import plot_cost, plot_depth, plot_durations, plot_over_time
+from fwdlib.bench.figures import (
+    front,
+    plot_cost,
+    plot_depth,
+    plot_durations,
+    plot_front,
+    plot_over_time,
+    time_and_memory,
+)
 from fwdlib.history import Run
 from fwdlib.plotting import METHOD_STYLES
 
@@ -132,3 +140,37 @@ def test_losses_over_time_are_at_the_seconds_that_the_steps_took(drawn):
     assert list(second.get_xdata()) == pytest.approx([1.0, 2.0, 2.4])
     assert list(first.get_ydata()) == list(second.get_ydata()) == run.train_loss[1:]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("time spent in steps [s]", "training loss [nats]")
+
+
+def with_memory(bench):
+    held = {"backprop": 8_000_000, "rank-one": 1_000_000, "forward gradient": 9_000_000, "activity": 0}
+    for entry in bench["models"].values():
+        entry["memory"] = held
+    return bench
+
+
+def test_front_holds_what_nothing_beats_in_both():
+    points = {"a": (1.0, 9.0), "b": (2.0, 3.0), "c": (2.0, 5.0), "d": (3.0, 3.0), "e": (4.0, 1.0), "f": (1.5, 9.0)}
+    assert front(points) == ["a", "b", "e"]
+
+
+def test_time_and_memory_are_those_of_eager_steps_over_the_fastest_backprop():
+    (entry, _) = with_memory(make_bench())["models"].values()
+    found = time_and_memory(entry)
+    assert found["rank-one"] == (pytest.approx(2.5 / 2.0), 1_000_000)
+    assert set(found) == {"backprop", "rank-one", "forward gradient", "activity"}
+
+
+def test_front_has_a_panel_for_each_model_and_marks_the_front(drawn):
+    figure = drawn(plot_front, with_memory(make_bench(num_models=2)))
+    assert len(figure.axes) == 2
+    dots = {line.get_label(): line for line in figure.axes[0].lines if line.get_marker() == "o"}
+    assert set(dots) == {"backprop", "rank-one", "forward gradient", "activity"}
+    assert dots["activity"].get_ydata() == [0.1]  # a logarithm has no zero
+    on_front = {name for name, dot in dots.items() if dot.get_markeredgecolor() == "black"}
+    assert on_front == {"rank-one", "activity"}  # times 1.25 and 2.5, memories 1 and 0.1 MB
+
+
+def test_front_without_memory_is_refused():
+    with pytest.raises(ValueError, match="--quick"):
+        plot_front(make_bench())

@@ -132,13 +132,15 @@ def test_the_reference_is_the_fastest_backprop_of_torch(monkeypatch):
 
 def test_backprop_needs_more_memory_than_rank_one(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads of tests that run beside each other wait for each other
-    backprop, rank_one = (measuring.measure_memory("20x256", method) for method in ("backprop", "rank-one"))
+    methods = ("backprop", "in-backward", "rank-one")
+    backprop, in_backward, rank_one = measuring.measure_memory("20x256", methods).values()
     assert backprop > 20 * 256 * 256 * 4  # the gradient alone
-    assert rank_one < backprop / 2
+    assert in_backward < backprop / 2  # the activations, and one gradient at a time
+    assert rank_one < in_backward
 
 
 def test_memory_of_an_unknown_method_or_model_is_refused_before_anything_starts():
     with pytest.raises(ValueError, match="'activity'"):
-        measuring.measure_memory("penguins-logistic", "adam")
+        measuring.measure_memory("penguins-logistic", ["adam"])
     with pytest.raises(ValueError, match="'mnist-mlp'"):
-        measuring.measure_memory("resnet", "backprop")
+        measuring.measure_memory("resnet", ["backprop"])

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fwdlib.estimators import backprop_gradient, forward_gradient
-from fwdlib.objectives import BatchLoss, params_of
+from fwdlib.objectives import BatchLoss, ClosureLoss, params_of
+from fwdlib.stacked.estimator import stacked_gradient
 from fwdlib.stacked.perturbations import PERTURBATIONS
 from fwdlib.tangents import Replicates, rank_one
 from tests.stacked.networks import flat
@@ -221,6 +222,13 @@ MODELS = {
         lambda: {"code": nn.Parameter(torch.randn(2)), **TWO()},
     ),
 }
+
+
+def test_bias_of_a_layer_that_is_applied_to_a_vector_has_a_sign_of_its_own_for_each_unit():
+    model = nn.Linear(2, 8)
+    objective = ClosureLoss(model, lambda: model(torch.ones(2)).square().sum(), num_examples=3)
+    estimate = stacked_gradient(objective, params_of(model), tangents="activity")
+    torch.testing.assert_close(estimate.grads["bias"].abs(), estimate.jvps.abs().expand(8))
 
 
 @pytest.mark.parametrize("tangents", ["per-example", "activity"])

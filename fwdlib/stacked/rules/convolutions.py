@@ -76,22 +76,14 @@ def _all_rows_at_once(run: Pass, layer: Convolution, stack: Tensor, weight: Tens
 def _row_by_row(run: Pass, layer: Convolution, stack: Tensor, weight: Tensor, bias: Any, *, is_constant: bool) -> Dual:
     # Convolve each row as an image of its own.
     weight_name, bias_name = run.name_of(weight), run.name_of(bias)
-    kernels = None if weight_name is None else run.perturbation.kernels(weight_name, stack[0], layer)
-    if kernels is None:
-        rows = layer(stack.flatten(0, 1), weight)
-        rows = rows.reshape(*stack.shape[:2], *rows.shape[1:])
-        outputs, tangents, along = rows[0], rows[1:], None
-    else:  # one convolution of the primals with the layer's kernels and with those of its tangents
-        outputs, along = layer(stack[0], torch.cat([weight, kernels])).split([len(weight), len(kernels)], 1)
-        if not is_constant:
-            tangents = layer(stack[1:].flatten(0, 1), weight)
-            tangents = tangents.reshape(-1, len(outputs), *tangents.shape[1:])
+    rows = layer(stack.flatten(0, 1), weight)
+    rows = rows.reshape(*stack.shape[:2], *rows.shape[1:])
+    outputs, tangents = rows[0], None if is_constant else rows[1:]
     if bias is not None:
-        outputs = outputs + bias.reshape(-1, *[1] * (outputs.dim() - 2)).to(outputs.dtype)
+        outputs.add_(bias.reshape(-1, *[1] * (outputs.dim() - 2)))
     if weight_name is not None or bias_name is not None:
-        added = run.perturbation.convolution(weight_name, bias_name, stack[0], outputs, layer, along)
-        tangents = added if is_constant else tangents.add_(added)
-    return dual_of(outputs, tangents)
+        tangents = run.perturbation.convolution(weight_name, bias_name, stack[0], outputs, layer, tangents)
+    return dual_of(outputs, tangents) if is_constant else Dual(rows)
 
 
 rule_of(F.conv1d)(_convolution(F.conv1d, 1))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from fwdlib.stacked.dual import Dual
 from fwdlib.stacked.forward_pass import Pass
-from fwdlib.stacked.rules.rows import dual_of
+from fwdlib.stacked.rules.rows import by_rows, dual_of
 from fwdlib.stacked.rules.signatures import rule_of
 
 
@@ -29,58 +28,71 @@ def relu(run: Pass, x: Any) -> Dual:
 def _elementwise(*functions: Callable, derivative: Callable[..., Tensor]) -> None:
     """Register an elementwise function y of one tensor x by its ``derivative(x, y, **options)``."""
 
+    def along(tangents: Tensor, x: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return tangents * derivative(x, y, *args, **kwargs)
+
+    _register(functions, along, derivative, 2)
+
+
+def _by_kernel(*functions: Callable, kernel: Callable[..., Tensor]) -> None:
+    """Register an elementwise function by the kernel of its backward pass, ``kernel(row, x, y, **options)``."""
+
+    def along(tangents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return by_rows(kernel, tangents, *args, **kwargs)
+
+    _register(functions, along, kernel, 3)
+
+
+def _register(functions: Sequence[Callable], along: Callable, described: Callable, num_skipped: int) -> None:
+    # The signature is that of `described` after so many parameters.
     def rule(run: Pass, x: Any, *args: Any, **kwargs: Any) -> Any:
         if (args or kwargs) and any(map(run.has_tangents, (*args, *kwargs.values()))):
             return NotImplemented
         x = x if isinstance(x, Dual) else Dual(run.stack(x))
         y = functions[0](x.primal, *args, **kwargs)
-        return dual_of(y, x.tangents * derivative(x.primal.detach(), y.detach(), *args, **kwargs))
+        return dual_of(y, along(x.tangents, x.primal.detach(), y.detach(), *args, **kwargs))
 
     first = list(inspect.signature(rule).parameters.values())[:2]
-    options = list(inspect.signature(derivative).parameters.values())[2:]
+    options = list(inspect.signature(described).parameters.values())[num_skipped:]
     rule.__signature__ = inspect.Signature([*first, *options])
     rule_of(*functions)(rule)
 
 
-def _gelu_derivative(x: Tensor, y: Tensor, approximate: str = "none") -> Tensor:
-    if approximate == "none":
-        return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
-    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
-    tanh = torch.tanh(inner)
-    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * slope
+aten = torch.ops.aten
 
 
-def _leaky_relu_derivative(x: Tensor, y: Tensor, negative_slope: float = 0.01) -> Tensor:
-    return torch.where(x > 0, 1, torch.full_like(x, negative_slope))
+def _gelu(v: Tensor, x: Tensor, y: Tensor, approximate: str = "none") -> Tensor:
+    return aten.gelu_backward.default(v, x, approximate=approximate)
 
 
-def _elu_derivative(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
-    return torch.where(x > 0, 1, y + alpha)
+def _leaky_relu(v: Tensor, x: Tensor, y: Tensor, negative_slope: float = 0.01) -> Tensor:
+    return aten.leaky_relu_backward.default(v, x, negative_slope, False)
 
 
-def _silu_derivative(x: Tensor, y: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s + y * (1 - s)
+def _elu(v: Tensor, x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
+    return aten.elu_backward.default(v, alpha, 1, 1, False, x)
 
 
-def _softplus_derivative(x: Tensor, y: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    return torch.where(x * beta > threshold, 1, torch.sigmoid(beta * x))
+def _softplus(v: Tensor, x: Tensor, y: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    return aten.softplus_backward.default(v, x, beta, threshold)
 
 
-def _hardtanh_derivative(x: Tensor, y: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
-    return ((x > min_val) & (x < max_val)).to(x.dtype)
+def _hardtanh(v: Tensor, x: Tensor, y: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+    return aten.hardtanh_backward.default(v, x, min_val, max_val)
 
 
-_elementwise(torch.tanh, F.tanh, Tensor.tanh, derivative=lambda x, y: 1 - y * y)
-_elementwise(torch.sigmoid, F.sigmoid, Tensor.sigmoid, torch.special.expit, derivative=lambda x, y: y * (1 - y))
-_elementwise(F.gelu, derivative=_gelu_derivative)
-_elementwise(F.silu, derivative=_silu_derivative)
-_elementwise(F.leaky_relu, derivative=_leaky_relu_derivative)
-_elementwise(F.elu, derivative=_elu_derivative)
-_elementwise(F.softplus, derivative=_softplus_derivative)
-_elementwise(F.relu6, derivative=lambda x, y: ((x > 0) & (x < 6)).to(x.dtype))
-_elementwise(F.hardtanh, derivative=_hardtanh_derivative)
+_by_kernel(torch.tanh, F.tanh, Tensor.tanh, kernel=lambda v, x, y: aten.tanh_backward.default(v, y))
+sigmoids = torch.sigmoid, F.sigmoid, Tensor.sigmoid, torch.special.expit
+_by_kernel(*sigmoids, kernel=lambda v, x, y: aten.sigmoid_backward.default(v, y))
+_by_kernel(F.gelu, kernel=_gelu)
+_by_kernel(F.silu, kernel=lambda v, x, y: aten.silu_backward.default(v, x))
+_by_kernel(F.hardswish, kernel=lambda v, x, y: aten.hardswish_backward.default(v, x))
+_by_kernel(F.hardsigmoid, kernel=lambda v, x, y: aten.hardsigmoid_backward.default(v, x))
+_by_kernel(F.leaky_relu, kernel=_leaky_relu)
+_by_kernel(F.elu, kernel=_elu)
+_by_kernel(F.softplus, kernel=_softplus)
+_by_kernel(F.relu6, kernel=lambda v, x, y: _hardtanh(v, x, y, 0.0, 6.0))
+_by_kernel(F.hardtanh, kernel=_hardtanh)
 _elementwise(torch.exp, Tensor.exp, derivative=lambda x, y: y)
 _elementwise(torch.log, Tensor.log, derivative=lambda x, y: 1 / x)
 _elementwise(torch.sqrt, Tensor.sqrt, derivative=lambda x, y: 0.5 / y)

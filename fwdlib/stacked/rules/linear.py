@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fwdlib.forward import replacements
 from fwdlib.stacked.dual import Dual, same_rows
-from fwdlib.stacked.forward_pass import Pass
+from fwdlib.stacked.forward_pass import Pass, register_rule
 from fwdlib.stacked.rules.rows import dual_of, is_autocast, padded_rows, with_axes
 from fwdlib.stacked.rules.signatures import rule_of
 
@@ -35,12 +36,12 @@ def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Any:
     if torch.is_grad_enabled() and weight_name is bias_name is None:
         return Dual.of(F.linear(x.primal, weight, bias), F.linear(x.tangents, weight.detach()))
     stack = run.stack(x)
-    rows = F.linear(stack.flatten(0, -2), weight).reshape(*stack.shape[:-1], -1)
+    rows = F.linear(stack, weight)
     outputs, tangents = rows[0], rows[1:]
     if bias is not None:
         outputs.add_(bias)
     if weight_name is not None or bias_name is not None:
-        tangents.add_(run.perturbation.linear(weight_name, bias_name, stack[0], outputs))
+        run.perturbation.linear(weight_name, bias_name, stack[0], outputs, tangents)
     return Dual(rows)
 
 
@@ -169,6 +170,8 @@ def scaled_dot_product_attention(
         return NotImplemented
     if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         return NotImplemented
+    if not enable_gqa and attn_mask is None and not dropout_p and _are_alike(run, query, key, value):
+        return _attention(*(run.stack(x).flatten(1, -3) for x in (query, key, value)), query.shape, is_causal, scale)
     with run:
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
@@ -184,3 +187,45 @@ def scaled_dot_product_attention(
         if attn_mask is not None and not is_causal:  # torch gives 0 where all is masked
             weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0, weights)
         return torch.matmul(F.dropout(weights, dropout_p), value)
+
+
+def _are_alike(run: Pass, query: Any, key: Any, value: Any) -> bool:
+    # Whether the rows of all are batches of matrices that need no broadcasting.
+    if torch.is_grad_enabled() or not all(isinstance(x, Dual) and x.dim() > 2 for x in (query, key, value)):
+        return False
+    stacks = [run.stack(x) for x in (query, key, value)]
+    return len({(x.dtype, len(x), *x.shape[1:-2]) for x in stacks}) == 1 and not is_autocast(stacks[0])
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, shape: Sequence[int], is_causal: bool, scale: float | None) -> Dual:
+    # softmax(q k^T) v for rows (1 + R, batch, length, width), in as few passes over the scores as there are kernels for
+    q, k = q * (q.shape[-1] ** -0.5 if scale is None else scale), k.transpose(-1, -2)
+    scores = torch.bmm(q[0], k[0])
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+    weights = torch.softmax(scores, -1)
+    rows = [torch.bmm(weights, v[0])]
+    for dq, dk, dv in zip(q[1:], k[1:], v[1:], strict=True):
+        slope = torch.baddbmm(torch.bmm(dq, k[0]), q[0], dk)
+        slope = torch.ops.aten._softmax_backward_data.default(slope, weights, -1, weights.dtype)
+        rows.append(torch.baddbmm(torch.bmm(slope, v[0]), weights, dv))
+    return Dual(torch.stack(rows).reshape(len(rows), *shape[:-1], v.shape[-1]))
+
+
+def _body(function: FunctionType) -> Callable:
+    # A function that torch has written in Python, without its look for overrides: its own calls come to the pass.
+    variables = function.__globals__ | {"has_torch_function": lambda _: False}
+    body = FunctionType(function.__code__, variables, function.__name__, function.__defaults__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+_attend = _body(F.multi_head_attention_forward)
+
+
+@register_rule(F.multi_head_attention_forward)
+def multi_head_attention_forward(run: Pass, *args: Any, **kwargs: Any) -> Any:
+    """Follow torch's own code."""
+    with run:
+        return _attend(*args, **kwargs)

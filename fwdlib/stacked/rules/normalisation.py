@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fwdlib.stacked.dual import Dual, primal_of
 from fwdlib.stacked.forward_pass import Pass
-from fwdlib.stacked.rules.rows import dual_of, is_autocast, is_half, padded_rows, rows_along
+from fwdlib.stacked.rules.rows import by_rows, dual_of, is_autocast, is_half, padded_rows, rows_along
 from fwdlib.stacked.rules.signatures import rule_of
+
+aten = torch.ops.aten
 
 
 @rule_of(F.batch_norm)
@@ -51,12 +53,15 @@ def batch_norm(
         with torch.no_grad():
             # The derivative of a channel is symmetric, so torch's kernel of the backward pass works for tangents.
             options = primal, scale, *statistics, mean, inverse, True, eps, [True, False, False]
-            backward = torch.ops.aten.native_batch_norm_backward.default
-            rows = [backward(tangents[k], *options)[0] for k in range(len(tangents))]
-            tangents = torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
-            if run.has_tangents(weight) or run.has_tangents(bias):
-                normed = (primal - mean.reshape(channels)) * inverse.reshape(channels)
-                tangents = _with_own_tangents(run, tangents, normed, weight, bias, channels)
+            tangents = by_rows(lambda v: aten.native_batch_norm_backward.default(v, *options)[0], tangents)
+            slope = _own_rows(run, weight)
+            shift = _own_rows(run, bias)
+            if slope is not None:  # of weight * (primal - mean) * inverse + bias, as torch computes it
+                slope = slope * inverse
+                shift = (0 if shift is None else shift) - slope * mean
+                tangents = torch.addcmul(tangents, primal, slope.to(primal.dtype).reshape(len(slope), *channels))
+            if shift is not None:
+                tangents = tangents + shift.to(primal.dtype).reshape(len(shift), *channels)
         return dual_of(y, tangents)
     if running_mean is None or running_var is None:
         return NotImplemented
@@ -100,7 +105,7 @@ def layer_norm(
         return NotImplemented
     if num_others == 0:
         run.mix_examples()
-    normed, tangents = _normalise(stack[0], stack[1:], list(range(-count, 0)), eps)
+    normed, tangents = _normalise(stack[0], stack[1:], list(normalized_shape), eps)
     dtype = _dtype_of_norm(stack)
     return _affine(run, normed, tangents, weight, bias, [1] * num_others + list(normalized_shape), dtype)
 
@@ -122,7 +127,7 @@ def group_norm(
     if stack[0].numel() == num_groups:
         return NotImplemented  # torch refuses one value per group
     grouped = stack.reshape(*stack.shape[:2], num_groups, -1)
-    normed, tangents = _normalise(grouped[0], grouped[1:], [-1], eps)
+    normed, tangents = _normalise(grouped[0], grouped[1:], grouped.shape[-1:], eps)
     normed, tangents = normed.reshape(stack[0].shape), tangents.reshape(stack[1:].shape)
     return _affine(run, normed, tangents, weight, bias, [1, -1, *[1] * (stack.dim() - 3)], _dtype_of_norm(stack))
 
@@ -137,38 +142,35 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if is_half(x) else x
 
 
-def _normalise(x: Tensor, tangents: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor]:
-    # Both in float32 at least; the axes are counted from the back.
+def _normalise(x: Tensor, tangents: Tensor, shape: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+    # Over the last axes, which have this shape; in float32 at least.
     x, tangents = _wide(x), _wide(tangents)
-    var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-    inverse = torch.rsqrt(var + eps)
-    normed = (x - mean) * inverse
-    along = (tangents * normed).mean(axes, keepdim=True)
-    return normed, (tangents - tangents.mean(axes, keepdim=True) - normed * along) * inverse
+    normed, mean, inverse = torch.native_layer_norm(x, shape, None, None, eps)
+    # The derivative is symmetric, so torch's kernel of the backward pass works for tangents.
+    options = x.detach(), shape, mean.detach(), inverse.detach(), None, None, [True, False, False]
+    return normed, by_rows(lambda v: aten.native_layer_norm_backward.default(v, *options)[0], tangents)
 
 
 def _affine(
     run: Pass, normed: Tensor, tangents: Tensor, weight: Any, bias: Any, shape: Sequence[int], dtype: torch.dtype
 ) -> Dual:
     # weight * normed + bias, where both may have tangents; `shape` aligns them with the axes of normed.
-    y = normed
+    y, slope, shift = normed, _own_rows(run, weight), _own_rows(run, bias)
     if weight is not None:
         scale = primal_of(weight).reshape(shape)
         y, tangents = y * scale, tangents * scale
     if bias is not None:
         y = y + primal_of(bias).reshape(shape)
-    return dual_of(y.to(dtype), _with_own_tangents(run, tangents, normed, weight, bias, shape))
+    if slope is not None:
+        tangents = torch.addcmul(tangents, slope.reshape(len(slope), *shape).to(normed.dtype), normed)
+    if shift is not None:
+        tangents = tangents + shift.reshape(len(shift), *shape)
+    return dual_of(y.to(dtype), tangents)
 
 
-def _with_own_tangents(
-    run: Pass, tangents: Tensor, normed: Tensor, weight: Any, bias: Any, shape: Sequence[int]
-) -> Tensor:
-    # Add the terms from the tangents of weight and bias, if they have tangents.
-    if weight is not None and len(rows := run.stack(weight)) > 1:
-        tangents = tangents + rows[1:].reshape(len(rows) - 1, *shape) * normed
-    if bias is not None and len(rows := run.stack(bias)) > 1:
-        tangents = tangents + rows[1:].reshape(len(rows) - 1, *shape)
-    return tangents
+def _own_rows(run: Pass, x: Any) -> Tensor | None:
+    # The tangents of a weight or a bias; None if it has none.
+    return run.stack(x)[1:] if run.has_tangents(x) else None
 
 
 @rule_of(F.softmax, torch.softmax, Tensor.softmax)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,14 @@ def dual_of(primal: Tensor, tangents: Tensor) -> Dual:
     if torch.is_grad_enabled():
         return Dual.of(primal, tangents.detach() if tangents.requires_grad else tangents)
     return Dual(joined(primal, tangents))
+
+
+def by_rows(kernel: Callable[..., Tensor], tangents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Apply a kernel of a backward pass, which takes one gradient, to each tangent."""
+    rows = [kernel(row, *args, **kwargs) for row in tangents.unbind()]
+    if len(rows) == 1:
+        return rows[0].unsqueeze(0)
+    return torch.stack(rows) if rows else tangents
 
 
 def padded_rows(run: Pass, x: Any) -> Tensor:

@@ -209,6 +209,15 @@ def split(run: Pass, x: Any, split_size: Any, dim: int = 0) -> Any:
     return tuple(Dual(piece) for piece in stack.split(split_size, axis))
 
 
+@rule_of(torch.unbind, Tensor.unbind)
+def unbind(run: Pass, x: Any, dim: int = 0) -> Any:
+    """Cut all rows in the same way, into slices."""
+    if x.dim() == 0 or not _is_integer(dim):
+        return NotImplemented
+    stack, axis = rows_along(run, x, dim)
+    return tuple(Dual(piece) for piece in stack.unbind(axis))
+
+
 @rule_of(Tensor.clone, torch.clone)
 def clone(run: Pass, x: Any, *, memory_format: Any = None) -> Dual:
     """Copy all rows."""

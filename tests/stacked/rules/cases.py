@@ -43,6 +43,7 @@ case([F.layer_norm, torch.layer_norm], [(4, 3)], lambda f, x: f(x, (3,)))
 case([F.group_norm, torch.group_norm], [image, (4,), (4,)], lambda f, x, w, b: f(x, 2, w, b))
 
 case([F.relu, torch.relu, Tensor.relu, F.gelu, F.silu, F.leaky_relu, F.elu, F.softplus, F.relu6], [matrix])
+case([F.hardswish, F.hardsigmoid], [matrix], lambda f, x: f(4 * x))
 case([torch.tanh, F.tanh, Tensor.tanh, torch.sigmoid, F.sigmoid, Tensor.sigmoid, torch.special.expit], [matrix])
 case([torch.exp, Tensor.exp, torch.square, Tensor.square, torch.abs, Tensor.abs, Tensor.__abs__], [matrix])
 case([torch.sin, Tensor.sin, torch.cos, Tensor.cos, torch.neg, torch.negative, Tensor.neg, Tensor.__neg__], [matrix])
@@ -88,6 +89,14 @@ case([attend], [(2, 2, 3, 4)] * 3, lambda f, *a: f(*a, is_causal=True, scale=0.3
 case([attend], [*[(2, 3, 4)] * 3, (3, 3)])
 case([attend], [(2, 3, 4)] * 3, lambda f, *a: f(*a, torch.tensor([[1, 0, 1], [1, 1, 0], [0, 1, 1]]) > 0))
 
+packed = [(12, 4), (12,), (4, 4), (4,)]
+case(
+    [F.multi_head_attention_forward],
+    [*[(3, 2, 4)] * 3, *packed],
+    lambda f, q, k, v, w, b, *o: f(q, k, v, 4, 2, w, b, None, None, False, 0.0, *o, need_weights=False)[0],
+)
+case([F.conv2d], [image, (6, 4, 1, 1), (6,)])
+
 case([torch.flatten, Tensor.flatten], [image])
 case([torch.flatten, Tensor.flatten], [image], lambda f, x: f(x, 1, -2))
 case([torch.flatten], [()])
@@ -126,6 +135,7 @@ for dim in (0, 1, -1):
     joins = [torch.cat, torch.concat, torch.concatenate, torch.stack]
     case(joins, [matrix, matrix], lambda f, x, y, d=dim: f([x, y, torch.ones(4, 3).double()], d))
 case([torch.chunk, Tensor.chunk], [matrix], lambda f, x: f(x, 2, dim=-1))
+case([torch.unbind, Tensor.unbind], [matrix], lambda f, x: f(x, dim=-1))
 case([torch.split, Tensor.split], [matrix], lambda f, x: f(x, [1, 3], dim=0))
 case([Tensor.clone, torch.clone, Tensor.contiguous], [matrix])
 case([Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16], [matrix])
