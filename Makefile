@@ -9,10 +9,11 @@ STAMP  := $(VENV)/.installed
 NBVAL  := FWDLIB_QUICK=1 $(RUN) -m pytest -n 2 --dist loadfile -o addopts=--nbval-cell-timeout=120 --nbval-lax
 SITE   := build/site
 ZOO    := build/zoo
+LOWEST := .venv-lowest
 PIP    := $(RUN) -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help report page publish site evidence bench test test-all test-zoo test-browser drill lint format notebooks wheel lab clean
+.PHONY: help report page publish site evidence bench test test-all test-lowest test-zoo test-browser drill lint format notebooks wheel lab clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +60,13 @@ test: $(STAMP)  ## run the tests but the slow ones, and the six notebooks in qui
 test-all: test  ## run the slow tests and the other notebooks as well
 	@$(RUN) -m pytest -n 2 --dist loadfile -m slow
 	@$(NBVAL) notebooks/beyond
+
+test-lowest:  ## run the tests but the slow ones with the lowest versions that requirements.txt allows, in an environment of its own
+	@$(PYTHON) -m venv $(LOWEST)
+	@mkdir -p build && sed -E 's/>=([0-9.]+)/==\1/' requirements.txt > build/lowest.txt
+	@$(LOWEST)/bin/python -m pip --quiet --disable-pip-version-check install --requirement build/lowest.txt
+	@$(LOWEST)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --no-build-isolation --editable .
+	@$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 drill: $(STAMP)  ## break things on purpose, in temporary folders, and see that every promise holds (ARGS=--short: three minutes)
 	@$(RUN) -m tests.drill $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from fwdlib.drawings import ERROR, VALUE, draw_arrow, draw_layers
 from fwdlib.methods.history_figures import draw_mean
 from fwdlib.plotting import CURVES, LINES, METHOD_STYLES, legend_below, panels, plain_ticks, style_of, styled
 
@@ -65,4 +67,29 @@ def plot_cosines(runs: dict[str, Sequence[dict[str, float]]], titles: Sequence[s
         axes.set(title=title, xlabel="iteration (optimizer steps)", ylabel="cosine")
         axes.set_ylim(min(-0.03, 1.05 * lowest), 1.03)
     legend_below(figure, [Line2D([], [], label=name, **styles[name]) for name in runs])
+    return figure
+
+
+@styled
+def plot_ways() -> Figure:
+    """Draw how the error reaches the layers: from layer to layer with backprop, straight from the output with feedback.
+
+    Returns:
+        A figure with two panels.
+    """
+    figure = Figure(figsize=(8.2, 2.2))
+    names = ("inputs", "block 1", "block 2", "output")
+    for axes, title, is_backprop in panels(figure, {"Backprop": True, "Direct feedback": False}):
+        places = draw_layers(axes, names)
+        for left, right in itertools.pairwise(places):
+            draw_arrow(axes, (left, 0.1), (right, 0.1), VALUE)
+        for place in places[-2:0:-1]:
+            if is_backprop:
+                draw_arrow(axes, (place + 1, -0.1), (place, -0.1), ERROR)
+            else:
+                draw_arrow(axes, (places[-1], -0.1), (place, -0.1), METHOD_STYLES["FDFA"]["color"], bend=-0.35)
+        way = "through every layer between" if is_backprop else "by a matrix of each block's own, $B_l$"
+        said = f"black: values; the error comes back\n{way}"
+        axes.text(1.5, -0.6, said, ha="center", va="top", fontsize=8.5)
+        axes.set(title=title, ylim=(-1.1, 0.4))
     return figure

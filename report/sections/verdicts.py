@@ -92,6 +92,8 @@ class Finding(NamedTuple):
     verdict: str
     """In words."""
     reason: str
+    more_seeds: float | None = None
+    """Of an inconclusive one: how many times as many seeds or rounds would decide a case, if the estimates stay."""
 
 
 def judge(claim: Claim, context: dict[str, Any]) -> Finding:
@@ -122,7 +124,28 @@ def judge(claim: Claim, context: dict[str, Any]) -> Finding:
         decisive = "holds" if outcome == "partly" else "fails"
         verdict += f" for {wording.enumerated(case for case, one in outcomes.items() if one == decisive)}"
     cases = {case: (wording.interval(value, claim.form), outcomes[case]) for case, value in measured.items()}
-    return Finding(claim, cases, outcome, verdict, claim.reasons.get(outcome, ""))
+    factors = [more_seeds(claim.rule, value) for value in measured.values()] if outcome == "inconclusive" else []
+    return Finding(claim, cases, outcome, verdict, claim.reasons.get(outcome, ""), min(factors, default=None))
+
+
+def more_seeds(rule: Rule, value: Interval) -> float:
+    """Return how many times as many seeds it would take until an interval decides, infinite if more than a thousand.
+
+    The estimate stays where it is, and both ends come closer to it like one over the root of the number of seeds.
+
+    Args:
+        rule: that the interval does not decide now.
+        value: the interval.
+
+    Example:
+        >>> more_seeds(below(1.0), Interval(0.5, 0.9, 1.1))
+        5
+    """
+    for factor in range(2, 1001):
+        ends = (value.estimate + (end - value.estimate) / math.sqrt(factor) for end in value)
+        if _outcome(rule, Interval(*ends)) != "inconclusive":
+            return factor
+    return math.inf
 
 
 def _outcome(rule: Rule, value: Interval) -> str:

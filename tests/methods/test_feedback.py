@@ -514,3 +514,13 @@ def test_refuses_what_is_not_its_model(rule):
 def test_refuses_options(option, message):
     with pytest.raises(ValueError, match=message):
         ControlVariateForwardGradient(*mlp(), **option)
+
+
+def test_the_drawing_sends_the_error_straight_to_each_block_or_from_one_to_the_next():
+    from fwdlib.methods import feedback_figures
+
+    lengths = []
+    for axes in feedback_figures.plot_ways().axes:
+        arrows = [text for text in axes.texts if getattr(text, "arrow_patch", None)]
+        lengths.append(sorted(note.xyann[0] - note.xy[0] for note in arrows if note.xyann[0] > note.xy[0]))
+    assert lengths == [[1, 1], [1, 2]]

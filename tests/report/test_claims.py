@@ -47,6 +47,28 @@ def test_a_rule_decides_by_the_whole_interval(rule, holds, fails, open_):
     assert verdicts._outcome(rule, Interval(math.nan, 1.0, math.nan)) == "inconclusive"
 
 
+@pytest.mark.parametrize(
+    ("rule", "value", "factor"),
+    [
+        (below(1), (0.5, 0.9, 1.1), 5),  # half of the half width, 0.2, must fit into 0.1: 4 times touches the bound
+        (above(1), (0.7, 0.9, 1.31), 17),  # refuted: 0.41 must fit into 0.1
+        (within(1, 3), (-0.1, 2.0, 2.5), 5),  # 2.1 must fit into 1
+        (below(1), (0.5, 1.0, 1.5), math.inf),  # on the bound
+        (below(1), (math.nan, 0.5, math.nan), math.inf),
+    ],
+)
+def test_how_many_more_seeds_would_decide(rule, value, factor):
+    assert verdicts.more_seeds(rule, Interval(*value)) == factor
+
+
+def test_only_an_inconclusive_claim_says_how_many_more_seeds_it_takes():
+    def found(*ends):
+        return judge(Claim("s", "t", "m", lambda _: {"": Interval(*ends)}, below(1), {}), {}).more_seeds
+
+    assert found(0.5, 0.9, 1.1) == 5
+    assert found(0.5, 0.6, 0.9) is None
+
+
 @every_claim
 def test_other_data_flips_the_verdict(claim):
     found = set()
