@@ -115,10 +115,12 @@ def _not_recorded(context: dict[str, Any]) -> Row:
 def _memory(context: dict[str, Any]) -> Row:
     depth = made(context, "cost", "depth")
     ours, theirs = made(depth, "rank_one", "memory"), made(depth, "backprop", "memory")
+    rival = made(depth, "rivals", "exact")
     return Row(
         "a deep network whose activations do not fit into memory",
-        "rank-one tangents, at the price of noise",
-        f"{number(100 * ours / theirs, 2)} % of backprop's memory at {depth['last']} layers",
+        f"backprop updated in the backward pass ({rival['name']}), or rank-one tangents, at the price of noise",
+        f"rank-one: {number(100 * ours / theirs, 2)} % of backprop's memory at {depth['last']} layers, "
+        f"{number(100 * rival['share'], 2)} % of that rival's",
         "cost",
     )
 
@@ -142,7 +144,7 @@ def _no_way_back(context: dict[str, Any]) -> Row:
     rows = _large(context)
     fdfa, backprop = made(rows, "FDFA")["accuracy"], made(rows, "BP")["accuracy"]
     steps = context["feedback"]["steps"]
-    time = steps and steps["fdfa"].get("MNIST-2x800")
+    time = steps and steps["against"].get("MNIST-2x800", {}).get("FDFA")
     cost = f"; a step takes {interval(time[PLAIN])} times as long" if time else ""
     return Row(
         "hardware that cannot carry errors back through the layers",

@@ -181,7 +181,7 @@ def test_what_diverged_has_learned_nothing(load):
 
 def test_memory_has_its_share_of_backprop(load):
     text = text_of(load(content()))
-    assert "needs 0.25 of backprop's memory for *20 layers of width 256*. Depth decides" in text
+    assert "needs 0.25 of backprop's memory for *20 layers of width 256*; backprop that updates in-backward" in text
     more = text_of(load(content(memory=memory(**{"rank-one": 5e8}))))
     assert "It saves next to nothing or nothing at all for *20 layers of width 256*. Depth" in more
 
