@@ -356,6 +356,7 @@ def test_bench_writes_less_than_all_to_another_file(words, name, bench, tmp_path
 
 def test_bench_passes_its_options_on(bench, tmp_path):
     words = ["--models", "mnist-mlp", "paper-cnn", "--no-memory", "--device", "cuda", "--batch", "64", "--quick"]
+    words += ["--threads", "1", "--peers"]
     assert cli.main(["bench", *words, "--out", str(tmp_path / "x.json")]) == 0
     (options,) = bench
     assert options == {
@@ -365,6 +366,8 @@ def test_bench_passes_its_options_on(bench, tmp_path):
         "memory": False,
         "depth": True,
         "quick": True,
+        "peers": True,
+        "threads": 1,
     }
     assert (tmp_path / "x.json").is_file()
 

@@ -187,6 +187,7 @@ class LocalForwardGradient(LocalBackprop):
             anything but units or images.
 
     Example:
+        >>> from fwdlib import BatchLoss, params_of
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> estimator = LocalForwardGradient(model, torch.zeros(2, 4), num_groups=4)
         >>> objective = BatchLoss(model, torch.randn(5, 4), torch.tensor([0, 1, 1, 0, 2]))

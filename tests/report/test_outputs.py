@@ -39,7 +39,7 @@ def test_a_hostile_output_does_nothing(tmp_path):
 
 @pytest.mark.parametrize("damage", ["no report", "a damaged notebook"])
 def test_a_site_that_cannot_be_built_says_so_in_a_sentence(tmp_path, damage):
-    page = "{{ notebooks('notebooks') }}" if damage == "a damaged notebook" else "Title\n====="
+    page = "{{ notebooks('notebooks/*.ipynb') }}" if damage == "a damaged notebook" else "Title\n====="
     (tmp_path / "index.rst").write_text(page)
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "1a.ipynb").write_text("{")
