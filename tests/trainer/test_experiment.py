@@ -79,7 +79,7 @@ def test_every_mode_changes_every_weight_and_keeps_its_feedback(mode, tiny, tmp_
     for name, value in content["model"].items():
         assert value.isfinite().all()
         assert not torch.equal(value, initial[name]), name
-    assert ("estimator" in content) == (mode in ("DFA", *LEARNED))
+    assert ("estimator" in content) == (mode in ("DFA", "FG-A", *LEARNED))
     if mode in LEARNED:
         assert any(feedback.abs().sum() > 0 for feedback in content["estimator"]["feedback"])
 
