@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union
 import tyro
 
 from fwdlib.atomic import check_own, check_writable, message_of, naming, write_bytes
+from fwdlib.checks import check_count
 from fwdlib.doctor import PROG, Doctor
 from fwdlib.trainer import settings
 
@@ -334,6 +335,8 @@ class Run:
         from fwdlib.runs import batch, declarations, jobs, places, tables
 
         tables.check_format(self.to)
+        if self.jobs is not None:
+            check_count("num_jobs", self.jobs)
         asked = self._jobs()
         output = (self.output or runtime.results_dir() / ("run-quick" if runtime.is_quick() else "run")).expanduser()
         if not self.dry_run:
