@@ -207,10 +207,8 @@ def make_step(variant: Variant, model: nn.Module, inputs: Tensor, targets: Tenso
 
 
 def _dropped_in(model: nn.Module, inputs: Tensor, targets: Tensor, tangents: str, optimizer_name: str) -> Step:
-    objective, optimizer = (
-        BatchLoss(model, inputs, targets),
-        OPTIMIZERS[optimizer_name](model.parameters(), LEARNING_RATE),
-    )
+    objective = BatchLoss(model, inputs, targets)
+    optimizer = OPTIMIZERS[optimizer_name](model.parameters(), LEARNING_RATE)
 
     def step() -> Tensor:
         estimate = forward_gradient(objective, params_of(model), tangents=tangents)

@@ -92,12 +92,12 @@ class LocalBackprop(LearnedFeedback):
         super().__init__(model, inputs, optimizer=optimizer, recorded=recorded)
 
     def _feedback_shapes(self, shapes: list[torch.Size]) -> list[torch.Size]:
-        # (channels, patches) of the head's weight; also keeps the shapes of the outputs and the sides of the grids.
+        # (channels, patches) of the head's weight; also keeps the shapes of the outputs and the patches along a side.
         self._outputs = shapes
-        self._grids = [_grid(shape, self.grid) for shape in shapes]
+        self._sides = [_side(shape, self.grid) for shape in shapes]
         return [
-            torch.Size((shape[0], rows * columns if self.head == "grid" else 1))
-            for shape, (rows, columns) in zip(shapes, self._grids, strict=True)
+            torch.Size((shape[0], side**2 if self.head == "grid" else 1))
+            for shape, side in zip(shapes, self._sides, strict=True)
         ]
 
     def _evaluate(
@@ -118,17 +118,17 @@ class LocalBackprop(LearnedFeedback):
         along = inputs.new_zeros(len(u), len(inputs))
         signs = u.split_with_sizes([shape.numel() for shape in self._outputs], -1) if len(u) else [u] * len(hidden)
         heads = self._by_block(matrix)
-        for block, output, weight, grid, signs_of in zip(
-            network.blocks[:-1], hidden, heads, self._grids, signs, strict=True
+        for block, output, weight, side, signs_of in zip(
+            network.blocks[:-1], hidden, heads, self._sides, signs, strict=True
         ):
             values = output.detach()
-            features = _means(values, grid)  # (B, channels, patches)
+            features = _means(values, side)  # (B, channels, patches)
             if self.head == "mean":
                 features = features.mean(-1, keepdim=True)
             error = _error(loss_of, features.flatten(1) @ weight.flatten(1).t(), targets)
             gradients.append(error.t() @ features.flatten(1))
             is_live = values != 0 if block.ends_in_relu else None
-            delta, slopes = self._delta(error, weight, grid, values, signs_of, is_live)
+            delta, slopes = self._delta(error, weight, side, values, signs_of, is_live)
             deltas.append(delta)
             along = along + slopes
         with torch.enable_grad():
@@ -140,18 +140,18 @@ class LocalBackprop(LearnedFeedback):
         self,
         error: Tensor,
         weight: Tensor,
-        grid: tuple[int, int],
+        side: int,
         values: Tensor,
         signs: Tensor,
         is_live: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         # The gradient that the outputs of a block get, and the derivatives of the examples' losses along the signs.
         of_features = (error @ weight.flatten(1)).reshape(len(error), *weight.shape[1:])
-        num_patches = grid[0] * grid[1]
+        num_patches = side**2
         of_features = of_features.expand(-1, -1, num_patches) / (values[0, 0].numel() // num_patches)
         if self.head == "mean":
             of_features = of_features / num_patches
-        return _spread(of_features, grid, values.shape[1:]), error.new_zeros(len(signs), len(error))
+        return _spread(of_features, side, values.shape[1:]), error.new_zeros(len(signs), len(error))
 
 
 class LocalForwardGradient(LocalBackprop):
@@ -219,24 +219,24 @@ class LocalForwardGradient(LocalBackprop):
         self,
         error: Tensor,
         weight: Tensor,
-        grid: tuple[int, int],
+        side: int,
         values: Tensor,
         signs: Tensor,
         is_live: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        channels, num_patches = values.shape[1], grid[0] * grid[1]
+        channels, num_patches = values.shape[1], side**2
         num_groups = _divisor(self.num_groups, channels)
         u = signs.reshape(len(signs), *values.shape)
         if is_live is not None:
             u = u * is_live
-        means = _means(u.flatten(0, 1), grid).unflatten(1, (num_groups, -1))  # (K B, groups, channels, patches)
+        means = _means(u.flatten(0, 1), side).unflatten(1, (num_groups, -1))  # (K B, groups, channels, patches)
         if self.head == "mean":
             means = means / num_patches
         parts = weight.unflatten(1, (num_groups, -1)).expand(-1, -1, -1, num_patches)
         d = torch.einsum("ngcp,ogcp->ngpo", means, parts).unflatten(0, (len(signs), -1))  # tangents of the logits
         slopes = (d * error[:, None, None]).sum(-1)  # (K, B, groups, patches)
         weights = slopes.unsqueeze(3).expand(-1, -1, -1, channels // num_groups, -1).flatten(2, 3)
-        weights = _spread(weights.flatten(0, 1), grid, values.shape[1:]).reshape(u.shape)
+        weights = _spread(weights.flatten(0, 1), side, values.shape[1:]).reshape(u.shape)
         return (weights * u).mean(0), slopes.flatten(2).sum(2)
 
 
@@ -252,30 +252,29 @@ def _divisor(most: int, *sizes: int) -> int:
     return next(n for n in range(min(most, *sizes), 0, -1) if not any(size % n for size in sizes))
 
 
-def _grid(shape: torch.Size, most: int) -> tuple[int, int]:
-    # Rows and columns of the patches of an output of this shape, without the batch.
+def _side(shape: torch.Size, most: int) -> int:
+    # Patches along each side of an output of this shape, without the batch.
     if len(shape) == 1:
-        return 1, 1
+        return 1
     if len(shape) != 3:
         raise ValueError(
             f"local losses need hidden blocks that return (B, units) or (B, channels, height, width), and one returns "
             f"(B, {', '.join(map(str, shape))}): put the axis of the features first, or flatten"
         )
-    side = _divisor(most, *shape[1:])
-    return side, side
+    return _divisor(most, *shape[1:])
 
 
-def _means(x: Tensor, grid: tuple[int, int]) -> Tensor:
+def _means(x: Tensor, side: int) -> Tensor:
     # The means over the patches, (N, channels, patches).
     if x.dim() == 2:
         return x.unsqueeze(2)
-    return F.avg_pool2d(x, (x.shape[2] // grid[0], x.shape[3] // grid[1])).flatten(2)
+    return F.avg_pool2d(x, (x.shape[2] // side, x.shape[3] // side)).flatten(2)
 
 
-def _spread(x: Tensor, grid: tuple[int, int], shape: torch.Size) -> Tensor:
+def _spread(x: Tensor, side: int, shape: torch.Size) -> Tensor:
     # (N, channels, patches) -> (N, *shape): the value of its patch at each position.
     if len(shape) == 1:
         return x.squeeze(2)
-    rows, columns = shape[1] // grid[0], shape[2] // grid[1]
-    cells = x.reshape(*x.shape[:2], grid[0], 1, grid[1], 1).expand(-1, -1, -1, rows, -1, columns)
+    rows, columns = shape[1] // side, shape[2] // side
+    cells = x.reshape(*x.shape[:2], side, 1, side, 1).expand(-1, -1, -1, rows, -1, columns)
     return cells.reshape(len(x), *shape)
