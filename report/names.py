@@ -36,7 +36,9 @@ LEARNS = {  # mode -> whether its feedback or its heads learn, and so have a lea
     "DKP": True,
     "DFA": False,
     "L-BP": True,
+    "LG-BP": True,
     "LG-FG-A": True,
+    "FG-GUIDED": True,
     "FG-CV": True,
     "FG-A": False,
     "FG": False,
@@ -50,8 +52,9 @@ LEARNS = {  # mode -> whether its feedback or its heads learn, and so have a lea
     "LG-FG-A, 16 groups": True,
 }
 MODES = tuple(LEARNS)
-MAIN_MODES = MODES[:10]
-LOCAL_MODES = ("BP", "FDFA", "L-BP", "LG-FG-A")  # those whose accuracies are near backprop's
+MAIN_MODES = MODES[:12]
+LOCAL_MODES = ("BP", "FDFA", "L-BP", "LG-BP", "LG-FG-A")  # those whose accuracies are near backprop's
+MIXER_MODES = ("BP", "L-BP", "LG-BP", "LG-FG-A", "FG-A")  # of Ren et al.'s table
 TASKS = {
     "MNIST-2x800": MODES,
     "KMNIST-2x800": LOCAL_MODES,
@@ -59,7 +62,11 @@ TASKS = {
     "MNIST-cnn": MAIN_MODES,
     "KMNIST-cnn": LOCAL_MODES,
     "FashionMNIST-cnn": LOCAL_MODES,
+    "MNIST-S/1/1": MIXER_MODES,
+    "MNIST-M/1/16": MIXER_MODES,
 }
+DEPTHS = {f"MNIST-depth-{n}": n for n in (1, 2, 5, 10)}  # task -> hidden layers of 800 units, trained for less long
+DEPTH_MODES = ("BP", "DFA", "FDFA", "LG-BP", "LG-FG-A")
 PLAIN = "loss.backward()"  # a step of backprop as everyone writes it
 RECORDED = "BP, recorded"
 
@@ -70,8 +77,10 @@ def feedback_file(task: str, mode: str) -> str:
     Example:
         >>> feedback_file("MNIST-2x800", "FG-CV, alpha to 0")
         'MNIST-2x800-FG-CV-alpha-to-0.json'
+        >>> feedback_file("MNIST-M/1/16", "BP")
+        'MNIST-M-1-16-BP.json'
     """
-    return f"{task}-{mode.replace(', ', '-').replace(' ', '-')}.json"
+    return f"{task.replace('/', '-')}-{mode.replace(', ', '-').replace(' ', '-')}.json"
 
 
 # --- protocols: the three models, and the methods of the fair protocol -----------------------------------------------
