@@ -97,6 +97,7 @@ TANGENTS = "tangents.json"
 SCRATCH = "scratch.json"
 SENSITIVITY = "sensitivity.json"
 BUDGET = "budget.json"
+TRAFFIC = "traffic.json"
 
 WRITTEN_OUT = "Rosenbrock, written out"  # among the test functions whose steps are timed
 STYBLINSKI_TANG = -39.16616570377142  # the minimum of Styblinski and Tang's function, for each of the n numbers

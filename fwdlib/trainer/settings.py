@@ -13,7 +13,7 @@ from tyro import conf
 
 from fwdlib.checks import check_choice, check_count, check_fraction, check_positive
 
-DatasetName = Literal["MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "KMNIST", "digits"]
+DatasetName = Literal["MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "KMNIST", "CIFAR10-jpeg", "digits"]
 TrainMode = Literal["BP", "FG", "FG-RANK1", "FG-A", "FG-CV", "DFA", "DKP", "FDFA", "L-BP", "LG-BP", "LG-FG-A", "FG-GUIDED"]
 MixerName = Literal["S/1/1", "M/1/16", "M/8/16", "L/8/64"]
 NormName = Literal["batch", "layer", "group", "none"]
@@ -159,7 +159,7 @@ class Settings(Task, Method, Steps, Execution):
     @property
     def width(self) -> int:
         """Units of a hidden layer of the fully connected network."""
-        return 1000 if self.dataset == "CIFAR10" else 800
+        return 1000 if self.dataset.startswith("CIFAR10") else 800
 
     @property
     def is_alexnet(self) -> bool:
