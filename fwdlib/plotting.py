@@ -317,10 +317,15 @@ def dots_of(name: str) -> dict[str, Any]:
     return {"markerfacecolor": "white"} if ", " in name else {}
 
 
-def panels(figure: Figure, contents: dict[str, Any], **options: Any) -> Iterator[tuple[Axes, str, Any]]:
-    """Yield a panel for each entry of ``contents``, all in one row, with the entry's title and value."""
-    row = np.ravel(figure.subplots(1, len(contents), **options))
-    return zip(row, contents.keys(), contents.values(), strict=True)
+def panels(
+    figure: Figure, contents: dict[str, Any], *, columns: int = 99, **options: Any
+) -> Iterator[tuple[Axes, str, Any]]:
+    """Yield a panel for each entry of ``contents``, in rows of at most ``columns``, with its title and value."""
+    columns = min(columns, len(contents))
+    grid = np.ravel(figure.subplots(-(-len(contents) // columns), columns, **options))
+    for unused in grid[len(contents) :]:
+        unused.remove()
+    return zip(grid[: len(contents)], contents.keys(), contents.values(), strict=True)
 
 
 def draw_band(axes: Axes, where: Any, band: Sequence[np.ndarray], style: dict[str, Any], **options: Any) -> None:

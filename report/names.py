@@ -62,8 +62,8 @@ TASKS = {
     "MNIST-cnn": MAIN_MODES,
     "KMNIST-cnn": LOCAL_MODES,
     "FashionMNIST-cnn": LOCAL_MODES,
-    "MNIST-S/1/1": MIXER_MODES,
-    "MNIST-M/1/16": MIXER_MODES,
+    "MNIST-S-1-1": MIXER_MODES,
+    "MNIST-M-1-16": MIXER_MODES,
 }
 DEPTHS = {f"MNIST-depth-{n}": n for n in (1, 2, 5, 10)}  # task -> hidden layers of 800 units, trained for less long
 DEPTH_MODES = ("BP", "DFA", "FDFA", "LG-BP", "LG-FG-A")
@@ -77,10 +77,8 @@ def feedback_file(task: str, mode: str) -> str:
     Example:
         >>> feedback_file("MNIST-2x800", "FG-CV, alpha to 0")
         'MNIST-2x800-FG-CV-alpha-to-0.json'
-        >>> feedback_file("MNIST-M/1/16", "BP")
-        'MNIST-M-1-16-BP.json'
     """
-    return f"{task.replace('/', '-')}-{mode.replace(', ', '-').replace(' ', '-')}.json"
+    return f"{task}-{mode.replace(', ', '-').replace(' ', '-')}.json"
 
 
 # --- protocols: the three models, and the methods of the fair protocol -----------------------------------------------

@@ -31,9 +31,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of a model, in order: each ends with an activation, the last is the readout.
 
     Args:
-        model: an ``nn.Sequential``, nested or not, or anything with a method ``blocks()`` that returns them. A block may
-            have a method ``layers()`` that returns a dict: its inner layers in order, each with whether a unit of its
-            output acts on one part of the block's output only, of the same group of channels and the same position.
+        model: an ``nn.Sequential``, nested or not, or anything with a method ``blocks()`` that returns them. A block
+            may have a method ``layers()`` that returns a dict: its inner layers in order, each with whether a unit of
+            its output acts on one part of the block's output only: the same group of channels, the same position.
 
     Raises:
         ValueError: if the model does not show its blocks, or has fewer than two; the message shows what to do.
@@ -103,7 +103,7 @@ class Network:
     def run(
         self, tensors: Params | None, inputs: Tensor, behind: Sequence[Entering], *, live_only: bool = False
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Return the outputs of all sites and the logits, each with a tape that starts at the site before, and tangents.
+        """Return the outputs of all sites and the logits, each with a tape from the site before, and their tangents.
 
         Args:
             tensors: replace the model's parameters and buffers of these names; None for its own.
@@ -152,7 +152,7 @@ class Block:
         *,
         live_only: bool = False,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Return the outputs of the sites and the tangents (K, B, ...) of the last. Each tape starts at the site before.
+        """Return the outputs of the sites, each with a tape from the site before, and the tangents (K, B, ...) of the last.
 
         Args:
             tensors: replace the model's parameters and buffers of these names; None for its own.

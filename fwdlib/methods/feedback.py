@@ -6,9 +6,9 @@ the logits y. Backprop carries the error e, the derivative of the loss by y, bac
 .. math:: \delta_l = B_l^T e \qquad\text{instead of}\qquad \delta_l = (\partial y / \partial a_l)^T e
 
 and turns it into gradients of its own parameters by its own local derivative. No derivative passes from one block to
-another: the tape of each block ends at its input. The readout's gradient is exact. If a block names inner layers (see
-:func:`~fwdlib.methods.blocks.blocks_of`), each of these gets its error in the same way, and no derivative passes between
-layers either. The rules differ in the feedback B_l of shape (outputs, units of block l):
+another: the tape of each block ends at its input. The readout's gradient is exact. If a block names inner layers
+(see :func:`~fwdlib.methods.blocks.blocks_of`), each of these gets its error in the same way, and no derivative passes
+between layers either. The rules differ in the feedback B_l of shape (outputs, units of block l):
 
 =================================== ================================================= ===================
 rule                                feedback                                          needs also

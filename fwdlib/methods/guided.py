@@ -50,9 +50,7 @@ class GuidedForwardGradient(LocalLosses):
         *hidden, readout = step.network.blocks
         activation, tangents = step.inputs, None
         outputs, proposals, gradients = [], [], []
-        for row, (block, weight, side) in enumerate(
-            zip(hidden, self._by_site(step.matrix), self._sides, strict=True)
-        ):
+        for row, (block, weight, side) in enumerate(zip(hidden, self._by_site(step.matrix), self._sides, strict=True)):
             (output,), tangents = block.run(step.tensors, activation, tangents, [None])
             activation = output.detach()
             error, of_head = self._head(step, activation, weight, side)

@@ -1,8 +1,8 @@
 r"""Training by local losses: each hidden block learns from a loss of its own.
 
 A model is a chain of blocks, :math:`a_l = f_l(a_{l-1})`, as in :mod:`fwdlib.methods.feedback`. Each hidden block gets a
-head :math:`W_l`, which predicts the classes from the block's output alone, and its loss. The readout of the model learns
-from the model's loss and passes nothing on. The rules differ in what else a block learns from:
+head :math:`W_l`, which predicts the classes from the block's output alone, and its loss. The readout of the model
+learns from the model's loss and passes nothing on. The rules differ in what else a block learns from:
 
 ================================ ============================================== ====================================
 rule, and its name in the paper  a block learns from                            noise
@@ -41,7 +41,7 @@ HEADS = ("grid", "mean")
 
 
 class LocalLosses(LearnedFeedback):
-    """The heads of the hidden blocks, which start at zero and learn by an optimizer of their own; the base of the rules."""
+    """The base of the rules: heads of the hidden blocks, which start at zero and learn by an optimizer of their own."""
 
     def __init__(
         self,

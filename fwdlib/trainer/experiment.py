@@ -342,9 +342,7 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
             return local_losses.LocalGreedyBackprop(model, inputs, **learns, **heads)
         case "LG-FG-A":
             groups = settings.num_groups if settings.mixer is None else MIXERS[settings.mixer].groups
-            return local_losses.LocalForwardGradient(
-                model, inputs, **learns, **tangents, **heads, num_groups=groups
-            )
+            return local_losses.LocalForwardGradient(model, inputs, **learns, **tangents, **heads, num_groups=groups)
         case "FG-GUIDED":
             return guided.GuidedForwardGradient(model, inputs, **learns, **heads)
     decay = {"alpha": settings.alpha, "alpha_decay": settings.alpha_decay ** (1 / steps_per_epoch)}

@@ -1,8 +1,8 @@
-"""The networks of ``python -m fwdlib train``, after Bacho & Chu 2024 and Ren et al. 2023. All return logits (B, classes).
+"""The networks of ``python -m fwdlib train``. All return logits, shape (B, classes).
 
-Those of Bacho & Chu have BatchNorm, which makes the loss of an example depend on the others of its batch. In its place each takes
-``norm="layer"``, a normalisation over all units of an example, ``"group"``, over at most 16 groups of them, or
-``"none"``.
+Those of Bacho & Chu 2024 have BatchNorm, which makes the loss of an example depend on the others of its batch. In its
+place each takes ``norm="layer"``, a normalisation over all units of an example, ``"group"``, over at most 16 groups of
+them, or ``"none"``. :class:`LocalMixer` is that of Ren et al. 2023.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ class LocalMixer(nn.Module):
         ValueError: if the image cannot be cut into these patches.
     """
 
-    def __init__(self, size: str = "M/1/16", num_channels: int = 1, image_size: int = 28, num_classes: int = 10) -> None:
+    def __init__(
+        self, size: str = "M/1/16", num_channels: int = 1, image_size: int = 28, num_classes: int = 10
+    ) -> None:
         num_blocks, patches, channels, groups = MIXERS[size]
         if image_size % patches:
             raise ValueError(f"LocalMixer {size} needs images whose side is a multiple of {patches}, got {image_size}")

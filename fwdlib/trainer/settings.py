@@ -14,7 +14,9 @@ from tyro import conf
 from fwdlib.checks import check_choice, check_count, check_fraction, check_positive
 
 DatasetName = Literal["MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "KMNIST", "CIFAR10-jpeg", "digits"]
-TrainMode = Literal["BP", "FG", "FG-RANK1", "FG-A", "FG-CV", "DFA", "DKP", "FDFA", "L-BP", "LG-BP", "LG-FG-A", "FG-GUIDED"]
+TrainMode = Literal[
+    "BP", "FG", "FG-RANK1", "FG-A", "FG-CV", "DFA", "DKP", "FDFA", "L-BP", "LG-BP", "LG-FG-A", "FG-GUIDED"
+]
 MixerName = Literal["S/1/1", "M/1/16", "M/8/16", "L/8/64"]
 NormName = Literal["batch", "layer", "group", "none"]
 OptimizerName = Literal["Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SGD", "RMSprop", "Adagrad"]
@@ -168,7 +170,7 @@ class Settings(Task, Method, Steps, Execution):
 
     @property
     def network(self) -> str:
-        """Name of the network: ``"2x800"``, ``"cnn"``, ``"alexnet"`` or ``"mixer-M-1-16"``; with its norm if not BatchNorm."""
+        """Name of the network: ``"2x800"``, ``"cnn"``, ``"alexnet"`` or ``"mixer-M-1-16"``; and of its norm."""
         if self.mixer is not None:
             return f"mixer-{self.mixer.replace('/', '-')}"
         kind = "alexnet" if self.is_alexnet else "cnn" if self.conv else f"{self.n_layers}x{self.width}"

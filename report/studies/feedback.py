@@ -55,11 +55,11 @@ BASE_RATE = 1e-4  # times a power of two
 NETWORKS: dict[str, dict[str, Any]] = {  # by the name in a task
     "2x800": {"conv": False},
     "cnn": {"conv": True},
-    "S/1/1": {"mixer": "S/1/1"},
-    "M/1/16": {"mixer": "M/1/16"},
+    "S-1-1": {"mixer": "S/1/1"},
+    "M-1-16": {"mixer": "M/1/16"},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    task: {"dataset": task.split("-")[0], **NETWORKS[task.split("-")[1]]} for task in TASKS
+    task: {"dataset": dataset, **NETWORKS[network]} for task in TASKS for dataset, _, network in [task.partition("-")]
 } | {task: {"dataset": "MNIST", "n_layers": depth} for task, depth in DEPTHS.items()}
 NO_MIXING = {"norm": "layer"}  # in place of BatchNorm, which makes an example's loss depend on its batch
 MODES: dict[str, dict[str, Any]] = {  # options, with the powers of the first guesses of the learning rates
@@ -123,7 +123,7 @@ SHORT = Settings(
         "KMNIST-2x800": Length(1, 100, (1, 2), LOCAL_MODES),
         "FashionMNIST-2x800": Length(1, 100, (1, 2), LOCAL_MODES),
         "MNIST-cnn": Length(1, 30, (1,), LOCAL_MODES),
-        "MNIST-M/1/16": Length(1, 100, (1, 2), MIXER_MODES),
+        "MNIST-M-1-16": Length(1, 100, (1, 2), MIXER_MODES),
         **{task: Length(1, 50, (1,), DEPTH_MODES) for task in DEPTHS},
     },
     seconds=8,

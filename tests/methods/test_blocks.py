@@ -44,7 +44,8 @@ def test_tangents_that_enter_at_all_sites_come_out_as_the_derivative_along_them(
 
     def shifted(t):
         handles = [
-            layer.register_forward_hook(lambda _, __, output, i=i: output + t * u[i][0]) for i, layer in enumerate(layers)
+            layer.register_forward_hook(lambda _, __, output, i=i: output + t * u[i][0])
+            for i, layer in enumerate(layers)
         ]
         try:
             return model(images)
@@ -52,7 +53,9 @@ def test_tangents_that_enter_at_all_sites_come_out_as_the_derivative_along_them(
             for handle in handles:
                 handle.remove()
 
-    _, expected = torch.func.jvp(shifted, (torch.zeros((), dtype=torch.float64),), (torch.ones((), dtype=torch.float64),))
+    _, expected = torch.func.jvp(
+        shifted, (torch.zeros((), dtype=torch.float64),), (torch.ones((), dtype=torch.float64),)
+    )
     torch.testing.assert_close(tangents[0], expected, rtol=1e-9, atol=1e-11)
 
 

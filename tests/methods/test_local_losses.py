@@ -47,7 +47,7 @@ def with_heads(rule, *arguments, **options):
 
 
 def by_autograd(model, inputs, heads, grid=2, head="grid", greedy=True):
-    """The gradients of the sum of all losses, of the parameters and of the heads; greedy: every block's input detached."""
+    """The gradients of the sum of all losses, of parameters and heads; greedy: every block's input is detached."""
     heads = [weight.clone().requires_grad_() for weight in heads]
     total, activation = 0, inputs
     *hidden, readout = blocks_of(model)
@@ -215,7 +215,7 @@ def test_a_unit_of_an_inner_layer_acts_on_its_own_part_only_where_the_network_sa
     for block, x in zip(model.blocks()[:2], (inputs, torch.randn(6, 8, 2, 2, dtype=torch.float64)), strict=True):
         for layer, keeps in block.layers().items():
             outputs = []
-            hook = layer.register_forward_hook(lambda *call: outputs.append(call[-1]))
+            hook = layer.register_forward_hook(lambda *call, outputs=outputs: outputs.append(call[-1]))
             output = block(x)
             hook.remove()
             (slopes,) = torch.autograd.grad(output[:, 2:4, 0, 1].square().sum(), outputs)  # of one part

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fwdlib.models import num_parameters
-from fwdlib.trainer.networks import MIXERS, LocalMixer, alexnet, fully_connected, shallow_cnn
 from fwdlib.trainer import settings
+from fwdlib.trainer.networks import MIXERS, LocalMixer, alexnet, fully_connected, shallow_cnn
 from fwdlib.trainer.settings import NORMS
 
 
