@@ -4,9 +4,9 @@
 method              what a process exchanges
 =================== ================================================================================================
 DDP                 all gradients, each step (torch's DistributedDataParallel)
-PowerSGD, rank r    two thin factors of each gradient matrix, each step, and the vectors as they are: Vogels et al. 2019,
-                    arXiv 1905.13727, torch's own hook, with error feedback and warm start. The first two steps exchange
-                    all gradients, as the hook demands
+PowerSGD, rank r    two thin factors of each gradient matrix, each step, and the vectors as they are: Vogels et al.
+                    2019, arXiv 1905.13727, torch's own hook, with error feedback and warm start. The first two steps
+                    exchange all gradients, as the hook demands
 local SGD, H steps  all parameters, after H steps of its own: Stich 2019, arXiv 1805.09767, torch's own averager
 rank-one, K = k     k directional derivatives and the loss, each step
 =================== ================================================================================================

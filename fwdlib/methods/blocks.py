@@ -152,7 +152,7 @@ class Block:
         *,
         live_only: bool = False,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Return the outputs of the sites, each with a tape from the site before, and the tangents (K, B, ...) of the last.
+        """Return the outputs of the sites, each with a tape from the site before, and the tangents of the last.
 
         Args:
             tensors: replace the model's parameters and buffers of these names; None for its own.
