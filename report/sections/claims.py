@@ -12,6 +12,7 @@ from fwdlib.statistics import difference_by_seed
 from report import published
 from report.names import AS_PUBLISHED, MODELS
 from report.sections import claims_on_cost, lookups
+from report.sections.feedback import LARGE, MIXER
 from report.sections.verdicts import Claim, Finding, Rule, above, below, compatible, judge, made, within
 from report.wording import number
 
@@ -55,7 +56,7 @@ ADAM = f"{CNN['steps_per_iteration']} steps"
 SEED, PAPER, FRAMEWORK = "[@predecessors2023]", "[@baydin2022]", "[@bouvet2019]"
 FDFA, SEVERAL, FRANK_WOLFE = "[@bacho2024]", "[@fluegel2024]", "[@rostami2024]"
 LOCAL, REN = "[@ren2022]", PUBLISHED["local_losses"]
-BOTH = (lookups.PERCEPTRON, lookups.MIXER)
+BOTH = (LARGE, MIXER)
 SENSITIVITIES, HORIZONS = "[@ma2021]", "[@micaelli2021]"
 HYPERGRADIENTS, ONLINE = "[@franceschi2017]", "[@zucchet2023]"
 PROCESSES = PUBLISHED["processes"]

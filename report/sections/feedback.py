@@ -28,6 +28,7 @@ NETWORKS = {"2x800": "2 x 800", "cnn": "CNN", "S-1-1": "LocalMixer S/1/1", "M-1-
 TITLES = {
     task: f"{DATASETS[dataset]}, {NETWORKS[network]}" for task in TASKS for dataset, _, network in [task.partition("-")]
 }
+LARGE, MIXER = TITLES["MNIST-2x800"], TITLES["MNIST-M-1-16"]  # titles of the tasks that answer and claims rest on
 NEAR = ("FDFA", "L-BP", "LG-BP", "LG-FG-A", "LG-FG-A, 16 groups")  # modes whose distance from backprop is of interest
 METHODS = {"BP": "backprop", "FG": "forward gradient", "FG-RANK1": "rank-one", "FG-A": "activity"}  # in the figures
 
@@ -75,6 +76,7 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
     contents = [content for modes in found["studies"].values() for content in modes.values()]
     return {
         "studies": studies,
+        "large": next((study for study in studies if study["title"] == LARGE), None),
         "missing": [title for task, title in TITLES.items() if task not in found["studies"]],
         "sources": list({content["source"]["fingerprint"]: content["source"] for content in contents}.values()),
         "modes": MODES,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fwdlib.statistics import Interval, difference_by_seed
+from report.sections.feedback import LARGE
 from report.sections.verdicts import Cases, NotMeasuredError, made
 
 Context = dict[str, Any]
@@ -84,11 +85,7 @@ def behind_backprop(mode: str, titles: Sequence[str] | None = None) -> Lookup:
     return cases
 
 
-PERCEPTRON = "MNIST, 2 x 800"
-MIXER = "MNIST, LocalMixer M/1/16"
-
-
-def accuracy_gap(better: str, worse: str, titles: Sequence[str] = (PERCEPTRON,)) -> Lookup:
+def accuracy_gap(better: str, worse: str, titles: Sequence[str] = (LARGE,)) -> Lookup:
     """Give by how many points of test accuracy one mode is ahead of another.
 
     Args:
@@ -98,14 +95,15 @@ def accuracy_gap(better: str, worse: str, titles: Sequence[str] = (PERCEPTRON,))
     """
 
     def cases(context: Context) -> Cases:
-        studies = {study["title"]: study["rows"] for study in made(context, "feedback", "studies")}
-        there = [title for title in titles if {better, worse} <= set(studies.get(title, ()))]
-        if not there:
+        found = made(context, "feedback")
+        studies = {study["title"]: study for study in found["studies"]}
+        gaps = {}
+        for title in titles:
+            if title in found["missing"] or {better, worse} & set(studies[title]["missing"]):
+                continue
+            gaps[title] = difference_by_seed(*(studies[title]["rows"][mode]["accuracies"] for mode in (better, worse)))
+        if not gaps:
             raise NotMeasuredError(" or ".join(titles))
-        gaps = {
-            title: difference_by_seed(*(studies[title][mode]["accuracies"] for mode in (better, worse)))
-            for title in there
-        }
         return gaps if len(titles) > 1 else {"": gaps[titles[0]]}
 
     return cases
