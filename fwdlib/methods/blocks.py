@@ -178,7 +178,7 @@ class Block:
                 entering = entering(primal)
             if entering is not None:
                 if live_only and _ends_in_relu(module):
-                    entering = entering * (primal != 0)
+                    entering = torch.ops.aten.threshold_backward(entering, primal.expand_as(entering), 0)
                 along = entering if along is None else along + entering
             return primal if along is None else Dual.of(primal, along)
 

@@ -274,22 +274,35 @@ class LocalForwardGradient(LocalGreedyBackprop):
         entering: Sequence[Tensor],
         keeps: list[bool],
     ) -> tuple[list[Tensor], Tensor]:
-        num_patches, num_groups = side**2, _divisor(self.num_groups, output.shape[1])
-        means = _means(tangents.flatten(0, 1), side).unflatten(1, (num_groups, -1))  # (K B, groups, channels, patches)
+        num_groups = _divisor(self.num_groups, output.shape[1])
+        means = _means(tangents.flatten(0, 1), side)  # (K B, channels, patches)
         if self.head == "mean":
-            means = means / num_patches
-        parts = weight.unflatten(1, (num_groups, -1)).expand(-1, -1, -1, num_patches)
-        d = torch.einsum("ngcp,ogcp->ngpo", means, parts).unflatten(0, (len(tangents), -1))  # tangents of the logits
-        slopes = (d * error[:, None, None]).sum(-1)  # (K, B, groups, patches)
-        of_all = slopes.flatten(2).sum(2)
+            means, weight = means / side**2, weight.expand(-1, -1, side**2)
+        of_parts, head = (_by_part(x, num_groups) for x in (means, weight))
+        d = torch.bmm(of_parts, head.transpose(1, 2)).unflatten(1, (len(tangents), -1))  # tangents of the logits
+        slopes = (d * error).sum(-1)  # (parts, K, B)
+        of_all = slopes.sum(0)
         deltas = []
         for u, is_kept in zip(entering, keeps, strict=True):
-            weights = of_all.reshape(*u.shape[:2], *[1] * (u.dim() - 2))
             if is_kept:
-                per_channel = slopes.repeat_interleave(u.shape[2] // num_groups, 2)
-                weights = _spread(per_channel.flatten(0, 1), side, u.shape[2:]).reshape(u.shape)
-            deltas.append((weights * u).mean(0))
+                delta = _cut(u, num_groups, side) * slopes.movedim(0, 2).reshape(
+                    *u.shape[:2], num_groups, 1, side, 1, side, 1
+                )
+            else:
+                delta = u * of_all.reshape(*u.shape[:2], *[1] * (u.dim() - 2))
+            deltas.append((delta[0] if len(u) == 1 else delta.mean(0)).reshape(u.shape[1:]))
         return deltas, of_all
+
+
+def _by_part(x: Tensor, num_groups: int) -> Tensor:
+    # (N, channels, patches) -> (groups and patches, N, channels of a group), contiguous as a product wants it
+    return x.unflatten(1, (num_groups, -1)).permute(1, 3, 0, 2).flatten(0, 1).contiguous()
+
+
+def _cut(u: Tensor, num_groups: int, side: int) -> Tensor:
+    # (K, B, channels, ...) -> (K, B, groups, channels of a group, side, rows, side, columns), a view
+    rows, columns = (u.shape[3] // side, u.shape[4] // side) if u.dim() == 5 else (1, 1)
+    return u.reshape(*u.shape[:2], num_groups, -1, side, rows, side, columns)
 
 
 def _divisor(most: int, *sizes: int) -> int:
