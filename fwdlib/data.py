@@ -34,11 +34,13 @@ CREDITS = {  # name: (licence, citation)
     "FashionMNIST": ("MIT", "Xiao, Rasul & Vollgraf (2017), arXiv:1708.07747"),
     "CIFAR10": ("none stated", "Krizhevsky (2009), Learning multiple layers of features from tiny images"),
     "CIFAR100": ("none stated", "Krizhevsky (2009), Learning multiple layers of features from tiny images"),
+    "CIFAR10-jpeg": ("none stated", "JPEG copies, not the published pixels, of CIFAR-10 by Krizhevsky (2009)"),
     "digits": ("CC BY 4.0", "Alpaydin & Kaynak (1998), UCI Machine Learning Repository, doi:10.24432/C50P49"),
 }
 IMAGE_SETS = tuple(name for name in CREDITS if name != "penguins")
 FETCHABLE = tuple(name for name in CREDITS if name != "digits")  # digits come with scikit-learn
 GREY_SETS = ("KMNIST", "MNIST", "FashionMNIST")  # digits can replace these
+COPIES = {"CIFAR10-jpeg": "CIFAR10"}  # copies with a loss, and what they are copies of
 
 PENGUIN_SPECIES = ("Adelie", "Chinstrap", "Gentoo")
 PENGUIN_FEATURES = ("bill_length_mm", "bill_depth_mm", "flipper_length_mm", "body_mass_g")
@@ -48,6 +50,11 @@ PENGUIN_CSV = Archive(
     "penguins/penguins_processed.csv",
     "d9e034c8d8905e19b5528a9c195091ceba4b14df6c095c050d89c5f106dd50ba",
     ("https://storage.googleapis.com/download.tensorflow.org/data/palmer_penguins/penguins_processed.csv",),
+)
+
+
+CIFAR10_JPEG = Archive(
+    "CIFAR10-jpeg/cifar10_jpeg.npz", "13b51e199b8a14d433e04e9bc5f7a5e1de260b4397dc7721e8a56a35a9404183", ()
 )
 
 
@@ -128,7 +135,7 @@ def load_images(
 
     If a grey set (KMNIST, MNIST, FashionMNIST) is not available, scikit-learn's digits replace it, resized to 28 x 28;
     ``source.substitute_for`` and :func:`describe` say so. There are fewer of them: where more are asked for, all are
-    returned.
+    returned. ``"CIFAR10-jpeg"``, compressed copies of CIFAR10, is called a substitute, too, although it was asked for.
 
     Args:
         name: one of ``IMAGE_SETS``.
@@ -142,7 +149,7 @@ def load_images(
 
     Raises:
         ValueError: if ``name`` is unknown or a number is larger than the set.
-        FileNotFoundError: if CIFAR10 or CIFAR100 is not available.
+        FileNotFoundError: if a colour set is not available.
         DamagedFileError: if an archive exists but is not the published file.
     """
     check_choice("name", name, IMAGE_SETS)
@@ -158,7 +165,7 @@ def load_images(
             used, because = "digits", f", because {reason}"
     if used == "digits":
         pools, class_names, origin = _read_digits()
-    substitute_for = None if used == name else name
+    substitute_for = COPIES.get(name) if used == name else name
     halves = []
     for (images, targets), argument, count in zip(pools, ("num_train", "num_test"), (num_train, num_test), strict=True):
         if count is not None:
@@ -261,6 +268,8 @@ def _archives(name: str) -> list[Archive]:
     """
     if name == "penguins":
         return [PENGUIN_CSV]
+    if name == "CIFAR10-jpeg":
+        return [CIFAR10_JPEG]
     try:
         from torchvision import datasets
     except (ImportError, RuntimeError, AttributeError) as error:  # RuntimeError: it was built for another torch
@@ -326,6 +335,8 @@ def _canonical_rows(rows: object) -> np.ndarray:
 def _read_archives(name: str) -> tuple[list[tuple[Tensor, Tensor]], tuple[str, ...], str]:
     archives = _archives(name)
     folder, place = obtain(archives)
+    if name == "CIFAR10-jpeg":
+        return *_read_jpegs(folder / CIFAR10_JPEG.path), f"JPEG copies, {place}"
     from torchvision import datasets
 
     with tempfile.TemporaryDirectory() as root:
@@ -340,6 +351,19 @@ def _read_archives(name: str) -> tuple[list[tuple[Tensor, Tensor]], tuple[str, .
         pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
         pools.append((pixels, torch.as_tensor(images.targets)))
     return pools, tuple(sets[0].classes), f"torchvision {version('torchvision')}, {place}"
+
+
+def _read_jpegs(path: Path) -> tuple[list[tuple[Tensor, Tensor]], tuple[str, ...]]:
+    from PIL import Image
+
+    pools = []
+    with np.load(path) as found:
+        for half in ("train", "test"):
+            files = np.split(found[f"{half}_jpeg"], found[f"{half}_offsets"][1:-1])
+            pixels = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
+            targets = torch.from_numpy(found[f"{half}_labels"]).long()
+            pools.append((torch.from_numpy(pixels).permute(0, 3, 1, 2), targets))
+        return pools, tuple(str(name) for name in found["class_names"])
 
 
 def _read_digits() -> tuple[list[tuple[Tensor, Tensor]], tuple[str, ...], str]:

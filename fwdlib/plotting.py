@@ -48,7 +48,9 @@ METHOD_STYLES = {
     "DKP": {"color": "#882255", "linestyle": (0, (6, 2, 1, 2))},
     "DFA": {"color": "0.5", "linestyle": (0, (1, 3))},
     "FG-CV": {"color": "#999933", "linestyle": (0, (3, 1))},
-    "L-BP": {"color": "0.15", "linestyle": (0, (2, 1))},
+    "L-BP": {"color": "#44AA99", "linestyle": (0, (3, 1, 1, 1))},
+    "LG-BP": {"color": "0.15", "linestyle": (0, (2, 1))},
+    "FG-GUIDED": {"color": "#6699CC", "linestyle": (0, (9, 1, 2, 1))},
     "LG-FG-A": {"color": "#7F3C8D", "linestyle": (0, (7, 1, 1, 1))},
     "in-backward": {"color": "#332288", "linestyle": (0, (10, 1))},
     "2 checkpoints": {"color": "#4477AA", "linestyle": (0, (6, 1))},
@@ -315,10 +317,15 @@ def dots_of(name: str) -> dict[str, Any]:
     return {"markerfacecolor": "white"} if ", " in name else {}
 
 
-def panels(figure: Figure, contents: dict[str, Any], **options: Any) -> Iterator[tuple[Axes, str, Any]]:
-    """Yield a panel for each entry of ``contents``, all in one row, with the entry's title and value."""
-    row = np.ravel(figure.subplots(1, len(contents), **options))
-    return zip(row, contents.keys(), contents.values(), strict=True)
+def panels(
+    figure: Figure, contents: dict[str, Any], *, columns: int = 99, **options: Any
+) -> Iterator[tuple[Axes, str, Any]]:
+    """Yield a panel for each entry of ``contents``, in rows of at most ``columns``, with its title and value."""
+    columns = min(columns, len(contents))
+    grid = np.ravel(figure.subplots(-(-len(contents) // columns), columns, **options))
+    for unused in grid[len(contents) :]:
+        unused.remove()
+    return zip(grid[: len(contents)], contents.keys(), contents.values(), strict=True)
 
 
 def draw_band(axes: Axes, where: Any, band: Sequence[np.ndarray], style: dict[str, Any], **options: Any) -> None:

@@ -38,7 +38,7 @@ TOGETHER = [  # modules and their parts, the longest first
     *(["protocols", "cnn"], ["feedback", "MNIST-2x800"], ["tangents"], ["feedback", "MNIST-cnn"]),
     *(["frank_wolfe", "tuning", "training", "convergence"], ["protocols", "logistic", "mlp"]),
     *(["functions", "descents", "divergence", "growth"], ["scratch", "agreement", "training"], ["descent"]),
-    *(["feedback", "FashionMNIST-2x800", "KMNIST-2x800"], ["frank_wolfe", "memory"]),
+    *(["feedback", "FashionMNIST-2x800", "KMNIST-2x800", "MNIST-M-1-16", *names.DEPTHS], ["frank_wolfe", "memory"]),
 ]
 ALONE = [
     ["functions", "steps"],
@@ -48,6 +48,7 @@ ALONE = [
     ["scaling"],
     ["sensitivity"],
     ["budget"],
+    ["traffic"],
 ]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 

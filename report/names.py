@@ -36,7 +36,9 @@ LEARNS = {  # mode -> whether its feedback or its heads learn, and so have a lea
     "DKP": True,
     "DFA": False,
     "L-BP": True,
+    "LG-BP": True,
     "LG-FG-A": True,
+    "FG-GUIDED": True,
     "FG-CV": True,
     "FG-A": False,
     "FG": False,
@@ -50,8 +52,9 @@ LEARNS = {  # mode -> whether its feedback or its heads learn, and so have a lea
     "LG-FG-A, 16 groups": True,
 }
 MODES = tuple(LEARNS)
-MAIN_MODES = MODES[:10]
-LOCAL_MODES = ("BP", "FDFA", "L-BP", "LG-FG-A")  # those whose accuracies are near backprop's
+MAIN_MODES = MODES[:12]
+LOCAL_MODES = ("BP", "FDFA", "L-BP", "LG-BP", "LG-FG-A")  # those whose accuracies are near backprop's
+MIXER_MODES = ("BP", "L-BP", "LG-BP", "LG-FG-A", "FG-A")  # of Ren et al.'s table
 TASKS = {
     "MNIST-2x800": MODES,
     "KMNIST-2x800": LOCAL_MODES,
@@ -59,7 +62,11 @@ TASKS = {
     "MNIST-cnn": MAIN_MODES,
     "KMNIST-cnn": LOCAL_MODES,
     "FashionMNIST-cnn": LOCAL_MODES,
+    "MNIST-S-1-1": MIXER_MODES,
+    "MNIST-M-1-16": MIXER_MODES,
 }
+DEPTHS = {f"MNIST-depth-{n}": n for n in (1, 2, 5, 10)}  # task -> hidden layers of 800 units, trained for less long
+DEPTH_MODES = ("BP", "DFA", "FDFA", "LG-BP", "LG-FG-A")
 PLAIN = "loss.backward()"  # a step of backprop as everyone writes it
 RECORDED = "BP, recorded"
 
@@ -88,6 +95,7 @@ TANGENTS = "tangents.json"
 SCRATCH = "scratch.json"
 SENSITIVITY = "sensitivity.json"
 BUDGET = "budget.json"
+TRAFFIC = "traffic.json"
 
 WRITTEN_OUT = "Rosenbrock, written out"  # among the test functions whose steps are timed
 STYBLINSKI_TANG = -39.16616570377142  # the minimum of Styblinski and Tang's function, for each of the n numbers

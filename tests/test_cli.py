@@ -32,8 +32,11 @@ SHOWN = {
     "--help": ("doctor", "data", "train", "bench", "run"),
     "data": ("list", "fetch"),
     "train": (
-        *("--dataset {MNIST,FashionMNIST,CIFAR10,CIFAR100,KMNIST,digits}", "--n-layers", "--conv"),
-        *("--norm {batch,layer,group,none}", "--train-mode {BP,FG,FG-RANK1,FG-A,FG-CV,DFA,DKP,FDFA,L-BP,LG-FG-A}"),
+        *("--dataset {MNIST,FashionMNIST,CIFAR10,CIFAR100,KMNIST,CIFAR10-jpeg,digits}", "--n-layers", "--conv"),
+        *(
+            "--norm {batch,layer,group,none}",
+            "--train-mode {BP,FG,FG-RANK1,FG-A,FG-CV,DFA,DKP,FDFA,L-BP,LG-BP,LG-FG-A,FG-GUIDED}",
+        ),
         *("--num-tangents", "--num-groups", "--grid", "--b-lr", "--feedback-decay"),
         *(
             "--alpha",

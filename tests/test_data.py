@@ -217,6 +217,35 @@ def test_cifar_is_read_from_its_archive(monkeypatch, tmp_path):
     assert cifar.class_names == ("a", "b")
 
 
+def test_jpeg_copies_of_cifar_are_read_and_called_a_substitute(monkeypatch, tmp_path):
+    from PIL import Image
+
+    colours = {"train": [(255, 0, 0), (0, 0, 255), (0, 255, 0)], "test": [(0, 0, 0)]}
+    content = {"class_names": np.array(["red", "blue", "green"])}
+    for half, values in colours.items():
+        files = []
+        for colour in values:
+            file = io.BytesIO()
+            Image.new("RGB", (32, 32), colour).save(file, "jpeg")
+            files.append(np.frombuffer(file.getvalue(), np.uint8))
+        content[f"{half}_jpeg"] = np.concatenate(files)
+        content[f"{half}_offsets"] = np.cumsum([0, *map(len, files)])
+        content[f"{half}_labels"] = np.arange(len(values), dtype=np.uint8)
+    path = tmp_path / data.CIFAR10_JPEG.path
+    path.parent.mkdir()
+    np.savez(path, **content)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(data, "CIFAR10_JPEG", data.CIFAR10_JPEG._replace(digest=digest))
+    monkeypatch.setenv("FWDLIB_DATA", str(tmp_path))
+    found = data.load_images("CIFAR10-jpeg")
+    expected = torch.tensor(colours["train"], dtype=torch.float32).div(255)[:, :, None, None].expand(3, 3, 32, 32)
+    torch.testing.assert_close(found.train_inputs, expected, rtol=0, atol=0.02)  # compression loses a little
+    assert found.train_targets.tolist() == [0, 1, 2]
+    assert found.class_names == ("red", "blue", "green")
+    assert found.source.substitute_for == "CIFAR10"
+    assert data.describe(found).startswith("SUBSTITUTE: this is CIFAR10-jpeg, not CIFAR10.")
+
+
 def test_missing_cifar_says_where_it_looked_and_what_fetches_it(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         data.load_images("CIFAR10")
@@ -225,7 +254,7 @@ def test_missing_cifar_says_where_it_looked_and_what_fetches_it(tmp_path):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="'KMNIST', 'MNIST', 'FashionMNIST', 'CIFAR10', 'CIFAR100', 'digits'"):
+    with pytest.raises(ValueError, match="'KMNIST', 'MNIST', 'FashionMNIST', 'CIFAR10', 'CIFAR100', 'CIFAR10-jpeg', 'digits'"):
         data.load_images("kmnist")
     with pytest.raises(ValueError, match="'penguins', 'KMNIST'"):
         data.fetch("digits")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fwdlib.bench.scaling import NUM_TANGENTS
-from fwdlib.plotting import legend_below, panels, plain_ticks, style_of, styled
+from fwdlib.plotting import CURVES, LINES, legend_below, panels, plain_ticks, style_of, styled
 from fwdlib.statistics import median_interval
 
 UNLIMITED = "as it is"
@@ -72,6 +72,33 @@ def plot_processes(rows: Sequence[dict[str, Any]]) -> Figure:
         plain_ticks(axes)
     figure.axes[0].set_ylabel("time of a step, by the model [ms]")
     legend_below(figure, [_handle(name) for name in NUM_TANGENTS])
+    return figure
+
+
+@styled
+def plot_traffic(curves: dict[str, dict[str, np.ndarray]]) -> Figure:
+    """Draw the test loss over the bytes that a process has sent.
+
+    Args:
+        curves: method, see :mod:`fwdlib.bench.shared_steps`, -> ``bytes`` (evaluations,) and ``quartiles`` of the loss
+            (3, evaluations). Evaluations before the first byte are left out.
+    """
+    figure = Figure(figsize=(7.5, 3.8))
+    axes = figure.subplots()
+    kinds = ("DDP", "PowerSGD", "local SGD", "rank-one")
+    styles = [style_of("backprop"), {"color": CURVES[1]}, {"color": CURVES[3]}, style_of("rank-one")]
+    seen = dict.fromkeys(kinds, 0)
+    for method, curve in curves.items():
+        kind = next(kind for kind in kinds if method.startswith(kind))
+        style = styles[kinds.index(kind)] | {"linestyle": LINES[seen[kind] % len(LINES)]}
+        seen[kind] += 1
+        sent = curve["bytes"] > 0
+        low, middle, high = curve["quartiles"][:, sent]
+        axes.plot(curve["bytes"][sent] / 1e6, middle, label=method, **style)
+        axes.fill_between(curve["bytes"][sent] / 1e6, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.set(xlabel="sent by a process [MB]", ylabel="test loss", xscale="log", yscale="log")
+    plain_ticks(axes)
+    legend_below(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 

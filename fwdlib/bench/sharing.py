@@ -22,6 +22,7 @@ from fwdlib import runtime
 from fwdlib.atomic import write_bytes
 from fwdlib.bench import links
 from fwdlib.bench.scaling import NUM_TANGENTS
+from fwdlib.bench.shared_steps import POWER_SGD, make_step
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.models import initialise, num_parameters
 from fwdlib.objectives import BatchLoss, params_of
@@ -29,7 +30,9 @@ from fwdlib.trainer.distributed import DataParallelGradient, joined, start
 from fwdlib.trainer.networks import fully_connected
 from fwdlib.trainer.processes import Processes
 
+RIVALS = tuple(map(POWER_SGD.format, (1, 4)))  # backprop that exchanges less
 BATCH_SIZE = 64  # of all processes together
+PLAIN_STEPS = 2  # of PowerSGD, at first
 LEARNING_RATE = 1e-6  # small: only times are measured
 
 
@@ -48,6 +51,7 @@ def measure_step(
     Returns:
         ``methods``: method -> ``seconds``, the time of a step with SGD, one number a round; ``alone``, the same without
         an exchange, while the other processes also work; ``bytes`` and ``segments``, what the first process sends.
+        Between several processes also :data:`RIVALS`, without ``alone``.
         ``exchange``: the time of exchanging one number, one number a round. ``num_params``, ``count``, ``megabits``.
 
     Raises:
@@ -92,7 +96,8 @@ def _measure(processes: Processes, num_rounds: int, seconds: float) -> dict[str,
     sent: dict[Call, tuple[int, int]] = {}
     num_calls: dict[Call, int] = {}
     for key, call in calls.items():
-        call()
+        for _ in range(PLAIN_STEPS + 1):
+            call()
         before, begun = links.traffic() if processes.size > 1 else None, time.perf_counter()
         call()
         taken = time.perf_counter() - begun
@@ -108,10 +113,11 @@ def _measure(processes: Processes, num_rounds: int, seconds: float) -> dict[str,
                 call()
             found[key].append((time.perf_counter() - begun) / num_calls[key])
     methods = {}
-    for name in NUM_TANGENTS:
-        num_bytes, num_segments = sent[name, "seconds"]
-        times = {"seconds": found[name, "seconds"], "alone": found[name, "alone"]}
-        methods[name] = times | {"bytes": num_bytes, "segments": num_segments}
+    for name in (*NUM_TANGENTS, *RIVALS):
+        if (name, "seconds") in sent:
+            num_bytes, num_segments = sent[name, "seconds"]
+            times = {kind: found[name, kind] for kind in ("seconds", "alone") if (name, kind) in found}
+            methods[name] = times | {"bytes": num_bytes, "segments": num_segments}
     exchange = found.get(("exchange", "seconds"), [])
     return {"num_params": num_parameters(model), "methods": methods, "exchange": exchange}
 
@@ -126,6 +132,9 @@ def _calls(processes: Processes, shared: BatchLoss) -> dict[Call, Callable[[], o
         calls[name, "seconds"] = _step(shared, forward if num_tangents else backprop)
         calls[name, "alone"] = _step(alone, forward if num_tangents else backprop_gradient)
     if processes.size > 1:
+        for name in RIVALS:
+            step = make_step(name, initialise(fully_connected, 0), LEARNING_RATE, processes)
+            calls[name, "seconds"] = partial(step, shared.inputs, shared.targets)
         calls["exchange", "seconds"] = partial(processes.exchange.mean, torch.zeros(1))
     return calls
 

@@ -1,8 +1,13 @@
-"""A model as a chain of blocks with no error passing between them: the rules of direct feedback need this form."""
+"""A model as a chain of blocks with no error passing between them: the rules of direct feedback need this form.
+
+The *sites* of a model are the outputs of its hidden blocks, where a rule hands in errors and where tangents enter. A
+block with several layers can name its inner layers by a method ``layers()``; their outputs are then sites, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +31,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of a model, in order: each ends with an activation, the last is the readout.
 
     Args:
-        model: an ``nn.Sequential``, nested or not, or anything with a method ``blocks()`` that returns them.
+        model: an ``nn.Sequential``, nested or not, or anything with a method ``blocks()`` that returns them. A block
+            may have a method ``layers()`` that returns a dict: its inner layers in order, each with whether a unit of
+            its output acts on one part of the block's output only: the same group of channels, the same position.
 
     Raises:
         ValueError: if the model does not show its blocks, or has fewer than two; the message shows what to do.
@@ -73,6 +80,9 @@ def _is_activation(module: nn.Module) -> bool:
     return type(module).__module__ == "torch.nn.modules.activation" and not any(True for _ in module.children())
 
 
+Entering = Tensor | Callable[[Tensor], Tensor] | None
+
+
 class Network:
     """The blocks of a model, and the recording of its kernels.
 
@@ -91,31 +101,31 @@ class Network:
         return {name: owner[attribute] for block in self.blocks for name, owner, attribute in block.places.values()}
 
     def run(
-        self, tensors: Params | None, inputs: Tensor, behind: Sequence[Tensor | None], *, live_only: bool = False
+        self, tensors: Params | None, inputs: Tensor, behind: Sequence[Entering], *, live_only: bool = False
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Return the outputs of all blocks, each with a tape that starts at its inputs, and the tangents of the last.
+        """Return the outputs of all sites and the logits, each with a tape from the site before, and their tangents.
 
         Args:
             tensors: replace the model's parameters and buffers of these names; None for its own.
             inputs: of the first block.
-            behind: for each hidden block the tangents (K, B, ...) that enter at its outputs; None for none.
+            behind: what enters at each site; see :meth:`Block.run`.
             live_only: no tangent enters at an output of 0 behind a ReLU, which passes no gradient on.
+
+        Returns:
+            The outputs, and the tangents (K, B, classes) of the logits; None if none entered.
         """
         activation, tangents = inputs, None
         outputs: list[Tensor] = []
-        for block, entering in zip(self.blocks, [*behind, None], strict=True):
-            output, tangents = block.run(tensors, activation, tangents)
-            outputs.append(output)
-            activation = output.detach()
-            if entering is not None:
-                if live_only and block.ends_in_relu:
-                    entering = entering * (activation != 0)
-                tangents = entering if tangents is None else tangents + entering
+        for block in self.blocks:
+            entering = behind[len(outputs) : len(outputs) + len(block.layers) + 1]
+            found, tangents = block.run(tensors, activation, tangents, entering or [None], live_only=live_only)
+            activation = found[-1].detach()
+            outputs += found
         return outputs, tangents
 
 
 class Block:
-    """A block, and the places of the model's parameters and buffers in it.
+    """A block, its inner layers, and the places of the model's parameters and buffers in it.
 
     Args:
         model: the whole model.
@@ -124,8 +134,7 @@ class Block:
 
     def __init__(self, model: nn.Module, block: nn.Module) -> None:
         self.block = block
-        last = _leaves(block)[-1] if isinstance(block, nn.Sequential) else block
-        self.ends_in_relu = isinstance(last, nn.ReLU)  # so an output of 0 has no derivative
+        self.layers: dict[nn.Module, bool] = block.layers() if callable(getattr(block, "layers", None)) else {}
         names = {id(x): name for name, x in [*model.named_buffers(), *model.named_parameters()]}
         self.places: dict[str, tuple[str, dict, str]] = {}  # local name -> name, owner, attribute
         for local, x in [*block.named_parameters(), *block.named_buffers()]:
@@ -134,26 +143,72 @@ class Block:
             kept = owner._parameters if attribute in owner._parameters else owner._buffers
             self.places[local] = names[id(x)], kept, attribute
 
-    def run(self, tensors: Params | None, inputs: Tensor, tangents: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the outputs and their tangents (K, B, ...). The tape is on and starts at the inputs.
+    def run(
+        self,
+        tensors: Params | None,
+        inputs: Tensor,
+        tangents: Tensor | None,
+        behind: Sequence[Entering],
+        *,
+        live_only: bool = False,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Return the outputs of the sites, each with a tape from the site before, and the tangents of the last.
 
         Args:
             tensors: replace the model's parameters and buffers of these names; None for its own.
             inputs: constants for the tape.
             tangents: of the inputs; None for no tangents.
+            behind: for each site the tangents (K, B, ...) that enter there, a function that makes them from the site's
+                output, or None. A single item runs the block as a whole: only its output is a site.
+            live_only: see :meth:`Network.run`.
         """
         call: Any = self.block
         if tensors is not None:
             given = {local: tensors[name] for local, (name, _, _) in self.places.items() if name in tensors}
             call = lambda inputs: functional_call(self.block, given, (inputs,))  # noqa: E731
-        if tangents is None:
-            with torch.enable_grad():
-                return call(inputs), None
-        dual = Dual.of(inputs, tangents)
-        perturbation = Perturbation({}, len(tangents), len(inputs), random_signs)
-        with torch.enable_grad(), Pass(perturbation, {}, keeps_tape=True):
-            dual = call(dual)
-            return dual.primal, dual.tangents.detach()
+        outputs: list[Tensor] = []
+
+        def visit(module: nn.Module, output: Tensor) -> Tensor:
+            # Cut the tape at a site, and let tangents enter.
+            primal, along = (output.primal, output.tangents) if isinstance(output, Dual) else (output, None)
+            entering = behind[len(outputs)]
+            outputs.append(primal)
+            primal = primal.detach()
+            if callable(entering):
+                entering = entering(primal)
+            if entering is not None:
+                if live_only and _ends_in_relu(module):
+                    entering = torch.ops.aten.threshold_backward(entering, primal.expand_as(entering), 0)
+                along = entering if along is None else along + entering
+            return primal if along is None else Dual.of(primal, along)
+
+        with torch.enable_grad(), _visited(self.layers if len(behind) > 1 else (), visit):
+            first = next((x for x in (tangents, *behind[:-1]) if x is not None), None)
+            if first is None:
+                last = visit(self.block, call(inputs))
+            else:
+                perturbation = Perturbation({}, len(first), len(inputs), random_signs)
+                with Pass(perturbation, {}, keeps_tape=True):
+                    last = visit(self.block, call(inputs if tangents is None else Dual.of(inputs, tangents)))
+        return outputs, last.tangents.detach() if isinstance(last, Dual) else None
+
+
+@contextmanager
+def _visited(layers: Sequence[nn.Module], visit: Callable[[nn.Module, Tensor], Tensor]) -> Iterator[None]:
+    # Pass the outputs of these modules through ``visit``.
+    hooks = [layer.register_forward_hook(lambda module, _, output: visit(module, output)) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _ends_in_relu(module: nn.Module) -> bool:
+    # So an output of 0 has no derivative.
+    if isinstance(module, nn.Sequential):
+        return isinstance(_leaves(module)[-1], nn.ReLU)
+    return isinstance(module, nn.ReLU) or getattr(module, "ends_in_relu", False)
 
 
 class ErrorsOfBlocks(torch.autograd.Function):
@@ -175,8 +230,8 @@ class ErrorsOfBlocks(torch.autograd.Function):
         return None, error, *ctx.deltas(error)
 
 
-def shapes_of(model: nn.Module, inputs: Tensor) -> tuple[int, list[torch.Size]]:
-    """Return the number of outputs, and the shape of each hidden block's output for one example.
+def shapes_of(model: nn.Module, inputs: Tensor) -> tuple[int, list[list[torch.Size]]]:
+    """Return the number of outputs, and for each hidden block the shapes of its sites for one example.
 
     Args:
         model: made of blocks; it is not changed.
@@ -186,11 +241,11 @@ def shapes_of(model: nn.Module, inputs: Tensor) -> tuple[int, list[torch.Size]]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()  # BatchNorm's statistics stay as they are
     try:
-        with torch.no_grad():
-            for block in blocks_of(model):
-                activation = block(activation)
-                shapes.append(activation.shape[1:])
+        for block in Network(model).blocks:
+            outputs, _ = block.run(None, activation, None, [None] * (len(block.layers) + 1))
+            shapes.append([output.shape[1:] for output in outputs])
+            activation = outputs[-1].detach()
     finally:
         for module, mode in modes:
             module.training = mode
-    return shapes.pop().numel(), shapes
+    return shapes.pop()[-1].numel(), shapes

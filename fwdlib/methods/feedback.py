@@ -6,8 +6,9 @@ the logits y. Backprop carries the error e, the derivative of the loss by y, bac
 .. math:: \delta_l = B_l^T e \qquad\text{instead of}\qquad \delta_l = (\partial y / \partial a_l)^T e
 
 and turns it into gradients of its own parameters by its own local derivative. No derivative passes from one block to
-another: the tape of each block ends at its input. The readout's gradient is exact. The rules differ in the feedback B_l
-of shape (outputs, units of block l):
+another: the tape of each block ends at its input. The readout's gradient is exact. If a block names inner layers
+(see :func:`~fwdlib.methods.blocks.blocks_of`), each of these gets its error in the same way, and no derivative passes
+between layers either. The rules differ in the feedback B_l of shape (outputs, units of block l):
 
 =================================== ================================================= ===================
 rule                                feedback                                          needs also
@@ -29,7 +30,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,24 @@ from fwdlib.training import MakeOptimizer, make_optimizer
 ADAM = make_optimizer("Adam", 1e-4)  # Bacho & Chu's
 TANGENTS = ("rademacher", "normal")
 WEIGHTS = ("example", "batch")
+
+
+class Step(NamedTuple):
+    """What a rule computes one estimate from."""
+
+    network: Network
+    loss_of: Callable[[Tensor, Tensor], Tensor]
+    inputs: Tensor
+    targets: Tensor
+    u: Tensor
+    """Tangents (K, B, all units); K = 0 for rules without any."""
+    matrix: Tensor
+    """The feedback."""
+    alpha: float | Tensor
+    leaves: Params
+    """The parameters, as the tape sees them."""
+    tensors: Params | None
+    """What replaces the model's parameters and buffers; None for its own."""
 
 
 class DirectFeedbackAlignment:
@@ -85,8 +104,9 @@ class DirectFeedbackAlignment:
 
     def __init__(self, model: nn.Module, inputs: Tensor, *, seed: int = 0, recorded: bool = False) -> None:
         self.recorded = recorded
-        num_outputs, shapes = shapes_of(model, inputs)
-        self._shapes = self._feedback_shapes(shapes)
+        num_outputs, sites = shapes_of(model, inputs)
+        self._num_blocks = len(sites) + 1
+        self._shapes = self._feedback_shapes(sites)
         self._sizes = [shape.numel() for shape in self._shapes]
         self.matrix = nn.Parameter(next(model.parameters()).new_zeros(num_outputs, sum(self._sizes)), False)
         self._network: Network | None = None  # of the last model
@@ -94,8 +114,8 @@ class DirectFeedbackAlignment:
 
     @property
     def feedback(self) -> list[Tensor]:
-        """The feedback of each hidden block, shape (outputs, units...): views of ``matrix`` (outputs, all units)."""
-        return self._by_block(self.matrix.detach())
+        """The feedback of each site, shape (outputs, units...): views of ``matrix`` (outputs, all units)."""
+        return self._by_site(self.matrix.detach())
 
     def reset(self, seed: int) -> None:
         """Start again: draw the feedback, Kaiming-uniform over the units of each block."""
@@ -147,42 +167,29 @@ class DirectFeedbackAlignment:
             own = own_params(network.tensors(), params)
             leaves = own or {name: p.detach().requires_grad_() for name, p in params.items()}
             batch = objective.inputs, objective.targets, u
-            found = self._evaluate(
-                network, objective.loss, *batch, self.matrix.detach(), self.alpha, leaves, None if own else leaves
-            )
+            matrix, tensors = self.matrix.detach(), None if own else leaves
+            found = self._evaluate(Step(network, objective.loss, *batch, matrix, self.alpha, leaves, tensors))
         loss, along, feedback_gradient, *grads = found
         self._learn(feedback_gradient)
         return GradientEstimate(loss, dict(zip(params, grads, strict=True)), along.sum(1))
 
-    def _evaluate(
-        self,
-        network: Network,
-        loss_of: Callable[[Tensor, Tensor], Tensor],
-        inputs: Tensor,
-        targets: Tensor,
-        u: Tensor,
-        matrix: Tensor,
-        alpha: float | Tensor,
-        leaves: Params,
-        tensors: Params | None,
-    ) -> tuple[Tensor, ...]:
+    def _evaluate(self, step: Step) -> tuple[Tensor, ...]:
         # Returns the loss; the derivatives of the examples' losses, (K, B); the gradients of feedback and leaves.
-        behind = self._by_block(u) if len(u) else [None] * len(self._shapes)
-        outputs, tangents = network.run(tensors, inputs, behind, live_only=self.live_only)
-        along = feedback_gradient = inputs.new_zeros(0, len(inputs))
+        u = step.u
+        behind = self._by_site(u) if len(u) else [None] * len(self._shapes)
+        outputs, tangents = step.network.run(step.tensors, step.inputs, behind, live_only=self.live_only)
+        along = feedback_gradient = step.inputs.new_zeros(0, len(step.inputs))
 
         def deltas(error: Tensor) -> list[Tensor]:
             nonlocal along, feedback_gradient
             if tangents is not None:
                 along = (error * tangents).flatten(2).sum(2)
             error = error.flatten(1)
-            feedback_gradient = self._feedback_gradient(matrix, error, outputs[:-1], tangents, u)
-            return self._by_block(self._deltas(matrix, error, along, u, alpha))
+            feedback_gradient = self._feedback_gradient(step.matrix, error, outputs[:-1], tangents, u)
+            return self._by_site(self._deltas(step.matrix, error, along, u, step.alpha))
 
-        with torch.enable_grad():
-            loss = check_scalar(loss_of(ErrorsOfBlocks.apply(deltas, outputs[-1], *outputs[:-1]), targets))
-            grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-        return loss.detach(), along, feedback_gradient, *grads
+        loss, grads = hand_in(step, deltas, outputs)
+        return loss, along, feedback_gradient, *grads
 
     def _replay(self, network: Network, objective: BatchLoss, params: Params, u: Tensor) -> tuple[Any, ...]:
         tensors = network.tensors() | params
@@ -193,7 +200,7 @@ class DirectFeedbackAlignment:
         def evaluate(*values: Tensor) -> tuple[Tensor, ...]:
             batch, named = values[:5], dict(zip(names, values[num_others:], strict=True))
             leaves = {name: named[name].detach().requires_grad_() for name in trained}
-            found = self._evaluate(network, loss_of, *batch, leaves, named | leaves)
+            found = self._evaluate(Step(network, loss_of, *batch, leaves, named | leaves))
             if not state:
                 return found
             loss, along, feedback_gradient, *grads = found
@@ -218,18 +225,16 @@ class DirectFeedbackAlignment:
         if self._network is None or self._network.model is not objective.model:
             self._network = Network(objective.model)
         blocks = self._network.blocks
-        if len(blocks) != len(self._shapes) + 1:
-            raise ValueError(
-                f"this rule was made for a model of {len(self._shapes) + 1} blocks, got one of {len(blocks)}"
-            )
+        if len(blocks) != self._num_blocks:
+            raise ValueError(f"this rule was made for a model of {self._num_blocks} blocks, got one of {len(blocks)}")
         return self._network
 
-    def _feedback_shapes(self, shapes: list[torch.Size]) -> list[torch.Size]:
-        # Of each hidden block's feedback, for one output, from the shape of the block's output for one example.
-        return shapes
+    def _feedback_shapes(self, sites: list[list[torch.Size]]) -> list[torch.Size]:
+        # Of the feedback for one output, from the shapes of the sites of each hidden block for one example.
+        return [shape for of_block in sites for shape in of_block]
 
-    def _by_block(self, rows: Tensor) -> list[Tensor]:
-        # (..., all units) -> for each hidden block (..., units...), views
+    def _by_site(self, rows: Tensor) -> list[Tensor]:
+        # (..., all units) -> for each site (..., units...), views
         pieces = rows.split_with_sizes(self._sizes, -1)
         return [
             piece if len(shape) == 1 else piece.view(*rows.shape[:-1], *shape)
@@ -516,6 +521,22 @@ class ActivityForwardGradient(DirectFeedbackAlignment):
 
     def _deltas(self, matrix: Tensor, error: Tensor, along: Tensor, u: Tensor, alpha: float | Tensor) -> Tensor:
         return _forward_gradient(along, u, self.weights)
+
+
+def hand_in(
+    step: Step, deltas: Callable[[Tensor], list[Tensor]], outputs: list[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the loss, and the gradients of the leaves where each site gets its delta as error.
+
+    Args:
+        step: has the loss, the targets and the leaves.
+        deltas: from the error of the logits to the errors of the sites.
+        outputs: of the sites, then the logits.
+    """
+    with torch.enable_grad():
+        loss = check_scalar(step.loss_of(ErrorsOfBlocks.apply(deltas, outputs[-1], *outputs[:-1]), step.targets))
+        grads = torch.autograd.grad(loss, list(step.leaves.values()), materialize_grads=True)
+    return loss.detach(), grads
 
 
 def _forward_gradient(along: Tensor, u: Tensor, weights: str) -> Tensor:

@@ -15,6 +15,8 @@ from fwdlib.drawings import ERROR, VALUE, draw_arrow, draw_layers
 from fwdlib.methods.history_figures import draw_mean
 from fwdlib.plotting import CURVES, LINES, METHOD_STYLES, legend_below, panels, plain_ticks, style_of, styled
 
+COLUMNS = 4  # panels in a row
+
 
 @styled
 def plot_test_errors(studies: dict[str, dict[str, Sequence[Sequence[float]]]]) -> Figure:
@@ -27,9 +29,10 @@ def plot_test_errors(studies: dict[str, dict[str, Sequence[Sequence[float]]]]) -
     Returns:
         A figure with a panel for each title, the error in percent on a logarithmic axis.
     """
-    figure = Figure(figsize=(3.4 * len(studies), 3.8))
+    rows = -(-len(studies) // COLUMNS)
+    figure = Figure(figsize=(3.4 * min(COLUMNS, len(studies)), 0.6 + 3.2 * rows))
     labels: dict[str, Any] = {}  # one legend for the methods of all panels
-    for axes, title, methods in panels(figure, studies):
+    for axes, title, methods in panels(figure, studies, columns=COLUMNS):
         for name, seeds in methods.items():
             errors = 100 * np.array(seeds)[:, 1:]
             draw_mean(axes, np.arange(1, errors.shape[1] + 1), errors, style_of(name), label=name, marker=".")
@@ -39,6 +42,29 @@ def plot_test_errors(studies: dict[str, dict[str, Sequence[Sequence[float]]]]) -
         handles, names = axes.get_legend_handles_labels()
         labels = dict(zip(names, handles, strict=True)) | labels
     legend_below(figure, labels.values(), labels, ncols=8, fontsize=8)
+    return figure
+
+
+@styled
+def plot_depths(accuracies: dict[str, dict[int, Sequence[float]]]) -> Figure:
+    """Draw the test accuracy over the number of hidden layers: the mean over the seeds, and each seed as a dot.
+
+    Args:
+        accuracies: method -> hidden layers -> the accuracy of each seed, in percent.
+    """
+    figure = Figure(figsize=(6.5, 3.5))
+    axes = figure.subplots()
+    depths = sorted({depth for by_depth in accuracies.values() for depth in by_depth})
+    for name, by_depth in accuracies.items():
+        style = style_of(name)
+        for depth, values in by_depth.items():
+            axes.plot([depth] * len(values), values, ".", color=style["color"], alpha=0.4)
+        where = sorted(by_depth)
+        axes.plot(where, [np.mean(by_depth[depth]) for depth in where], label=name, **style)
+    axes.set(xlabel="hidden layers", ylabel="test accuracy [%]", xscale="log")
+    axes.set_xticks(depths, [str(depth) for depth in depths])
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    legend_below(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 

@@ -36,7 +36,7 @@ from fwdlib.history import History, Run
 from fwdlib.locks import LOCK, held
 from fwdlib.models import initialise, num_parameters
 from fwdlib.results import write_json, write_text
-from fwdlib.trainer.networks import alexnet, fully_connected, shallow_cnn
+from fwdlib.trainer.networks import MIXERS, LocalMixer, alexnet, fully_connected, shallow_cnn
 from fwdlib.trainer.processes import ALONE, RESTARTS, Processes, num_restarts, num_started
 from fwdlib.trainer.session import TrainerSession
 from fwdlib.trainer.settings import SHARED_MODES, Settings, why_not_shared
@@ -49,7 +49,7 @@ FUSED = ("Adam", "AdamW", "SGD", "Adagrad")  # have one kernel for the whole ste
 COLUMNS = ("epoch", "train_loss", "test_loss", "test_accuracy", "seconds", "images_per_second", "learning_rate")
 # Settings that a checkpoint depends on. The session notes batch size, seed, optimizer and learning rates by itself.
 BELONGS = (
-    *("dataset", "norm", "train_mode", "num_tangents", "num_groups", "grid"),
+    *("dataset", "mixer", "norm", "train_mode", "num_tangents", "num_groups", "grid"),
     *("b_lr", "feedback_decay", "alpha", "alpha_decay", "weights"),
 )
 FILES = ("record.json", "log.csv", "curves.png", "curves.svg")
@@ -266,11 +266,13 @@ def load(settings: Settings, device: torch.device) -> Dataset:
     )
 
 
-def network(settings: Settings, data: Dataset) -> Callable[[], nn.Sequential]:
+def network(settings: Settings, data: Dataset) -> Callable[[], nn.Module]:
     """Return the function that makes the network for these images."""
     _, channels, size, _ = data.train_inputs.shape
     classes = len(data.class_names)
     norm = settings.norm
+    if settings.mixer is not None:
+        return partial(LocalMixer, settings.mixer, channels, size, classes)
     if settings.is_alexnet:
         return partial(enlarging_alexnet, classes, norm)
     if settings.conv:
@@ -316,12 +318,15 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
             return partial(forward_gradient, tangents="normal", **tangents)
         case "FG-RANK1":
             return partial(forward_gradient, tangents="rank-one", **tangents)
-    from fwdlib.methods import feedback, local_losses
+    from fwdlib.methods import feedback, guided, local_losses
 
     inputs = data.train_inputs[:1]
     model = initialise(build, settings.seed).to(inputs.device)
     recorded = {"recorded": True}  # the networks of this module have no branches
     learns = {"optimizer": optimizer("Adam", settings.b_lr, settings.feedback_decay), **recorded}
+    heads: dict[str, Any] = {"grid": settings.grid}
+    if settings.mixer is not None:  # as in the paper
+        heads = {"grid": MIXERS[settings.mixer].patches, "head": "mean"}
     match settings.train_mode:
         case "FG-A":
             return feedback.ActivityForwardGradient(model, inputs, **recorded, **tangents, weights=settings.weights)
@@ -332,10 +337,14 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
         case "FDFA":
             return feedback.ForwardDirectFeedbackAlignment(model, inputs, **learns, **tangents)
         case "L-BP":
-            return local_losses.LocalBackprop(model, inputs, **learns, grid=settings.grid)
+            return local_losses.LocalBackprop(model, inputs, **learns, **heads)
+        case "LG-BP":
+            return local_losses.LocalGreedyBackprop(model, inputs, **learns, **heads)
         case "LG-FG-A":
-            parts = {"num_groups": settings.num_groups, "grid": settings.grid}
-            return local_losses.LocalForwardGradient(model, inputs, **learns, **tangents, **parts)
+            groups = settings.num_groups if settings.mixer is None else MIXERS[settings.mixer].groups
+            return local_losses.LocalForwardGradient(model, inputs, **learns, **tangents, **heads, num_groups=groups)
+        case "FG-GUIDED":
+            return guided.GuidedForwardGradient(model, inputs, **learns, **heads)
     decay = {"alpha": settings.alpha, "alpha_decay": settings.alpha_decay ** (1 / steps_per_epoch)}
     weights = {"weights": settings.weights}
     return feedback.ControlVariateForwardGradient(model, inputs, **learns, **tangents, **decay, **weights)

@@ -13,13 +13,17 @@ from tyro import conf
 
 from fwdlib.checks import check_choice, check_count, check_fraction, check_positive
 
-DatasetName = Literal["MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "KMNIST", "digits"]
-TrainMode = Literal["BP", "FG", "FG-RANK1", "FG-A", "FG-CV", "DFA", "DKP", "FDFA", "L-BP", "LG-FG-A"]
+DatasetName = Literal["MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "KMNIST", "CIFAR10-jpeg", "digits"]
+TrainMode = Literal[
+    "BP", "FG", "FG-RANK1", "FG-A", "FG-CV", "DFA", "DKP", "FDFA", "L-BP", "LG-BP", "LG-FG-A", "FG-GUIDED"
+]
+MixerName = Literal["S/1/1", "M/1/16", "M/8/16", "L/8/64"]
 NormName = Literal["batch", "layer", "group", "none"]
 OptimizerName = Literal["Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SGD", "RMSprop", "Adagrad"]
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 TRAIN_MODES: tuple[str, ...] = get_args(TrainMode)
 WeightsName = Literal["example", "batch"]
+MIXERS: tuple[str, ...] = get_args(MixerName)
 NORMS: tuple[str, ...] = get_args(NormName)
 WEIGHTS: tuple[str, ...] = get_args(WeightsName)
 OPTIMIZER_NAMES: tuple[str, ...] = get_args(OptimizerName)
@@ -36,6 +40,8 @@ class Task:
     """Hidden layers of the fully connected network, of 800 units each, 1000 for CIFAR10."""
     conv: bool = False
     """Train the CNN 15C5-40C5-P2-128 instead. CIFAR100 always gets AlexNet."""
+    mixer: MixerName | None = None
+    """Train LocalMixer of this size instead: blocks/patches/groups of Ren et al. 2023. It has norms of its own."""
     norm: NormName = "batch"
     """Normalisation of the hidden layers. BatchNorm makes an example's loss depend on the other examples of its batch.
     The others do not: layer, over all units; group, over at most 16 groups; none."""
@@ -55,16 +61,18 @@ class Method:
     - DFA: a fixed random matrix sends the output's error to each layer.
     - DKP: a matrix that learns as a weight would sends it.
     - FDFA: a matrix that learns from forward derivatives sends it.
-    - L-BP: each hidden layer has a loss of its own, with the exact gradient.
-    - LG-FG-A: forward gradients of these losses, each group of units by itself."""
+    - L-BP: each hidden layer has a loss of its own besides, and backprop trains for their sum.
+    - LG-BP: each hidden layer has a loss of its own and nothing else, with its exact gradient.
+    - LG-FG-A: forward gradients of these losses, each group of units by itself.
+    - FG-GUIDED: forward gradient of the model's loss along the exact gradients of the layers' own losses."""
     num_tangents: int = 1
     """Tangents to average over in each step, for FG, FG-RANK1, FG-A, FG-CV, FDFA and LG-FG-A."""
     num_groups: int = 100
     """Groups of the units of a layer, at most, for LG-FG-A: more groups, less noise; one unit a group is exact."""
     grid: int = 4
-    """Patches along each side of a feature map, at most, for L-BP and LG-FG-A."""
+    """Patches along each side of a feature map, at most, for L-BP, LG-BP, LG-FG-A and FG-GUIDED."""
     b_lr: float = 1e-4
-    """Learning rate of the feedback, or the heads of local losses, with Adam: DKP, FDFA, FG-CV, L-BP, LG-FG-A."""
+    """Learning rate, with Adam, of the feedback of DKP, FDFA and FG-CV, or of the heads of local losses."""
     feedback_decay: float = 0.0
     """Weight decay of the feedback or the heads, for the same modes; for DKP the authors recommend 1e-6."""
     alpha: float = 1.0
@@ -130,6 +138,8 @@ class Settings(Task, Method, Steps, Execution):
     def __post_init__(self) -> None:
         check_choice("dataset", self.dataset, DATASETS)
         check_choice("train_mode", self.train_mode, TRAIN_MODES)
+        if self.mixer is not None:
+            check_choice("mixer", self.mixer, MIXERS)
         check_choice("norm", self.norm, NORMS)
         check_choice("weights", self.weights, WEIGHTS)
         check_choice("optimizer", self.optimizer, OPTIMIZER_NAMES)
@@ -151,16 +161,18 @@ class Settings(Task, Method, Steps, Execution):
     @property
     def width(self) -> int:
         """Units of a hidden layer of the fully connected network."""
-        return 1000 if self.dataset == "CIFAR10" else 800
+        return 1000 if self.dataset.startswith("CIFAR10") else 800
 
     @property
     def is_alexnet(self) -> bool:
         """Whether the network is AlexNet."""
-        return self.dataset == "CIFAR100"
+        return self.dataset == "CIFAR100" and self.mixer is None
 
     @property
     def network(self) -> str:
-        """Name of the network: ``"2x800"``, ``"cnn"`` or ``"alexnet"``, and of its norm if that is not BatchNorm."""
+        """Name of the network: ``"2x800"``, ``"cnn"``, ``"alexnet"`` or ``"mixer-M-1-16"``; and of its norm."""
+        if self.mixer is not None:
+            return f"mixer-{self.mixer.replace('/', '-')}"
         kind = "alexnet" if self.is_alexnet else "cnn" if self.conv else f"{self.n_layers}x{self.width}"
         return kind if self.norm == "batch" else f"{kind}-{self.norm}"
 

@@ -29,6 +29,7 @@ from report.sections import (
     scratch,
     sensitivity,
     tangents,
+    traffic,
 )
 
 METHODS = {"backprop": "backprop", "forward": "forward gradient"}  # key -> as records and timings call it
@@ -88,6 +89,7 @@ PARTS: dict[str, Any] = {
     "feedback": feedback,
     "frank_wolfe": frank_wolfe,
     "scaling": scaling,
+    "traffic": traffic,
     "scratch": scratch,
 }
 

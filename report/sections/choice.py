@@ -11,8 +11,6 @@ from report.names import PLAIN
 from report.sections.verdicts import NotMeasuredError, made
 from report.wording import count, interval, megabytes, number
 
-LARGE = "MNIST, 2 x 800"
-
 
 class Row(NamedTuple):
     """A situation and the advice for it, in plain Markdown without links."""
@@ -166,8 +164,7 @@ def _forward_only(context: dict[str, Any]) -> Row:
 
 
 def _large(context: dict[str, Any]) -> dict[str, Any]:
-    studies = {study["title"]: study["rows"] for study in made(context, "feedback")["studies"]}
-    rows = studies.get(LARGE, {})
+    rows = made(context, "feedback", "large", "rows")
     if not {"BP", "FG"} <= rows.keys():
-        raise NotMeasuredError(LARGE)
+        raise NotMeasuredError("feedback")
     return rows

@@ -7,29 +7,46 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fwdlib.methods.feedback_figures import plot_test_errors
+from fwdlib.methods.feedback_figures import plot_depths, plot_test_errors
 from fwdlib.statistics import difference_by_seed, paired_ratio, t_interval
-from report.names import FEEDBACK, LEARNS, MODES, PLAIN, RECORDED, STEPS, TASKS, feedback_file, read
+from report.names import (
+    DEPTH_MODES,
+    DEPTHS,
+    FEEDBACK,
+    LEARNS,
+    MODES,
+    PLAIN,
+    RECORDED,
+    STEPS,
+    TASKS,
+    feedback_file,
+    read,
+)
 
 DATASETS = {"MNIST": "MNIST", "KMNIST": "KMNIST", "FashionMNIST": "Fashion-MNIST"}
-NETWORKS = {"2x800": "2 x 800", "cnn": "CNN"}
+NETWORKS = {"2x800": "2 x 800", "cnn": "CNN", "S-1-1": "LocalMixer S/1/1", "M-1-16": "LocalMixer M/1/16"}
 TITLES = {
-    f"{dataset}-{network}": f"{DATASETS[dataset]}, {NETWORKS[network]}"
-    for dataset, network in (task.split("-") for task in TASKS)
+    task: f"{DATASETS[dataset]}, {NETWORKS[network]}" for task in TASKS for dataset, _, network in [task.partition("-")]
 }
-NEAR = ("FDFA", "L-BP", "LG-FG-A", "LG-FG-A, 16 groups")  # modes whose distance from backprop is of interest
+LARGE, MIXER = TITLES["MNIST-2x800"], TITLES["MNIST-M-1-16"]  # titles of the tasks that answer and claims rest on
+NEAR = ("FDFA", "L-BP", "LG-BP", "LG-FG-A", "LG-FG-A, 16 groups")  # modes whose distance from backprop is of interest
 METHODS = {"BP": "backprop", "FG": "forward gradient", "FG-RANK1": "rank-one", "FG-A": "activity"}  # in the figures
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Return ``studies``, task -> mode -> the content of its file, and ``steps``; None for what was not measured."""
-    studies: dict[str, Any] = {}
-    for task, modes in TASKS.items():
-        files = {mode: read(folder / FEEDBACK / feedback_file(task, mode)) for mode in modes}
-        found = {mode: content for mode, content in files.items() if content and measured(content)}
-        if found:
-            studies[task] = found
-    return {"studies": studies, "steps": read(folder / FEEDBACK / STEPS)}
+    """Return ``studies``, task -> mode -> the content of its file; ``depths``, the same by hidden layers; ``steps``."""
+    studies = {task: _files(folder, task, modes) for task, modes in TASKS.items()}
+    depths = {depth: _files(folder, task, DEPTH_MODES) for task, depth in DEPTHS.items()}
+    return {
+        "studies": {task: found for task, found in studies.items() if found},
+        "depths": {depth: found for depth, found in depths.items() if found},
+        "steps": read(folder / FEEDBACK / STEPS),
+    }
+
+
+def _files(folder: Path, task: str, modes: tuple[str, ...]) -> dict[str, Any]:
+    files = {mode: read(folder / FEEDBACK / feedback_file(task, mode)) for mode in modes}
+    return {mode: content for mode, content in files.items() if content and measured(content)}
 
 
 def measured(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -59,9 +76,11 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
     contents = [content for modes in found["studies"].values() for content in modes.values()]
     return {
         "studies": studies,
+        "large": next((study for study in studies if study["title"] == LARGE), None),
         "missing": [title for task, title in TITLES.items() if task not in found["studies"]],
         "sources": list({content["source"]["fingerprint"]: content["source"] for content in contents}.values()),
         "modes": MODES,
+        "depths": _depths(found["depths"]),
         "steps": _steps(found["steps"]) if found["steps"] else None,
         "environment": contents[0]["environment"],
     }
@@ -69,7 +88,35 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
 
 def figures(found: dict[str, Any]) -> dict[str, Figure]:
     """Return the figure of the section, by name."""
-    return {"feedback": plot_test_errors(curves(found["studies"]))} if found["studies"] else {}
+    drawn = {"feedback": plot_test_errors(curves(found["studies"]))} if found["studies"] else {}
+    if found["depths"]:
+        by_mode: dict[str, dict[int, list[float]]] = {}
+        for depth, modes in found["depths"].items():
+            for mode, content in modes.items():
+                by_mode.setdefault(METHODS.get(mode, mode), {})[depth] = [_accuracy(run) for run in measured(content)]
+        drawn["feedback-depth"] = plot_depths(by_mode)
+    return drawn
+
+
+def _depths(depths: dict[int, Any]) -> dict[str, Any] | None:
+    # For each number of hidden layers the accuracy of each mode, and how far backprop is ahead of it.
+    if not depths:
+        return None
+    accuracies = {
+        depth: {mode: {run["seed"]: _accuracy(run) for run in measured(content)} for mode, content in modes.items()}
+        for depth, modes in depths.items()
+    }
+    settings = next(content["settings"] for modes in depths.values() for content in modes.values())
+    return {
+        "modes": [mode for mode in DEPTH_MODES if any(mode in of for of in accuracies.values())],
+        "rows": {d: {mode: t_interval(list(of.values())) for mode, of in by.items()} for d, by in accuracies.items()},
+        "behind": {
+            depth: {m: difference_by_seed(of["BP"], values) for m, values in of.items() if m != "BP" and "BP" in of}
+            for depth, of in accuracies.items()
+        },
+        "epochs": settings["epochs"],
+        "num_seeds": min(len(values) for of in accuracies.values() for values in of.values()),
+    }
 
 
 def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:

@@ -35,15 +35,32 @@ from fwdlib.stacked.recording import Recording
 from fwdlib.tangents import Params
 from fwdlib.trainer import experiment
 from fwdlib.trainer.settings import Settings as TrainerSettings
-from report.names import FEEDBACK, LEARNS, LOCAL_MODES, MAIN_MODES, PLAIN, RECORDED, STEPS, TASKS, feedback_file
+from report.names import (
+    DEPTH_MODES,
+    DEPTHS,
+    FEEDBACK,
+    LEARNS,
+    LOCAL_MODES,
+    MAIN_MODES,
+    MIXER_MODES,
+    PLAIN,
+    RECORDED,
+    STEPS,
+    TASKS,
+    feedback_file,
+)
 from report.studies.common import climb, held_out, main, once, reopen
 
 BASE_RATE = 1e-4  # times a power of two
-OPTIONS: dict[str, dict[str, Any]] = {  # of the tasks
-    f"{dataset}-{network}": {"dataset": dataset, "conv": network == "cnn"}
-    for dataset in ("MNIST", "KMNIST", "FashionMNIST")
-    for network in ("2x800", "cnn")
+NETWORKS: dict[str, dict[str, Any]] = {  # by the name in a task
+    "2x800": {"conv": False},
+    "cnn": {"conv": True},
+    "S-1-1": {"mixer": "S/1/1"},
+    "M-1-16": {"mixer": "M/1/16"},
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    task: {"dataset": dataset, **NETWORKS[network]} for task in TASKS for dataset, _, network in [task.partition("-")]
+} | {task: {"dataset": "MNIST", "n_layers": depth} for task, depth in DEPTHS.items()}
 NO_MIXING = {"norm": "layer"}  # in place of BatchNorm, which makes an example's loss depend on its batch
 MODES: dict[str, dict[str, Any]] = {  # options, with the powers of the first guesses of the learning rates
     "BP": {"train_mode": "BP", "power": 2},
@@ -51,7 +68,9 @@ MODES: dict[str, dict[str, Any]] = {  # options, with the powers of the first gu
     "DKP": {"train_mode": "DKP", "power": 2},
     "DFA": {"train_mode": "DFA", "power": 2},
     "L-BP": {"train_mode": "L-BP", "power": 2, "feedback_power": 3},
+    "LG-BP": {"train_mode": "LG-BP", "power": 2, "feedback_power": 3},
     "LG-FG-A": {"train_mode": "LG-FG-A", "power": 2, "feedback_power": 3},
+    "FG-GUIDED": {"train_mode": "FG-GUIDED", "power": 2, "feedback_power": 3},
     "FG-CV": {"train_mode": "FG-CV", "power": 1},
     "FG-A": {"train_mode": "FG-A", "power": 3},
     "FG": {"train_mode": "FG", "power": 0},
@@ -91,9 +110,10 @@ class Settings(NamedTuple):
 SEEDS = tuple(range(1, 11))
 FULL = Settings(
     {
-        task: Length(3, 200, SEEDS, modes) if OPTIONS[task]["conv"] else Length(10, 800, SEEDS, modes)
+        task: Length(3, 200, SEEDS, modes) if task.endswith("cnn") else Length(10, 800, SEEDS, modes)
         for task, modes in TASKS.items()
-    },
+    }
+    | {task: Length(2, 400, SEEDS[:5], DEPTH_MODES) for task in DEPTHS},
     seconds=60,
     num_rounds=15,
 )
@@ -103,13 +123,15 @@ SHORT = Settings(
         "KMNIST-2x800": Length(1, 100, (1, 2), LOCAL_MODES),
         "FashionMNIST-2x800": Length(1, 100, (1, 2), LOCAL_MODES),
         "MNIST-cnn": Length(1, 30, (1,), LOCAL_MODES),
+        "MNIST-M-1-16": Length(1, 100, (1, 2), MIXER_MODES),
+        **{task: Length(1, 50, (1,), DEPTH_MODES) for task in DEPTHS},
     },
     seconds=8,
     num_rounds=6,
 )
 PARTS = (
-    *TASKS,
-    *(Path(feedback_file(task, mode)).stem for task, modes in TASKS.items() for mode in modes),
+    *FULL.tasks,
+    *(Path(feedback_file(task, mode)).stem for task, length in FULL.tasks.items() for mode in length.modes),
     Path(STEPS).stem,
 )
 

@@ -40,7 +40,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
         ``obstacle``: why links could not be slowed, empty if they could.
     """
     file = folder / SCALING
-    found = reopen(file, settings._asdict() | {"batch_size": sharing.BATCH_SIZE}, rows=[])
+    found = reopen(file, settings._asdict() | {"batch_size": sharing.BATCH_SIZE, "rivals": sharing.RIVALS}, rows=[])
     found["obstacle"] = links.obstacle()
     there = {(row["count"], row["megabits"]) for row in found["rows"]}
     wanted = [(count, rate) for count in settings.counts for rate in settings.rates if count > 1 or rate is None]

@@ -408,7 +408,7 @@ def test_jvps_are_those_of_the_loss():
     def loss(shifts):
         return F.cross_entropy(last(second(first(inputs) + shifts[0]) + shifts[1]), TARGETS)
 
-    shifts = estimator._by_block(drawn)
+    shifts = estimator._by_site(drawn)
     zeros = tuple(torch.zeros_like(u[0]) for u in shifts)
     expected = [torch.func.jvp(lambda *s: loss(s), zeros, tuple(u[k] for u in shifts))[1] for k in range(2)]
     torch.testing.assert_close(found, torch.stack(expected))

@@ -9,8 +9,9 @@ from torch import nn
 
 from fwdlib.data import Dataset
 from fwdlib.methods.blocks import blocks_of
-from fwdlib.methods.local_losses import HEADS, LocalBackprop, LocalForwardGradient
+from fwdlib.methods.local_losses import HEADS, LocalBackprop, LocalForwardGradient, LocalGreedyBackprop
 from fwdlib.objectives import BatchLoss, params_of
+from fwdlib.trainer.networks import MIXERS, LocalMixer, MixerSize
 from fwdlib.training import make_optimizer, train
 from tests.methods.chains import (
     MODELS,
@@ -29,7 +30,8 @@ from tests.methods.chains import (
 
 FIXED = make_optimizer("SGD", 1e-300)
 SGD_ONE = make_optimizer("SGD", 1.0)  # a step of the heads is minus their gradient
-RULES = {"L-BP": LocalBackprop, "LG-FG-A": LocalForwardGradient}
+RULES = {"L-BP": LocalBackprop, "LG-BP": LocalGreedyBackprop, "LG-FG-A": LocalForwardGradient}
+GREEDY = ("LG-BP", "LG-FG-A")
 ONE_UNIT = {"num_groups": 10**6, "grid": 10**6}  # in each part
 
 
@@ -44,13 +46,13 @@ def with_heads(rule, *arguments, **options):
     return estimator
 
 
-def by_autograd(model, inputs, heads, grid=2, head="grid"):
-    """The gradients of the sum of all losses, every block's input detached: of the parameters, and of the heads."""
+def by_autograd(model, inputs, heads, grid=2, head="grid", greedy=True):
+    """The gradients of the sum of all losses, of parameters and heads; greedy: every block's input is detached."""
     heads = [weight.clone().requires_grad_() for weight in heads]
     total, activation = 0, inputs
     *hidden, readout = blocks_of(model)
     for block, weight in zip(hidden, heads, strict=True):
-        activation = block(activation.detach())
+        activation = block(activation.detach() if greedy else activation)
         features = activation
         if activation.dim() == 4:
             features = F.adaptive_avg_pool2d(activation, grid).flatten(2)
@@ -68,12 +70,13 @@ def by_autograd(model, inputs, heads, grid=2, head="grid"):
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("make", ALL_MODELS)
-def test_local_backprop_is_the_gradient_of_the_local_losses(make, head, recorded):
+@pytest.mark.parametrize("rule", ["L-BP", "LG-BP"])
+def test_local_backprop_is_the_gradient_of_the_local_losses(rule, make, head, recorded):
     model, inputs = ALL_MODELS[make]()
     options = {"grid": 2, "head": head, "recorded": recorded, "optimizer": SGD_ONE}
-    estimator = with_heads(LocalBackprop, model, inputs, **options)
+    estimator = with_heads(RULES[rule], model, inputs, **options)
     before = [weight.clone() for weight in estimator.feedback]
-    expected, of_heads = by_autograd(copy.deepcopy(model), inputs, before, head=head)
+    expected, of_heads = by_autograd(copy.deepcopy(model), inputs, before, head=head, greedy=rule in GREEDY)
     grads = grads_of(estimator, model, inputs)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-13)
@@ -87,7 +90,7 @@ def test_local_backprop_is_the_gradient_of_the_local_losses(make, head, recorded
 def test_with_one_unit_in_each_part_the_forward_gradient_is_exact(make, head, num_tangents):
     model, inputs = ALL_MODELS[make]()
     options = {"grid": ONE_UNIT["grid"], "head": head, "optimizer": FIXED}
-    local = with_heads(LocalBackprop, model, inputs, **options)
+    local = with_heads(LocalGreedyBackprop, model, inputs, **options)
     forward = with_heads(
         LocalForwardGradient, model, inputs, **options, num_groups=ONE_UNIT["num_groups"], num_tangents=num_tangents
     )
@@ -148,7 +151,7 @@ def test_no_tangent_crosses_a_border():
         assert of_block[0] in differs
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", GREEDY)
 def test_no_error_is_carried_back_from_block_to_block(rule):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Border(), nn.Linear(5, 5), nn.Tanh(), Border(), nn.Linear(5, 3))
@@ -162,12 +165,63 @@ def test_the_jvps_are_the_derivatives_along_the_signs(recorded):
     torch.manual_seed(0)
     model = Chain(Shifted(4, 6), Shifted(6, 4), nn.Linear(4, 3)).double()
     inputs = torch.randn(6, 4, dtype=torch.float64)
-    local = grads_of(with_heads(LocalBackprop, model, inputs), model, inputs)
+    local = grads_of(with_heads(LocalGreedyBackprop, model, inputs), model, inputs)
     forward = with_heads(LocalForwardGradient, model, inputs, num_groups=2, num_tangents=3, recorded=recorded)
     signs = forward._draw(6, seeded()).split([6, 4], -1)
     jvps = forward(BatchLoss(model, inputs, TARGETS), params_of(model), generator=seeded()).jvps
     expected = sum((u * local[f"chain.{i}.shift"]).flatten(1).sum(1) for i, u in enumerate(signs))
     torch.testing.assert_close(jvps, expected, rtol=1e-10, atol=1e-13)
+
+
+def mixer(size=(2, 2, 8, 4)):
+    """A small LocalMixer: 2 blocks with inner layers, 2 x 2 patches, 8 channels in 4 groups."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MIXERS, "tiny", MixerSize(*size))
+        model = LocalMixer("tiny", 1, 8, 3).double()
+    return model, torch.randn(6, 1, 8, 8, dtype=torch.float64)
+
+
+MIXER = {"grid": 2, "head": "mean", "optimizer": FIXED}
+
+
+@pytest.mark.parametrize("rule", ["L-BP", "LG-BP"])
+def test_inside_a_block_with_several_layers_the_exact_rules_are_autograd(rule):
+    model, inputs = mixer()
+    estimator = with_heads(RULES[rule], model, inputs, **MIXER)
+    expected, _ = by_autograd(model, inputs, estimator.feedback, head="mean", greedy=rule in GREEDY)
+    for name, grad in grads_of(estimator, model, inputs).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_signs_at_the_inner_layers_estimate_the_same_gradient(recorded):
+    model, inputs = mixer()
+    expected = grads_of(with_heads(LocalGreedyBackprop, model, inputs, **MIXER), model, inputs)
+    options = {"num_groups": 4, "num_tangents": 20, "recorded": recorded}
+    estimator = with_heads(LocalForwardGradient, model, inputs, **MIXER, **options)
+    draw = seeded()
+    estimates = [grads_of(estimator, model, inputs, generator=draw) for _ in range(150)]
+    assert estimates[0].keys() == expected.keys()
+    for name, grad in expected.items():
+        samples = torch.stack([estimate[name] for estimate in estimates])
+        assert_within_5_sigma(samples, grad)
+        is_readout = name.startswith("readout")
+        assert bool((samples.std(0) > 0).any()) is not is_readout
+
+
+def test_a_unit_of_an_inner_layer_acts_on_its_own_part_only_where_the_network_says_so():
+    model, inputs = mixer()
+    for block, x in zip(model.blocks()[:2], (inputs, torch.randn(6, 8, 2, 2, dtype=torch.float64)), strict=True):
+        for layer, keeps in block.layers().items():
+            outputs = []
+            hook = layer.register_forward_hook(lambda *call, outputs=outputs: outputs.append(call[-1]))
+            output = block(x)
+            hook.remove()
+            (slopes,) = torch.autograd.grad(output[:, 2:4, 0, 1].square().sum(), outputs)  # of one part
+            outside = torch.ones_like(slopes, dtype=torch.bool)
+            outside[:, 2:4, 0, 1] = False
+            assert bool((slopes[outside] == 0).all()) is keeps
 
 
 # statistics
@@ -179,7 +233,7 @@ def test_it_is_unbiased_for_the_local_losses(make, head):
     model, inputs = ALL_MODELS[make]()
     model.eval()  # BatchNorm's statistics do not move between the draws
     options = {"optimizer": FIXED, "grid": 2, "head": head}
-    expected = grads_of(with_heads(LocalBackprop, model, inputs, **options), model, inputs)
+    expected = grads_of(with_heads(LocalGreedyBackprop, model, inputs, **options), model, inputs)
     estimator = with_heads(LocalForwardGradient, model, inputs, **options, num_groups=2, num_tangents=20)
     draw = seeded()
     estimates = [grads_of(estimator, model, inputs, generator=draw) for _ in range(150)]
@@ -193,7 +247,7 @@ def test_the_variance_is_that_of_the_part(num_groups, num_tangents):
     torch.manual_seed(0)
     model = Chain(Shifted(4, 6), Shifted(6, 6), nn.Linear(6, 3)).double()
     inputs = torch.randn(6, 4, dtype=torch.float64)
-    expected = grads_of(with_heads(LocalBackprop, model, inputs, optimizer=FIXED), model, inputs)
+    expected = grads_of(with_heads(LocalGreedyBackprop, model, inputs, optimizer=FIXED), model, inputs)
     options = {"num_groups": num_groups, "num_tangents": num_tangents, "optimizer": FIXED, "recorded": True}
     estimator = with_heads(LocalForwardGradient, model, inputs, **options)
     draw = seeded()
@@ -253,10 +307,13 @@ def test_a_state_that_is_loaded_goes_on(rule):
     for _ in range(3):
         grads_of(first, model, inputs)
     second.load_state_dict(first.state_dict())
-    found = [grads_of(estimator, model, inputs) for estimator in (first, second)] if rule == "L-BP" else []
+    found = []
+    for estimator in (first, second):
+        options = {"generator": seeded()} if rule == "LG-FG-A" else {}
+        found.append(grads_of(estimator, model, inputs, **options))
     torch.testing.assert_close(first.matrix, second.matrix)
-    for name in found[0] if found else ():
-        torch.testing.assert_close(found[0][name], found[1][name])
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad)
     with pytest.raises(ValueError, match="different model"):
         RULES[rule](model, inputs, head="mean", grid=2).load_state_dict(first.state_dict())
 
@@ -296,4 +353,4 @@ def test_options_out_of_range_are_refused(options, words):
 def test_outputs_that_are_no_images_are_refused():
     model = Chain(nn.Sequential(nn.Linear(4, 5), nn.Tanh()), nn.Sequential(nn.Flatten(), nn.Linear(15, 3)))
     with pytest.raises(ValueError, match=r"returns \(B, 3, 5\).*flatten"):
-        LocalBackprop(model, torch.zeros(2, 3, 4))
+        LocalGreedyBackprop(model, torch.zeros(2, 3, 4))

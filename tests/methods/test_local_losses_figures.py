@@ -12,7 +12,7 @@ ROWS = [
 
 
 def test_noise_and_error_over_the_size_of_the_groups(drawn):
-    noise, error = drawn(plot_groups, ROWS, {"L-BP": [0.04, 0.06]}).axes
+    noise, error = drawn(plot_groups, ROWS, {"LG-BP": [0.04, 0.06]}).axes
     theory, measured, exact = noise.lines
     assert list(theory.get_ydata()) == [1.0, 2.0]
     assert list(measured.get_xdata()) == [4, 16]
@@ -20,12 +20,12 @@ def test_noise_and_error_over_the_size_of_the_groups(drawn):
     assert 0 < exact.get_ydata()[0] < 1.0
     mean = next(line for line in error.lines if line.get_label() == "LG-FG-A")
     assert list(mean.get_ydata()) == pytest.approx([6, 11, 25])
-    reference = next(line for line in error.lines if line.get_label() == "L-BP")
+    reference = next(line for line in error.lines if line.get_label() == "LG-BP")
     assert reference.get_ydata()[0] == pytest.approx(5)
     assert [text.get_text() for text in error.get_xticklabels()] == ["1", "4", "16"]
 
 
 def test_heads_have_a_line_for_each_method(drawn):
-    (axes,) = drawn(plot_heads, {"L-BP": [0.9, 0.95], "LG-FG-A": [0.8, 0.9]}).axes
+    (axes,) = drawn(plot_heads, {"LG-BP": [0.9, 0.95], "LG-FG-A": [0.8, 0.9]}).axes
     assert [list(line.get_ydata()) for line in axes.lines] == [pytest.approx([90, 95]), pytest.approx([80, 90])]
     assert axes.get_ylabel().endswith("[%]")

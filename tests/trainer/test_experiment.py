@@ -26,7 +26,7 @@ from fwdlib.training import train
 pytestmark = pytest.mark.slow  # starts processes, or trains large networks
 
 CPU = torch.device("cpu")
-LEARNED = ("DKP", "FDFA", "FG-CV", "L-BP", "LG-FG-A")
+LEARNED = ("DKP", "FDFA", "FG-CV", "L-BP", "LG-BP", "LG-FG-A", "FG-GUIDED")
 
 
 @pytest.fixture
@@ -116,6 +116,7 @@ def test_the_choices_are_those_that_there_are():
         ({"n_layers": 2, "norm": "none"}, (1, 28), "2x800-none", 784 * 800 + 800 * 800 + 800 * 10 + 1610),
         ({"conv": True}, (1, 28), "cnn", 390 + 15040 + 4000 * 128 + 128 + 1290 + 2 * (15 + 40 + 128)),
         ({"dataset": "CIFAR10", "conv": True}, (3, 32), "cnn", None),
+        ({"mixer": "S/1/1"}, (1, 28), "mixer-S-1-1", 785 * 256 + 257 * 256 + 257 * 10),
     ],
 )
 def test_networks(changes, shape, name, num_params):
@@ -140,11 +141,15 @@ def test_options_reach_the_estimators(tiny):
     objective = BatchLoss(model, data.train_inputs, data.train_targets)
     jvps = {mode: made[mode](objective, params_of(model)).jvps for mode in TRAIN_MODES}
     tangents = dict.fromkeys(("FG", "FG-RANK1", "FG-A", "FG-CV", "FDFA", "LG-FG-A"), 3)
+    tangents["FG-GUIDED"] = 2  # one for each hidden layer
     assert {mode: len(values) for mode, values in jvps.items() if len(values)} == tangents
     for mode in LEARNED:
         (group,) = made[mode].optimizer.param_groups
         assert (group["lr"], group["weight_decay"]) == (0.02, 1e-6)
     assert (made["LG-FG-A"].num_groups, made["LG-FG-A"].grid, made["L-BP"].grid) == (8, 2, 2)
+    mixer = tiny(train_mode="LG-FG-A", mixer="M/1/16")
+    local = estimator(mixer, network(mixer, data), data, steps_per_epoch=2)
+    assert (local.num_groups, local.grid, local.head) == (16, 1, "mean")
     assert made["FG-CV"].alpha == pytest.approx(0.5 * 0.5)  # after one step of two
     made["FG-CV"](objective, params_of(model))
     assert made["FG-CV"].alpha == pytest.approx(0.5 * 0.25)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from fwdlib.models import num_parameters
-from fwdlib.trainer.networks import alexnet, fully_connected, shallow_cnn
+from fwdlib.trainer import settings
+from fwdlib.trainer.networks import MIXERS, LocalMixer, alexnet, fully_connected, shallow_cnn
 from fwdlib.trainer.settings import NORMS
 
 
@@ -37,6 +38,29 @@ def test_shallow_cnn_is_that_of_the_code():
     assert linear.in_features == 4000
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
     assert shallow_cnn(3, 32)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("size", "images", "thousands"),
+    [("S/1/1", (1, 28), 272), ("M/1/16", (1, 28), 429), ("M/8/16", (3, 32), 919), ("L/8/64", (3, 32), 13_100)],
+)
+def test_local_mixer_has_the_published_number_of_parameters(size, images, thousands):
+    # Theirs count the heads of the local losses, with biases; ours belong to the rule.
+    model = LocalMixer(size, *images)
+    num_heads = len(model.blocks()) - 1
+    with_heads = num_parameters(model) + num_heads * 10 * (MIXERS[size].channels + 1)
+    assert with_heads == pytest.approx(1000 * thousands, rel=3e-3)
+    assert model(torch.zeros(2, images[0], images[1], images[1])).shape == (2, 10)
+
+
+def test_local_mixer_mixes_no_examples_and_refuses_images_it_cannot_cut():
+    inputs = torch.randn(3, 1, 8, 8, requires_grad=True)
+    (of_first,) = torch.autograd.grad(LocalMixer("M/8/16", 1, 8)(inputs)[0].square().sum(), inputs)
+    assert of_first[0].any()
+    assert not of_first[1:].any()
+    assert tuple(MIXERS) == settings.MIXERS
+    with pytest.raises(ValueError, match="multiple of 8, got 28"):
+        LocalMixer("M/8/16")
 
 
 def test_alexnet_is_as_large_as_torchvision_s():
