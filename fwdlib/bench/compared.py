@@ -237,27 +237,33 @@ def _backprop(model: nn.Module, inputs: Tensor, targets: Tensor, optimizer_name:
     return step
 
 
+Named = dict[str, Tensor]
+
+
 def _one_graph(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
     # Compiles backprop as SGDStep compiles forward gradients: no autograd engine, no optimizer between the kernels.
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    def train(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        def loss_of(params: dict[str, Tensor]) -> Tensor:
-            return F.cross_entropy(functional_call(model, params, (inputs,)), targets)
+    def loss_of(params: Named, buffers: Named, inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, params | buffers, (inputs,)), targets)
 
-        grads, loss = grad_and_value(loss_of)(params)
+    def train(params: Named, buffers: Named, inputs: Tensor, targets: Tensor) -> Tensor:
+        grads, loss = grad_and_value(loss_of)(params, buffers, inputs, targets)
+        # not add_ with alpha: torch 2.14's inductor then fuses it with the product before, and loses alpha
+        updated = {name: p - LEARNING_RATE * grads[name] for name, p in params.items()}
         for name, p in params.items():
-            p.add_(grads[name], alpha=-LEARNING_RATE)
+            p.copy_(updated[name])
         return loss
 
-    params, graphs = params_of(model), []
+    params, buffers, graphs = params_of(model), dict(model.named_buffers()), []
 
     def step() -> Tensor:
         if not graphs:
-            graph = make_fx(train)({name: p.clone() for name, p in params.items()}, inputs, targets)
+            copies = ({name: x.clone() for name, x in named.items()} for named in (params, buffers))
+            graph = make_fx(train)(*copies, inputs, targets)
             graphs.append(torch.compile(graph, fullgraph=True, dynamic=False, mode=_mode(inputs)))
         with torch.no_grad():
-            return graphs[0](params, inputs, targets)
+            return graphs[0](params, buffers, inputs, targets)
 
     return step
 

@@ -136,7 +136,7 @@ def torchzero(model: nn.Module, inputs: Tensor, targets: Tensor, learning_rate: 
     """
     import torchzero as tz
 
-    optimizer = tz.Modular(model.parameters(), tz.m.ForwardGradient(), tz.m.LR(learning_rate))
+    optimizer = tz.Optimizer(model.parameters(), tz.m.ForwardGradient(), tz.m.LR(learning_rate))
 
     def closure(backward: bool = True) -> Tensor:
         loss = F.cross_entropy(model(inputs), targets)

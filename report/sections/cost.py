@@ -37,7 +37,8 @@ def context(measured: dict[str, Any]) -> dict[str, Any] | None:
     found["environment"] = bench["environment"]
     found["rank_one"] = [m["structured"]["rank-one"]["ratio"] for m in found["bench"]]
     found["all_faster"] = [m["title"] for m in found["bench"] if m["structured"]["rank-one"]["ratio"].high < 1]
-    found["graph_faster"] = [m["title"] for m in found["bench"] if m["over_one_graph"] and m["over_one_graph"].high < 1]
+    found["one_graph"] = [m for m in found["bench"] if m["over_one_graph"]]
+    found["graph_faster"] = [m["title"] for m in found["one_graph"] if m["over_one_graph"].high < 1]
     found["textbook_slower"] = [m["title"] for m in found["bench"] if m["textbook"].low > 1]
     found["tangents"] = _tangents(bench["models"].get(MODEL_OF_DESCENT, {}).get("seconds", {}))
     found["depth"] = _depth(bench["depth"])

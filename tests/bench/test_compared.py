@@ -145,3 +145,17 @@ def test_the_learning_rate_leaves_parameters_where_they_are():
             step()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("norm", [False, True])
+def test_backprop_in_one_graph_takes_the_steps_of_sgd(norm, monkeypatch):
+    monkeypatch.setattr(compared, "LEARNING_RATE", 0.1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), *([nn.BatchNorm1d(8)] if norm else []), nn.ReLU(), nn.Linear(8, 3))
+    inputs, targets, twin = torch.randn(5, 6), torch.randint(3, (5,)), copy.deepcopy(model)
+    step = make_step(Variant("backprop", compiled=True, form="one graph"), model, inputs, targets)
+    plain = make_step(Variant("backprop"), twin, inputs, targets)
+    for _ in range(3):
+        torch.testing.assert_close(step(), plain())
+    torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()))
