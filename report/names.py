@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 SHORT_FORM = "short-form.txt"  # marks a folder whose studies were made with their short settings
 BENCH = "bench-cpu.json"  # written by `python -m fwdlib bench`
+BENCH_ONE_THREAD = "bench-cpu-1-thread.json"  # likewise, with --threads 1
 DESCENT = "descent.json"
 SCALING = "scaling.json"
 FEEDBACK = "feedback"  # a folder: a file for each task and mode, and one with the times of a step

@@ -43,7 +43,7 @@ class Extent(NamedTuple):
         return {name: getattr(self, name) for name in ("seconds", "min_rounds", "max_rounds", "block_seconds")}
 
 
-FULL = Extent(12.0, 11, 60, 0.01, 1024, (1, 2, 5, 10, 20, 50, 100))
+FULL = Extent(8.0, 9, 60, 0.01, 1024, (1, 2, 5, 10, 20, 50, 100))
 QUICK = Extent(1.0, 7, 15, 0.005, 256, (1, 10, 30))
 
 

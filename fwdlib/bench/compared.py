@@ -169,7 +169,7 @@ def variants(model: nn.Module, *, quick: bool = False, peers: bool = False) -> l
         found += [Variant("backprop", compiled=compiled, form=form) for form in forms]
         found += [Variant(method, 1, compiled) for method in OURS[1:]]
         found += [Variant("rank-one", 1, compiled, "channels_last")] if has_convolution else []
-        found += [] if quick else [Variant("rank-one", k, compiled) for k in (4, 16)]
+        found += [] if quick or compiled else [Variant("rank-one", k) for k in (4, 16)]
     if quick or sum(1 for _ in model.modules()) > LARGE:
         backprop = Variant("backprop", compiled=True)
         kept = (backprop, backprop._replace(form="one graph"), Variant("rank-one", compiled=True))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from fwdlib.bench import figures as bench_figures
 from fwdlib.statistics import Interval, median_interval, paired_ratio
 from report import published
-from report.names import BENCH, BUDGET, DESCENT, read
+from report.names import BENCH, BENCH_ONE_THREAD, BUDGET, DESCENT, read
 from report.sections import budget
 
 TEXTBOOK = "forward gradient, eager"
@@ -24,8 +24,9 @@ MODEL_OF_DESCENT = "mnist-mlp"
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Return what was measured, ``bench``, ``descent`` and ``budget``, each None if it was not."""
-    return {name: read(folder / file) for name, file in (("bench", BENCH), ("descent", DESCENT), ("budget", BUDGET))}
+    """Return what was measured: ``bench``, ``one_thread``, ``descent`` and ``budget``, each None if it was not."""
+    files = {"bench": BENCH, "one_thread": BENCH_ONE_THREAD, "descent": DESCENT, "budget": BUDGET}
+    return {name: read(folder / file) for name, file in files.items()}
 
 
 def context(measured: dict[str, Any]) -> dict[str, Any] | None:
@@ -48,6 +49,7 @@ def context(measured: dict[str, Any]) -> dict[str, Any] | None:
     found["not_faster"] = [m for m in found["bench"] if m["structured"]["rank-one"]["ratio"].high >= 1]
     found["dropped_in"] = [m for m in found["bench"] if m["dropped_in"]]
     found["compiled"] = [m for m in found["bench"] if m["compile_seconds"]]
+    found["one_thread"] = _one_thread(measured.get("one_thread"))
     found["budget"] = budget.context(measured.get("budget"))
     found["descent"] = _descent(measured["descent"], bench) if measured["descent"] else None
     return found
@@ -97,6 +99,11 @@ def _model(entry: dict[str, Any]) -> dict[str, Any]:
         "dropped_in": _dropped_in(seconds),
         "compile_seconds": _compile_seconds(entry.get("compile_seconds", {})),
     }
+
+
+def _one_thread(bench: dict[str, Any] | None) -> list[dict[str, Any]]:
+    # The models that were timed in one thread, too.
+    return [_model(entry) for entry in bench["models"].values()] if bench else []
 
 
 def _rivals(entry: dict[str, Any]) -> dict[str, Any] | None:
@@ -151,7 +158,7 @@ def _tangents(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
     rows = []
     for k in (4, 16):
         if f"rank-one K={k}, eager" in seconds:
-            one, many = (seconds[_fastest(seconds, method)] for method in ("rank-one", f"rank-one K={k}"))
+            one, many = (seconds[f"{method}, eager"] for method in ("rank-one", f"rank-one K={k}"))
             rows.append({"k": k, "ratio": paired_ratio(many, one), "passes": (1 + k) / 2})
     return rows
 
