@@ -35,7 +35,7 @@ SHOWN = {
         *("--dataset {MNIST,FashionMNIST,CIFAR10,CIFAR100,KMNIST,CIFAR10-jpeg,digits}", "--n-layers", "--conv"),
         *(
             "--norm {batch,layer,group,none}",
-            "--train-mode {BP,FG,FG-RANK1,FG-A,FG-CV,DFA,DKP,FDFA,L-BP,LG-BP,LG-FG-A,FG-GUIDED}",
+            *("--mixer", "--train-mode", "FG-RANK1", "LG-FG-A", "FG-GUIDED"),
         ),
         *("--num-tangents", "--num-groups", "--grid", "--b-lr", "--feedback-decay"),
         *(
@@ -206,7 +206,7 @@ def test_train_passes_its_options_on(folder, monkeypatch, tmp_path):
     words = ["--dataset", "KMNIST", "--n-layers", "3", "--conv", "--train-mode", "FG-CV", "--num-tangents", "4"]
     words += ["--b-lr", "1e-2", "--feedback-decay", "1e-6", "--alpha", "0.5", "--alpha-decay", "0.9", "--epochs", "7"]
     words += ["--batch-size", "32", "--optimizer", "SGD", "--lr", "0.1", "--gamma", "0.8", "--weight-decay", "1e-5"]
-    words += ["--norm", "group", "--num-groups", "8", "--grid", "2", "--weights", "batch"]
+    words += ["--norm", "group", "--mixer", "M/8/16", "--num-groups", "8", "--grid", "2", "--weights", "batch"]
     words += ["--seed", "5", "--device", "cpu", "--log-dir", str(tmp_path / "logs"), "--resume"]
     assert cli.main(["train", *words, "--test-batch-size", "500", "--log-interval", "10"]) == 0
     assert cli.main(["train"]) == 0
@@ -216,7 +216,7 @@ def test_train_passes_its_options_on(folder, monkeypatch, tmp_path):
         **{"feedback_decay": 1e-6, "alpha": 0.5, "alpha_decay": 0.9, "epochs": 7, "batch_size": 32},
         **{"optimizer": "SGD", "lr": 0.1, "gamma": 0.8, "weight_decay": 1e-5, "seed": 5, "device": "cpu"},
         **{"log_dir": tmp_path / "logs", "resume": True, "dry_run": False, "test_batch_size": 500, "log_interval": 10},
-        **{"norm": "group", "num_groups": 8, "grid": 2, "weights": "batch", "processes": 1},
+        **{"norm": "group", "mixer": "M/8/16", "num_groups": 8, "grid": 2, "weights": "batch", "processes": 1},
     }
     published = {"batch_size": 64, "test_batch_size": 1000, "epochs": 100, "lr": 1e-4, "b_lr": 1e-4, "gamma": 0.95}
     published |= {"weight_decay": 0, "feedback_decay": 0, "log_interval": 100, "train_mode": "FDFA", "n_layers": 2}

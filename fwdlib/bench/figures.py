@@ -143,7 +143,7 @@ def _draw_front(axes: Axes, entry: dict[str, Any]) -> dict[str, Any]:
         edge = "black" if name in best else "white"
         style = {"color": METHOD_STYLES[name]["color"], "markeredgecolor": edge, "markersize": 7, "linestyle": ""}
         (drawn[name],) = axes.plot(t, held, marker="o", label=name, **style)
-    axes.set_title(f"{entry['title']}\nbatch {entry['batch']}", fontsize=9)
+    axes.set_title(f"{entry['title']}\nbatch {entry['batch']}", fontsize=9, parse_math=False)
     axes.set(xscale="log", yscale="log")
     axes.margins(0.12)
     for axis in (axes.xaxis, axes.yaxis):
@@ -249,7 +249,7 @@ def _draw_ratios(axes: Axes, labels: Sequence[str], entry: dict[str, Any]) -> No
     for name, seconds in entry["seconds"].items():
         if name != "forward" and " with " not in name:
             _draw_ratio(axes, labels, name, paired_ratio(seconds, entry["seconds"][entry["reference"]]))
-    axes.set_title(f"{entry['title']}\nbatch {entry['batch']}", fontsize=9)
+    axes.set_title(f"{entry['title']}\nbatch {entry['batch']}", fontsize=9, parse_math=False)
     axes.set(xscale="log", ylim=(len(labels) - 0.5, -0.5))
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(axis="y", length=0)

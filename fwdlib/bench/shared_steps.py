@@ -80,9 +80,11 @@ def make_step(method: str, model: nn.Module, learning_rate: float, processes: Pr
         return local
     if method != "DDP" and not method.startswith("PowerSGD"):
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    # The hook starts exchanges of one bucket while those of another run, and gloo does not keep their order.
+    buckets = {} if method == "DDP" else {"bucket_cap_mb": 10_000}
     with warnings.catch_warnings():  # renamed in torch 2.15; lower versions lack the new name
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, **buckets)
     if method != "DDP":
         state = PowerSGDState(None, matrix_approximation_rank=_number(method), start_powerSGD_iter=2)
         wrapped.register_comm_hook(state, powerSGD_hook)

@@ -320,7 +320,7 @@ CLAIMS = [
         f"memory above the parameters at {BAYDIN['depth']['layers'][-1]} layers, over backprop's",
         lookups.depth_memory,
         within(0.9, 1.1),
-        {"fails": "forward mode keeps no activations, but a tangent and a gradient that are written out take memory, too"},
+        {"fails": "forward mode keeps no activations, but writing out tangent and gradient takes memory, too"},
     ),
     Claim(
         f"{PAPER}, figure 2",

@@ -7,7 +7,6 @@ from typing import Any
 from fwdlib.statistics import Interval
 from report import published
 from report.sections import lookups
-from report.sections.budget import AVOIDING
 from report.sections.lookups import Lookup
 from report.sections.verdicts import Cases, Claim, above, below, made, within
 
@@ -30,20 +29,18 @@ def _under_budget(quantity: str) -> Lookup:
     return cases
 
 
-def _at_depth(context: Context) -> dict[str, dict[str, Any]]:
-    rivals = made(context, "cost", "depth", "rivals")
-    return {method: rivals[method] for method in AVOIDING if method in rivals}
+DEEP = ("rank-one", "two-point")  # methods without a backward pass in the sweep of depths
 
 
 def _time_at_depth(context: Context) -> Cases:
     # `ratio` is rank-one's time over a rival's
-    exact, found = made(context, "cost", "depth", "rivals", "exact", "ratio"), _at_depth(context)
-    return {method: lookups.quotient(exact, of["ratio"]) for method, of in found.items()}
+    rivals = made(context, "cost", "depth", "rivals")
+    return {method: lookups.quotient(rivals["exact"]["ratio"], rivals[method]["ratio"]) for method in DEEP}
 
 
 def _memory_at_depth(context: Context) -> Cases:
-    exact, found = made(context, "cost", "depth", "rivals", "exact", "memory"), _at_depth(context)
-    return {method: lookups.point(of["memory"] / exact) for method, of in found.items()}
+    rivals = made(context, "cost", "depth", "rivals")
+    return {method: lookups.point(rivals[method]["memory"] / rivals["exact"]["memory"]) for method in DEEP}
 
 
 def _megabytes_to_converge(context: Context) -> Cases:

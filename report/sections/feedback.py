@@ -28,6 +28,7 @@ NETWORKS = {"2x800": "2 x 800", "cnn": "CNN", "S-1-1": "LocalMixer S/1/1", "M-1-
 TITLES = {
     task: f"{DATASETS[dataset]}, {NETWORKS[network]}" for task in TASKS for dataset, _, network in [task.partition("-")]
 }
+WIDTH = 800  # units of a hidden layer
 LARGE, MIXER = TITLES["MNIST-2x800"], TITLES["MNIST-M-1-16"]  # titles of the tasks that answer and claims rest on
 NEAR = ("FDFA", "L-BP", "LG-BP", "LG-FG-A", "LG-FG-A, 16 groups")  # modes whose distance from backprop is of interest
 METHODS = {"BP": "backprop", "FG": "forward gradient", "FG-RANK1": "rank-one", "FG-A": "activity"}  # in the figures
@@ -115,6 +116,7 @@ def _depths(depths: dict[int, Any]) -> dict[str, Any] | None:
             for depth, of in accuracies.items()
         },
         "epochs": settings["epochs"],
+        "width": WIDTH,
         "num_seeds": min(len(values) for of in accuracies.values() for values in of.values()),
     }
 

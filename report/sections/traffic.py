@@ -103,4 +103,7 @@ def _behind(rows: dict[str, Any], budget: int) -> Interval | None:
     other = _best({method: row for method, row in rows.items() if not method.startswith(FORWARD)}, budget)
     if forward is None or other is None:
         return None
-    return difference_by_seed(rows[forward]["losses"][budget], rows[other]["losses"][budget])
+    losses = rows[forward]["losses"][budget], rows[other]["losses"][budget]
+    if any(math.isinf(loss) for of in losses for loss in of.values()):
+        return None
+    return difference_by_seed(*losses)

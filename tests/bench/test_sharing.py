@@ -20,6 +20,13 @@ def test_a_measurement_has_every_method_and_round():
     assert found["num_params"] == num_parameters(sharing.fully_connected())
 
 
+def test_processes_that_compress_keep_the_order_of_their_exchanges():
+    # a network of more than a megabyte, which DistributedDataParallel would cut into several buckets
+    found = sharing.measure_step(2, num_rounds=2, seconds=0.05)
+    sent = {name: found["methods"][name]["bytes"] for name in ("BP", *sharing.RIVALS)}
+    assert 0 < sent["PowerSGD, rank 1"] < sent["PowerSGD, rank 4"] < 0.1 * sent["BP"]
+
+
 @pytest.mark.skipif(bool(links.obstacle()), reason=links.obstacle() or "there is no obstacle")
 def test_over_100_mbit_a_step_is_20_times_faster_than_backprops():
     found = sharing.measure_step(4, 100, slow=True, num_rounds=3, seconds=0.1)

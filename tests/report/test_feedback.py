@@ -9,7 +9,7 @@ import torch
 
 from fwdlib.data import Dataset, Source
 from fwdlib.results import write_json
-from report.names import LEARNS, LOCAL_MODES, MODES, TASKS, feedback_file
+from report.names import DEPTH_MODES, DEPTHS, LEARNS, LOCAL_MODES, MODES, TASKS, feedback_file
 from report.sections import feedback
 from report.studies import feedback as study
 from report.studies.common import RESULTS
@@ -146,8 +146,11 @@ def test_parts_are_tasks_modes_and_steps(parts, modes, is_timed, tmp_path, monke
 
 def test_sections_and_study_have_the_same_modes():
     assert MODES == tuple(study.MODES) == tuple(LEARNS)
-    assert study.FULL.tasks.keys() == TASKS.keys() == study.OPTIONS.keys() == feedback.TITLES.keys()
-    assert {task: length.modes for task, length in study.FULL.tasks.items()} == TASKS
+    assert TASKS.keys() == feedback.TITLES.keys()
+    assert study.FULL.tasks.keys() == TASKS.keys() | DEPTHS.keys() == study.OPTIONS.keys()
+    assert {task: length.modes for task, length in study.FULL.tasks.items()} == TASKS | dict.fromkeys(
+        DEPTHS, DEPTH_MODES
+    )
 
 
 @pytest.mark.parametrize(("task", "mode"), [(task, mode) for task, modes in TASKS.items() for mode in modes])

@@ -56,7 +56,10 @@ def test_a_training_that_diverged_has_learned_nothing():
     for each in diverged["runs"]:
         if each["method"] == "DDP":
             each["test"][-1] = "nan"
-    assert section.context(diverged)["rows"]["DDP"]["test"][100].estimate == math.inf
+    found = section.context(diverged)
+    assert found["rows"]["DDP"]["test"][100].estimate == math.inf
+    assert found["behind"][100] is None  # no mean of differences
+    assert found["best"][100] == "rank-one, K = 1"
 
 
 def test_without_a_study_there_is_no_section(tmp_path):
