@@ -128,12 +128,13 @@ def _links(context: dict[str, Any]) -> Row:
     slowest = made(found, "slowest")
     fewest = min(found["most"], key=found["most"].get)
     descent = found["descent"]
+    compressed = f", {interval(slowest['rival'])} times as fast as with {found['rival']}" if slowest["rival"] else ""
     but = f", but {number(descent['ratio'], 2)} times as many steps to the same loss" if descent else ""
     return Row(
         "several processes on a slow link",
-        "backprop, unless nothing but a few numbers can be sent",
+        "backprop that sends less, such as PowerSGD, unless only a few numbers can be sent",
         f"{count(found['most'][fewest])} bytes a step in place of {megabytes(found['gradient'])}: at "
-        f"{slowest['megabits']} Mbit/s a step is {interval(slowest['ratios'][fewest])} times as fast{but}",
+        f"{slowest['megabits']} Mbit/s a step is {interval(slowest['ratios'][fewest])} times as fast{compressed}{but}",
         "scaling",
     )
 

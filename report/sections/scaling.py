@@ -15,6 +15,7 @@ from report.names import DESCENT, SCALING, read
 FEW = "FG-RANK1, K = 1"
 MANY = "FG-RANK1, K = 16"
 PART = (FEW, MANY)
+RIVAL = "PowerSGD, rank 1"
 HEADERS = 52  # bytes of a packet, of IPv4 and TCP with its time stamps, without the link's own
 PAPER_COUNTS = (10, 100, 1000)
 PAPER_GIGABITS = (1, 100)
@@ -44,7 +45,9 @@ def context(measured: dict[str, Any] | None) -> dict[str, Any] | None:
                 "off": seconds.estimate / expected if expected else None,
             }
         ratios = {name: paired_ratio(row["methods"]["BP"]["seconds"], row["methods"][name]["seconds"]) for name in PART}
-        rows.append(row | {"methods": methods, "ratios": ratios})
+        rivals = {name: found["seconds"] for name, found in row["methods"].items() if name == RIVAL}
+        over = paired_ratio(rivals[RIVAL], row["methods"][FEW]["seconds"]) if rivals else None
+        rows.append(row | {"methods": methods, "ratios": ratios, "rival": over})
     off = {name: [row["methods"][name]["off"] for row in rows] for name in scaling.NUM_TANGENTS}
     off = {name: [value for value in values if value] for name, values in off.items()}
     paper = _paper(measured)
@@ -53,6 +56,7 @@ def context(measured: dict[str, Any] | None) -> dict[str, Any] | None:
         "settings": measured["settings"],
         "environment": measured["environment"],
         "obstacle": measured["obstacle"],
+        "rival": RIVAL if any(row["rival"] for row in rows) else None,
         "rows": sorted(rows, key=lambda row: (row["count"], -(row["megabits"] or math.inf))),
         "off": {name: (min(values), max(values)) for name, values in off.items() if values},
         "slowest": max((row for row in rows if row["megabits"] == 100), key=lambda row: row["count"], default=None),
