@@ -12,7 +12,7 @@ from fwdlib.statistics import Interval
 from report.names import BUDGET
 from report.page import render
 from report.page.context import PARTS, build_context, load_results
-from report.sections import claims_on_cost, verdicts
+from report.sections import verdicts
 from report.sections.claims import CLAIMS
 from report.sections.verdicts import Claim, ClaimError, NotMeasuredError, above, below, compatible, judge, made, within
 from tests.report.records import make_results, section
