@@ -19,7 +19,18 @@ from torch import Tensor, nn
 
 from fwdlib import runtime
 from fwdlib.bench import memory, networks
-from fwdlib.bench.compared import COMPARED, OWN_MODEL, Step, Task, Variant, find_task, make_step, perceptron, prepare
+from fwdlib.bench.compared import (
+    COMPARED,
+    OWN_MODEL,
+    PEERS,
+    Step,
+    Task,
+    Variant,
+    find_task,
+    make_step,
+    perceptron,
+    prepare,
+)
 from fwdlib.checks import check_choice, check_count
 from fwdlib.models import num_parameters
 
@@ -134,8 +145,9 @@ def measure_time(
             methods[str(variant)] = step
             if variant.compiled:
                 compile_seconds[str(variant)] = time.perf_counter() - started
-        except Exception as error:  # a compiler may raise anything; the other variants can still be timed
-            if not variant.compiled and not isinstance(error, (torch.OutOfMemoryError, ImportError)):
+        except Exception as error:  # a compiler or a peer may raise anything; the others can still be timed
+            is_ours = not variant.compiled and variant.method not in PEERS
+            if is_ours and not isinstance(error, torch.OutOfMemoryError):
                 raise
             skipped[str(variant)] = reason_of(error)
     show("timing")

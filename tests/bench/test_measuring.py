@@ -116,6 +116,14 @@ def test_a_package_that_is_not_installed_is_skipped(monkeypatch):
     assert set(found["seconds"]) == {"forward", "backprop, eager"}
 
 
+def test_a_package_that_fails_is_skipped(monkeypatch):
+    made = measuring.make_step
+    broken = lambda variant, *given: (lambda: 1 / 0) if variant.method == "torchzero" else made(variant, *given)  # noqa: E731
+    monkeypatch.setattr(measuring, "make_step", broken)
+    found = time_of("penguins-logistic", lambda _: [Variant("backprop"), Variant("torchzero")])
+    assert found["skipped"] == {"torchzero, eager": "ZeroDivisionError: division by zero"}
+
+
 def test_an_eager_step_that_fails_is_an_error(monkeypatch):
     monkeypatch.setattr(measuring, "make_step", lambda *args: lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
