@@ -73,7 +73,9 @@ def plot_arrow(gradient: Sequence[float], tangent: Sequence[float], others: Sequ
     for axes in rest:
         estimates = (np.asarray(others) @ gradient)[:, None] * np.asarray(others)
         for one in estimates:
-            axes.annotate("", one, (0, 0), arrowprops={"arrowstyle": "-", "color": TANGENT, "alpha": 0.25})
+            axes.plot(
+                [0, one[0]], [0, one[1]], color=TANGENT, alpha=0.25, linewidth=1, zorder=1
+            )  # cut off at the frame
         _vector(axes, gradient, ERROR, "gradient $\\nabla L$")
         _vector(axes, estimates.mean(0), TANGENT, f"mean of {len(estimates)}")
         axes.set(title="The noise cancels in the mean")

@@ -248,14 +248,18 @@ def _hooked(objective: Objective, params: Params, estimate: GradientEstimate) ->
     return estimate._replace(grads=through_hooks(objective, params, estimate.grads))
 
 
-def forward_grad_(model: nn.Module, closure: Callable[[], Tensor], **options: Any) -> Tensor:
+def forward_grad_(
+    model: nn.Module, closure: Callable[[], Tensor], *, num_examples: int | None = None, **options: Any
+) -> Tensor:
     """Set ``.grad`` of a model's parameters to a forward gradient, in place of ``zero_grad()`` and ``loss.backward()``.
 
-    Works with any model and any inputs: the closure calls the model as your loop does.
+    Works with any model and any inputs: the closure calls the model as your loop does. What was in ``.grad`` is replaced,
+    so gradients do not accumulate.
 
     Args:
         model: the module whose trainable parameters get a ``.grad``.
         closure: takes nothing, calls the model and returns the loss, a scalar.
+        num_examples: B, for ``"per-example"`` and ``"activity"`` tangents.
         options: of :func:`forward_gradient`, for example ``num_tangents=4`` or ``generator=...``.
 
     Returns:
@@ -272,7 +276,7 @@ def forward_grad_(model: nn.Module, closure: Callable[[], Tensor], **options: An
         >>> loss.shape, model.weight.grad.shape
         (torch.Size([]), torch.Size([2, 3]))
     """
-    estimate = forward_gradient(ClosureLoss(model, closure), params_of(model), **options)
+    estimate = forward_gradient(ClosureLoss(model, closure, num_examples), params_of(model), **options)
     assign_gradients(model, estimate.grads)
     return estimate.loss
 

@@ -77,11 +77,13 @@ def _few_inputs(context: dict[str, Any]) -> Row:
     ratios = [row["headline"].estimate for row in found["rows"]]
     border, at = found["map"]["borders"]["compiled reverse mode"], found["map"]["border_at"]
     most = f"; up to about {number(border, 2)} parameters at {count(at)} steps" if border else ""
+    torch = [ratio.estimate for ratio in found["torch"].values()]
+    eager = f"; by torch's own forward mode at least {number(1 / max(torch), 2)} times as long as that" if torch else ""
     return Row(
-        "few parameters, many steps: a simulator, an optimizer's settings, a recurrent layer",
-        "forward mode with a tangent for each parameter: exact",
+        "few parameters, many steps: a simulator of small state, a recurrent layer whose units do not mix",
+        "forward mode, compiled: exact (fwdlib.sensitivity_gradient)",
         f"{number(min(ratios), 2)} to {number(max(ratios), 2)} of the time of the fastest backprop on {len(ratios)} "
-        f"processes, faster on {len(found['faster'])}{most}",
+        f"cases, faster on {len(found['faster'])}{most}{eager}",
         "sensitivity",
     )
 
@@ -91,21 +93,32 @@ def _online(context: dict[str, Any]) -> Row:
     return Row(
         "the gradient is wanted while the data come in",
         "forward mode beside the state",
-        f"it keeps no past: {number(100 * row['share'], 2)} % of reverse mode's memory at {count(row['at'])} steps",
+        f"it keeps no past: {number(100 * row['share'], 2)} % of eager reverse mode's memory at {count(row['at'])} steps",
         "sensitivity",
     )
 
 
 def _not_recorded(context: dict[str, Any]) -> Row:
     rows = made(context, "sensitivity")["memory"].values()
-    stopped = [m for row in rows for name, m in row["methods"].items() if m["expected"] and name.startswith("reverse")]
+    stopped = [
+        (m, row["methods"])
+        for row in rows
+        for name, m in row["methods"].items()
+        if m["expected"] and name.startswith("reverse")
+    ]
     if not stopped:
         raise NotMeasuredError("stopped")
-    worst = max(stopped, key=lambda method: method["expected"])
+    worst, methods = max(stopped, key=lambda found: found[0]["expected"])
+    at = worst["stopped"]
+    used = {name: m["bytes"][m["steps"].index(at)] for name, m in methods.items() if at in m["steps"]}
+    rivals = {name: of for name, of in used.items() if name.startswith("reverse")}
+    best = min(rivals, key=rivals.get, default=None)
+    rest = f", {best} {megabytes(rivals[best])}" if best else ""
+    own = f", forward mode {megabytes(used['forward, compiled'])}" if "forward, compiled" in used else ""
     return Row(
         "a program too long to record for a way back",
         "forward mode",
-        f"at {count(worst['stopped'])} steps reverse mode would have needed {megabytes(worst['expected'])}",
+        f"at {count(at)} steps eager reverse mode would need {megabytes(worst['expected'])}{rest}{own}",
         "sensitivity",
     )
 
@@ -114,11 +127,16 @@ def _memory(context: dict[str, Any]) -> Row:
     depth = made(context, "cost", "depth")
     ours, theirs = made(depth, "rank_one", "memory"), made(depth, "backprop", "memory")
     rival = made(depth, "rivals", "exact")
+    transformer = made(context, "cost", "rivals").get("GPT-style transformer")
+    there = (
+        f"; of the rival's on a transformer {number(100 * transformer['exact']['share'], 2)} %" if transformer else ""
+    )
     return Row(
-        "a deep network whose activations do not fit into memory",
-        f"backprop updated in the backward pass ({rival['name']}), or rank-one tangents, at the price of noise",
-        f"rank-one: {number(100 * ours / theirs, 2)} % of backprop's memory at {depth['last']} layers, "
-        f"{number(100 * rival['share'], 2)} % of that rival's",
+        "a network whose activations do not fit into memory",
+        "backprop with checkpoints, updated in the backward pass; only if that does not fit, rank-one tangents or a "
+        "difference of two losses, both noisy",
+        f"rank-one: {number(100 * ours / theirs, 2)} % of plain backprop's memory at {depth['last']} layers, "
+        f"{number(100 * rival['share'], 2)} % of that rival's ({rival['name']}){there}",
         "cost",
     )
 
@@ -129,9 +147,13 @@ def _links(context: dict[str, Any]) -> Row:
     fewest = min(found["most"], key=found["most"].get)
     descent = found["descent"]
     compressed = f", {interval(slowest['rival'])} times as fast as with {found['rival']}" if slowest["rival"] else ""
-    but = f", but {number(descent['ratio'], 2)} times as many steps to the same loss" if descent else ""
+    but = (
+        f", but {number(descent['ratio'], 2)} times as many steps to a training loss of {number(descent['level'])}"
+        if descent
+        else ""
+    )
     return Row(
-        "several processes on a slow link",
+        "several machines on a slow link",
         "backprop that sends less, such as PowerSGD, unless only a few numbers can be sent",
         f"{count(found['most'][fewest])} bytes a step in place of {megabytes(found['gradient'])}: at "
         f"{slowest['megabits']} Mbit/s a step is {interval(slowest['ratios'][fewest])} times as fast{compressed}{but}",
@@ -142,23 +164,26 @@ def _links(context: dict[str, Any]) -> Row:
 def _no_way_back(context: dict[str, Any]) -> Row:
     rows = _large(context)
     fdfa, backprop = made(rows, "FDFA")["accuracy"], made(rows, "BP")["accuracy"]
+    random = f", DFA {interval(rows['DFA']['accuracy'])} %" if "DFA" in rows else ""
     steps = context["feedback"]["steps"]
     time = steps and steps["against"].get("MNIST-2x800", {}).get("FDFA")
-    cost = f"; a step takes {interval(time[PLAIN])} times as long" if time else ""
+    cost = f"; a step of FDFA takes {interval(time[PLAIN])} times as long" if time else ""
     return Row(
         "hardware that cannot carry errors back through the layers",
-        "learned feedback: FDFA",
-        f"{interval(fdfa)} % right on MNIST, backprop {interval(backprop)} %{cost}",
+        "feedback: random (DFA), or learned by forward mode (FDFA)",
+        f"FDFA {interval(fdfa)} % right on MNIST{random}, backprop {interval(backprop)} %{cost}",
         "feedback",
     )
 
 
 def _forward_only(context: dict[str, Any]) -> Row:
     rows = _large(context)
-    best = max((m for m in ("FG", "FG-RANK1", "FG-A") if m in rows), key=lambda m: rows[m]["accuracy"].estimate)
+    modes = ("FG", "FG-RANK1", "FG-A", "LG-FG-A")
+    best = max((m for m in modes if m in rows), key=lambda m: rows[m]["accuracy"].estimate)
+    local = ", and give each layer a loss of its own" if best == "LG-FG-A" else ""
     return Row(
         "many parameters, and nothing but forward passes",
-        "a forward gradient with little noise, and patience",
+        f"a forward gradient with little noise: perturb the layers' outputs{local}",
         f"{interval(rows[best]['accuracy'])} % right on MNIST ({best}), backprop {interval(rows['BP']['accuracy'])} %",
         "feedback",
     )

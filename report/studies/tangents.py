@@ -109,7 +109,7 @@ def measure(settings: Settings, folder: Path, parts: Sequence[str]) -> dict[str,
         bar.set_postfix_str(f"{name}, n = {n}, {method}")
         for run in tune(settings, name, n, method, runs_of(found["runs"], name, n, method)):
             found["runs"].append(run)
-        write_json(file, found)
+            write_json(file, found)
     return found
 
 

@@ -85,7 +85,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     kept = {name: value for name, value in settings._asdict().items() if name not in ("methods", "seeds")}
     found = reopen(file, kept | {"widths": WIDTHS}, runs=[])
     data = load_images("MNIST", num_test=2000)
-    found |= {"source": data.source._asdict(), "num_params": num_parameters(perceptron(*WIDTHS))}
+    found |= {"source": data.source._asdict(), "num_params": num_parameters(perceptron(*WIDTHS))}  # saved with the runs
 
     def run(method: str, power: int, seed: int, purpose: str, num_steps: int) -> dict[str, Any]:
         key = {"method": method, "power": power, "seed": seed, "purpose": purpose}
@@ -101,7 +101,6 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
         power = climb(cost, FIRST_POWERS.get(method, 7)) - 1
         for seed in settings.seeds:
             run(method, power, seed, "measured", settings.num_steps)
-    write_json(file, found)
     return found
 
 
