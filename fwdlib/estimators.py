@@ -253,8 +253,8 @@ def forward_grad_(
 ) -> Tensor:
     """Set ``.grad`` of a model's parameters to a forward gradient, in place of ``zero_grad()`` and ``loss.backward()``.
 
-    Works with any model and any inputs: the closure calls the model as your loop does. What was in ``.grad`` is replaced,
-    so gradients do not accumulate.
+    Works with any model and any inputs: the closure calls the model as your loop does. What was in ``.grad`` is
+    replaced, so gradients do not accumulate.
 
     Args:
         model: the module whose trainable parameters get a ``.grad``.

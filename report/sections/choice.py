@@ -78,7 +78,7 @@ def _few_inputs(context: dict[str, Any]) -> Row:
     border, at = found["map"]["borders"]["compiled reverse mode"], found["map"]["border_at"]
     most = f"; up to about {number(border, 2)} parameters at {count(at)} steps" if border else ""
     torch = [ratio.estimate for ratio in found["torch"].values()]
-    eager = f"; by torch's own forward mode at least {number(1 / max(torch), 2)} times as long as that" if torch else ""
+    eager = f"; torch's own forward mode takes {number(1 / max(torch), 2)} times as long or more" if torch else ""
     return Row(
         "few parameters, many steps: a simulator of small state, a recurrent layer whose units do not mix",
         "forward mode, compiled: exact (fwdlib.sensitivity_gradient)",

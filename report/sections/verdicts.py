@@ -124,7 +124,8 @@ def judge(claim: Claim, context: dict[str, Any]) -> Finding:
         decisive = "holds" if outcome == "partly" else "fails"
         verdict += f" for {wording.enumerated(case for case, one in outcomes.items() if one == decisive)}"
     cases = {case: (wording.interval(value, claim.form), outcomes[case]) for case, value in measured.items()}
-    factors = [more_seeds(claim.rule, value) for value in measured.values()] if outcome == "inconclusive" else []
+    finite = [value for value in measured.values() if all(map(math.isfinite, value))]
+    factors = [more_seeds(claim.rule, value) for value in finite] if outcome == "inconclusive" else []
     return Finding(claim, cases, outcome, verdict, claim.reasons.get(outcome, ""), min(factors, default=None))
 
 
