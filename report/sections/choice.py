@@ -77,8 +77,8 @@ def _few_inputs(context: dict[str, Any]) -> Row:
     ratios = [row["headline"].estimate for row in found["rows"]]
     border, at = found["map"]["borders"]["compiled reverse mode"], found["map"]["border_at"]
     most = f"; up to about {number(border, 2)} parameters at {count(at)} steps" if border else ""
-    torch = [ratio.estimate for ratio in found["torch"].values()]
-    eager = f"; torch's own forward mode takes {number(1 / max(torch), 2)} times as long or more" if torch else ""
+    slowest = max((ratio.estimate for ratio in found["torch"].values()), default=None)
+    eager = f"; torch's own forward mode takes {number(1 / slowest, 2)} times as long or more" if slowest else ""
     return Row(
         "few parameters, many steps: a simulator of small state, a recurrent layer whose units do not mix",
         "forward mode, compiled: exact (fwdlib.sensitivity_gradient)",
