@@ -93,7 +93,8 @@ def _online(context: dict[str, Any]) -> Row:
     return Row(
         "the gradient is wanted while the data come in",
         "forward mode beside the state",
-        f"it keeps no past: {number(100 * row['share'], 2)} % of eager reverse mode's memory at {count(row['at'])} steps",
+        f"it keeps no past: {number(100 * row['share'], 2)} % of eager reverse mode's memory at "
+        f"{count(row['at'])} steps",
         "sensitivity",
     )
 

@@ -278,7 +278,7 @@ def test_only_units_that_a_relu_lets_through_add_noise(num_tangents):
     v = (slopes * live).square()
     closed_form = ((v.sum(1, keepdim=True) - v) * live).sum(0) / num_tangents
     estimator, draw = ActivityForwardGradient(model, inputs, num_tangents=num_tangents, recorded=True), seeded()
-    found = torch.stack([grads_of(estimator, model, inputs, generator=draw)["0.bias"] for _ in range(2000)])
+    found = torch.stack([grads_of(estimator, model, inputs, generator=draw)["0.bias"] for _ in range(800)])
     assert_within_5_sigma((found - exact(model, inputs)["0.bias"]).square(), closed_form)
     assert not found[:, 20:].any()
 
@@ -311,7 +311,7 @@ def test_the_variance_is_that_of_the_residual(tangents, of_own, num_tangents):
     residuals = {name: expected[name] - biased[name] for name in deltas}
     total = sum(residual.square().sum(1) for residual in residuals.values())  # (B,)
     draw = seeded()
-    found = [grads_of(estimator, model, inputs, generator=draw) for _ in range(1500)]
+    found = [grads_of(estimator, model, inputs, generator=draw) for _ in range(800)]
     for name in deltas:
         squares = torch.stack([(of_draw[name] - expected[name]).square().sum(1) for of_draw in found])
         residual = residuals[name]

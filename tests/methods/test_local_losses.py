@@ -251,7 +251,7 @@ def test_the_variance_is_that_of_the_part(num_groups, num_tangents):
     options = {"num_groups": num_groups, "num_tangents": num_tangents, "optimizer": FIXED, "recorded": True}
     estimator = with_heads(LocalForwardGradient, model, inputs, **options)
     draw = seeded()
-    found = [grads_of(estimator, model, inputs, generator=draw) for _ in range(2000)]
+    found = [grads_of(estimator, model, inputs, generator=draw) for _ in range(800)]
     for name in ("chain.0.shift", "chain.1.shift"):
         v = expected[name].square()
         of_parts = v.unflatten(1, (num_groups, -1)).sum(2).repeat_interleave(6 // num_groups, 1)
@@ -272,7 +272,7 @@ def test_units_that_a_relu_has_switched_off_add_no_noise():
     (slopes,) = torch.autograd.grad(loss, outputs)
     expected = ((slopes.square() * live).sum(1, keepdim=True) - slopes.square()) * live  # of each unit and example
     draw = seeded()
-    found = torch.stack([grads_of(estimator, model, inputs, generator=draw)["0.bias"] for _ in range(3000)])
+    found = torch.stack([grads_of(estimator, model, inputs, generator=draw)["0.bias"] for _ in range(1200)])
     assert_within_5_sigma((found - v).square(), expected.sum(0))
     assert not found[:, 20:].any()
 
