@@ -6,6 +6,7 @@ that they show, in :mod:`fwdlib.methods`, or in :mod:`fwdlib.bench.figures`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fwdlib.data import Dataset
 
 CURVES = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # for curves that are not methods; never beside METHOD_STYLES
+HANDLE_WIDTH, CHARACTER_WIDTH = 0.6, 0.07  # inches of an entry of a legend, about
 LINES = ("-", "--", "-.", ":")  # the line styles that go with CURVES
 QUANTITIES = ("test loss", "test accuracy", "misclassifications")
 # Quick mode skips the layout, which takes half the time of a figure: nobody looks at those figures.
@@ -341,9 +343,12 @@ def handles_of(names: Sequence[str], **options: Any) -> list[Line2D]:
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str] | None = None, **options: Any) -> None:
-    """Put one legend for all panels below them, in one row unless ``ncols`` says otherwise."""
-    labels = [handle.get_label() for handle in handles] if labels is None else labels
-    figure.legend(handles, labels, loc="outside lower center", **{"ncols": len(handles)} | options)
+    """Put one legend for all panels below them, in as few rows as its width allows unless ``ncols`` says otherwise."""
+    labels = [handle.get_label() for handle in handles] if labels is None else list(labels)
+    inches = sum(HANDLE_WIDTH + CHARACTER_WIDTH * len(label) for label in labels)
+    num_rows = max(1, math.ceil(inches / figure.get_figwidth()))
+    ncols = max(1, -(-len(labels) // num_rows))
+    figure.legend(handles, labels, loc="outside lower center", **{"ncols": ncols} | options)
 
 
 def plain_ticks(axes: Axes) -> None:

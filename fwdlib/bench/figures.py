@@ -290,7 +290,8 @@ def _draw_times(axes: Axes, entries: dict[int, dict[str, Any]]) -> list[float]:
         timed = {n: e["seconds"] for n, e in entries.items() if f"{method}, eager" in e["seconds"]}
         if timed:
             ratios = [paired_ratio(seconds[f"{method}, eager"], seconds["forward"]) for seconds in timed.values()]
-            label = f"{method}, ${'R_b' if method == 'backprop' else 'R_f'}$"
+            letters = {"backprop": ", $R_b$", "forward gradient": ", $R_f$", "rank-one": ", $R_f$"}
+            label = method + letters.get(method, "")
             low, middle, high = np.array(ratios).T
             draw_band(axes, list(timed), (low, middle, high), style, marker="o", markersize=4, label=label)
             tops.append(max(middle))
