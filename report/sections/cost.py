@@ -15,6 +15,7 @@ from report import published
 from report.names import BENCH, BENCH_ONE_THREAD, BUDGET, DESCENT, read
 from report.sections import budget
 
+NOISE_BYTES = 1e6  # by less than that, two measurements of memory do not differ
 TEXTBOOK = "forward gradient, eager"
 ONE_GRAPH = "backprop one graph, compiled"
 IN_BACKWARD = ("in-backward", "2 checkpoints", "√L checkpoints", "L checkpoints")
@@ -45,7 +46,9 @@ def context(measured: dict[str, Any]) -> dict[str, Any] | None:
     found["depth"] = _depth(bench["depth"])
     rivals = {m["title"]: m["rivals"] for m in found["bench"] if m["rivals"]}
     found["rivals"] = rivals
-    found["smaller"] = [title for title, of in rivals.items() if of["smallest"]["memory"] < of["rank-one"]["memory"]]
+    found["smaller"] = [
+        title for title, of in rivals.items() if of["smallest"]["memory"] < of["rank-one"]["memory"] - NOISE_BYTES
+    ]
     found["not_faster"] = [m for m in found["bench"] if m["structured"]["rank-one"]["ratio"].high >= 1]
     found["dropped_in"] = [m for m in found["bench"] if m["dropped_in"]]
     found["compiled"] = [m for m in found["bench"] if m["compile_seconds"]]
