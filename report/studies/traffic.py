@@ -123,14 +123,14 @@ def _work(settings: Settings, method: str, power: int, seed: int, num_steps: int
 
 
 def moments(num_steps: int, every: int) -> list[int]:
-    """Return the steps after which a training is evaluated: about four in each doubling, at multiples of ``every``.
+    """Return the steps after which a training is evaluated: up to twelve in each doubling, at multiples of ``every``.
 
     Example:
         >>> moments(20, 1)
-        [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 16, 19, 20]
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
     """
     wanted = {0, num_steps // every * every}
-    wanted |= {every * round(2 ** (i / 4)) for i in range(4 * max(1, num_steps).bit_length())}
+    wanted |= {every * round(2 ** (i / 12)) for i in range(12 * max(1, num_steps).bit_length())}
     return sorted(step for step in wanted if step <= num_steps)
 
 

@@ -34,6 +34,7 @@ SHOWN = {  # a result, and the sections that show it
     "2a_mlp_backprop.json": {"models", "mlp", "published"},
     "3b_cnn_forward.json": {"models", "cnn"},
     "bench-cpu.json": {"answer", "cost", "claims"},
+    "bench-cpu-1-thread.json": {"cost"},
     "descent.json": {"cost", "scaling"},
     "scaling.json": {"scaling"},
     "functions.json": {"functions", "claims"},
