@@ -30,7 +30,14 @@ TITLES = {
 }
 WIDTH = 800  # units of a hidden layer
 LARGE, MIXER = TITLES["MNIST-2x800"], TITLES["MNIST-M-1-16"]  # titles of the tasks that answer and claims rest on
-NEAR = ("FDFA", "L-BP", "LG-BP", "LG-FG-A", "LG-FG-A, 16 groups", "FG-GUIDED")  # modes whose distance from backprop is of interest
+NEAR = (
+    "FDFA",
+    "L-BP",
+    "LG-BP",
+    "LG-FG-A",
+    "LG-FG-A, 16 groups",
+    "FG-GUIDED",
+)  # modes whose distance from backprop is of interest
 METHODS = {"BP": "backprop", "FG": "forward gradient", "FG-RANK1": "rank-one", "FG-A": "activity"}  # in the figures
 
 

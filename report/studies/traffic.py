@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from fwdlib.results import write_json
 from fwdlib.trainer.distributed import joined, start
 from fwdlib.trainer.processes import Processes
 from report.names import TRAFFIC
-from report.studies.common import climb, main, once, reopen
+from report.studies.common import climb, main, reopen
 
 WIDTHS = (784, 256, 256, 10)
 BASE_RATE = 1e-3  # times a power of two
@@ -87,39 +88,48 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     data = load_images("MNIST", num_test=2000)
     found |= {"source": data.source._asdict(), "num_params": num_parameters(perceptron(*WIDTHS))}  # saved with the runs
 
-    def run(method: str, power: int, seed: int, purpose: str, num_steps: int) -> dict[str, Any]:
-        key = {"method": method, "power": power, "seed": seed, "purpose": purpose}
-        return once(found, file, key, lambda: _together(settings, method, power, seed, num_steps))
+    def run(method: str, power: int, seeds: Sequence[int], purpose: str, num_steps: int) -> list[dict[str, Any]]:
+        # All seeds that are missing train one after the other in the same processes.
+        key = {"method": method, "power": power, "purpose": purpose}
+        known = {done["seed"]: done for done in found["runs"] if key.items() <= done.items()}
+        if missing := [seed for seed in seeds if seed not in known]:
+            made = _together(settings, method, power, missing, num_steps)
+            known |= {seed: key | {"seed": seed} | run for seed, run in zip(missing, made, strict=True)}
+            found["runs"] += [known[seed] for seed in missing]
+            write_json(file, found)
+        return [known[seed] for seed in seeds]
 
     for method in tqdm(settings.methods, desc="traffic", unit="method"):
 
         def cost(power: int, method: str = method) -> tuple[float, ...]:
-            loss = run(method, power, settings.tuning_seed, "tuning", max(settings.tuning_steps, period(method)))
-            value = float(loss["train"][-1])
+            (tuned,) = run(method, power, [settings.tuning_seed], "tuning", max(settings.tuning_steps, period(method)))
+            value = float(tuned["train"][-1])
             return (math.inf if math.isnan(value) else value,)
 
         power = climb(cost, FIRST_POWERS.get(method, 7)) - 1
-        for seed in settings.seeds:
-            run(method, power, seed, "measured", settings.num_steps)
+        run(method, power, settings.seeds, "measured", settings.num_steps)
     return found
 
 
-def _together(settings: Settings, method: str, power: int, seed: int, num_steps: int) -> dict[str, Any]:
+def _together(
+    settings: Settings, method: str, power: int, seeds: Sequence[int], num_steps: int
+) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="fwdlib-") as folder:
         path = Path(folder) / "found.json"
-        start(settings.num_processes, _work, settings, method, power, seed, num_steps, path)
-        return json.loads(path.read_text())
+        start(settings.num_processes, _work, settings, method, power, seeds, num_steps, path)
+        return json.loads(path.read_text())["runs"]
 
 
-def _work(settings: Settings, method: str, power: int, seed: int, num_steps: int, path: Path) -> None:
+def _work(settings: Settings, method: str, power: int, seeds: Sequence[int], num_steps: int, path: Path) -> None:
     # In each of the processes.
     runtime.keep_freed_memory()
     torch.set_num_threads(1)
     data = load_images("MNIST", num_test=2000)
     with joined(torch.device("cpu")) as processes:
-        found = _train(settings, processes, data, method, BASE_RATE * 2.0**power, seed, num_steps)
+        rate = BASE_RATE * 2.0**power
+        found = [_train(settings, processes, data, method, rate, seed, num_steps) for seed in seeds]
         if processes.rank == 0:
-            write_json(path, found)
+            write_json(path, {"runs": found})
 
 
 def moments(num_steps: int, every: int) -> list[int]:
