@@ -28,7 +28,7 @@ T = TypeVar("T")
 REPORT = Path(__file__).parents[1]
 ROOT = REPORT.parent
 NOTEBOOK_LINK = re.compile(r'href="[^"]*?notebooks/([\w/]+)\.ipynb"')
-REPORT_LINK = re.compile(r"\[([^\]]*)\]\((?:\.\./)*(?:report/)?report\.html(#[\w-]+)?\)")
+REPORT_LINK = re.compile(r"\[([^\[\]\n]*)\]\((?:\.\./)*(?:report/)?report\.html(#[\w-]+)?\)")
 PDF_LINK = '<li><a href="report.pdf"'
 
 
