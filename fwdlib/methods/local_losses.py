@@ -4,16 +4,15 @@ A model is a chain of blocks, :math:`a_l = f_l(a_{l-1})`, as in :mod:`fwdlib.met
 head :math:`W_l`, which predicts the classes from the block's output alone, and its loss. The readout of the model
 learns from the model's loss and passes nothing on. The rules differ in what else a block learns from:
 
-================================ ============================================== ====================================
-rule, and its name in the paper  a block learns from                            noise
-================================ ============================================== ====================================
-:class:`LocalBackprop`           its own loss and those of all later blocks:    none
-L-BP                             errors pass from block to block
-:class:`LocalGreedyBackprop`     its own loss only, by its exact gradient;      none
-LG-BP                            its input is a constant
-:class:`LocalForwardGradient`    its own loss only, by a forward gradient       that of the units of a part; none for
-LG-FG-A                                                                         one layer with one unit in each part
-================================ ============================================== ====================================
+============================== ======= ====================================== ============================
+rule                           paper   a block learns from                    noise
+============================== ======= ====================================== ============================
+:class:`LocalBackprop`         L-BP    its own loss and, as errors pass from  none
+                                       block to block, those of later blocks
+:class:`LocalGreedyBackprop`   LG-BP   its own loss, by its exact gradient    none
+:class:`LocalForwardGradient`  LG-FG-A its own loss, by a forward gradient    that of the units of a part;
+                                                                              none for one unit in each
+============================== ======= ====================================== ============================
 
 The outputs of a block are divided into parts: groups of channels and, for images, patches. Each part has a copy of the
 loss of its own, in which the values of the other parts are constants (*replicated feature aggregation*, Ren et al.

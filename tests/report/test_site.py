@@ -159,6 +159,12 @@ def test_a_norm_stays_a_norm(built):
     assert "|grad f|^2" in built["api/core.html"].text
 
 
+def test_a_link_to_the_report_begins_at_its_own_bracket():
+    source = '"source": [\n "see [our report](../report/report.html#cost), [1b](1b.ipynb)"\n]'
+    found = [match.group(1) for match in pages.REPORT_LINK.finditer(source)]
+    assert found == ["our report"]
+
+
 # --- all pages -------------------------------------------------------------------------------------------------------
 
 
