@@ -71,7 +71,7 @@ def test_without_a_study_there_is_no_section(tmp_path):
 
 @pytest.mark.slow  # starts processes
 def test_the_study_trains_each_method_once_and_continues(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "climb", lambda cost, power: power if cost(power) else power)  # a single tuning each
+    monkeypatch.setattr(study, "climb", lambda cost, power: cost(power) and power)  # a single tuning each
     found = study.measure(SETTINGS, tmp_path)
     measured = {each["method"]: each for each in found["runs"] if each["purpose"] == "measured"}
     assert list(measured) == list(SETTINGS.methods)
