@@ -400,7 +400,8 @@ def test_figures_need_no_torch_except_for_the_maps_of_functions():
         "import sys; from pathlib import Path; from report.page import context, figures\n"
         "results = context.load_results(Path('report/results'))\n"
         "names = {'summary', *context.TASKS, *context.PARTS} - {'functions'}\n"
-        "assert all(figures._figures_of(results, name) for name in names)\n"
+        "made = [name for name in names if results.parts.get(name, True)]  # of which a study was made\n"
+        "assert len(made) > 10 and all(figures._figures_of(results, name) for name in made)\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
