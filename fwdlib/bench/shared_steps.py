@@ -17,7 +17,6 @@ All take plain SGD steps, on the mean loss of the processes' shares; local SGD s
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -25,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
-from torch.nn.parallel import DistributedDataParallel
 
 from fwdlib.estimators import forward_gradient
 from fwdlib.objectives import BatchLoss, params_of
+from fwdlib.trainer.distributed import data_parallel
 from fwdlib.trainer.processes import Processes
 
 POWER_SGD = "PowerSGD, rank {}"
@@ -82,9 +81,7 @@ def make_step(method: str, model: nn.Module, learning_rate: float, processes: Pr
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     # The hook starts exchanges of one bucket while those of another run, and gloo does not keep their order.
     buckets = {} if method == "DDP" else {"bucket_cap_mb": 10_000}
-    with warnings.catch_warnings():  # renamed in torch 2.15; lower versions lack the new name
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, **buckets)
+    wrapped = data_parallel(model, **buckets)
     if method != "DDP":
         state = PowerSGDState(None, matrix_approximation_rank=_number(method), start_powerSGD_iter=2)
         wrapped.register_comm_hook(state, powerSGD_hook)

@@ -80,9 +80,6 @@ def _is_activation(module: nn.Module) -> bool:
     return type(module).__module__ == "torch.nn.modules.activation" and not any(True for _ in module.children())
 
 
-Entering = Tensor | Callable[[Tensor], Tensor] | None
-
-
 class Network:
     """The blocks of a model, and the recording of its kernels.
 
@@ -101,7 +98,7 @@ class Network:
         return {name: owner[attribute] for block in self.blocks for name, owner, attribute in block.places.values()}
 
     def run(
-        self, tensors: Params | None, inputs: Tensor, behind: Sequence[Entering], *, live_only: bool = False
+        self, tensors: Params | None, inputs: Tensor, behind: Sequence[Tensor | None], *, live_only: bool = False
     ) -> tuple[list[Tensor], Tensor | None]:
         """Return the outputs of all sites and the logits, each with a tape from the site before, and their tangents.
 
@@ -148,7 +145,7 @@ class Block:
         tensors: Params | None,
         inputs: Tensor,
         tangents: Tensor | None,
-        behind: Sequence[Entering],
+        behind: Sequence[Tensor | None],
         *,
         live_only: bool = False,
     ) -> tuple[list[Tensor], Tensor | None]:
@@ -158,8 +155,8 @@ class Block:
             tensors: replace the model's parameters and buffers of these names; None for its own.
             inputs: constants for the tape.
             tangents: of the inputs; None for no tangents.
-            behind: for each site the tangents (K, B, ...) that enter there, a function that makes them from the site's
-                output, or None. A single item runs the block as a whole: only its output is a site.
+            behind: for each site the tangents (K, B, ...) that enter there, or None. A single item runs the block as a
+                whole: only its output is a site.
             live_only: see :meth:`Network.run`.
         """
         call: Any = self.block
@@ -174,8 +171,6 @@ class Block:
             entering = behind[len(outputs)]
             outputs.append(primal)
             primal = primal.detach()
-            if callable(entering):
-                entering = entering(primal)
             if entering is not None:
                 if live_only and _ends_in_relu(module):
                     entering = torch.ops.aten.threshold_backward(entering, primal.expand_as(entering), 0)

@@ -159,6 +159,13 @@ class _Each:
         self._part.load_state_dict(state["of each process"][self._processes.rank])
 
 
+def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """Wrap a model whose gradients all processes average, while each keeps its own buffers."""
+    with warnings.catch_warnings():  # renamed in torch 2.15; lower versions lack the new name
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, **options)
+
+
 class DataParallelGradient:
     """Backprop's gradient of the loss of all processes, by torch's DistributedDataParallel.
 
@@ -180,9 +187,7 @@ class DataParallelGradient:
         if own.keys() != params.keys() or own_params(own, params) is None:
             raise ValueError("DistributedDataParallel needs the model's own parameters: pass params_of(model)")
         if self._wrapped is None or self._wrapped.module is not model:
-            with warnings.catch_warnings():  # renamed in torch 2.15; lower versions lack the new name
-                warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-                self._wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self._wrapped = data_parallel(model)
         for p in own.values():
             p.grad = None
         with torch.enable_grad():

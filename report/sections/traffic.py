@@ -40,7 +40,6 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
         "best_forward": {budget: _best(rows, budget, FORWARD) for budget in MEGABYTES},
         "behind": {budget: _behind(rows, budget) for budget in MEGABYTES},
         "num_seeds": min(row["num_seeds"] for row in rows.values()),
-        "missing": [method for method in found["settings"].get("methods", ()) if method not in rows],
     }
 
 
