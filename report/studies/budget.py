@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,14 +24,14 @@ from fwdlib.bench.compared import perceptron
 from fwdlib.bench.measuring import STEPS_OF_MEMORY
 from fwdlib.bench.memory import peaks_bytes
 from fwdlib.bench.rivals import CHECKPOINTS, in_backward, two_point
-from fwdlib.data import Dataset, load_images
+from fwdlib.data import Dataset
 from fwdlib.methods.feedback import ForwardDirectFeedbackAlignment
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.results import write_json
 from fwdlib.stacked.step import SGDStep
 from report.names import BUDGET
-from report.studies.common import climb, main, once, reopen
+from report.studies.common import climb, flat_images, losses_of, main, once, reopen
 
 METHODS = {  # with the power of the first guess of the learning rate
     **dict.fromkeys(("in-backward", "L checkpoints"), 11),
@@ -113,7 +112,7 @@ def measure(settings: Settings, folder: Path, methods: Sequence[str] = PARTS) ->
         training that diverged ends early, with nan.
     """
     torch.set_num_threads(1)
-    data, file = load_images("MNIST", num_test=2000), folder / BUDGET
+    data, file = flat_images("MNIST", 2000), folder / BUDGET
     kept = {name: value for name, value in settings._asdict().items() if name not in ("seeds", "tuning_seed")}
     found = reopen(file, kept | {"networks": NETWORKS, "data": data.source._asdict()}, runs=[], memory={})
     for network in NETWORKS:
@@ -145,30 +144,23 @@ def _train(
     torch.manual_seed(seed)
     model = initialise(lambda: perceptron(*NETWORKS[network]), seed)
     draw = runtime.generator(seed, purpose="batches")
-    train_inputs, test_inputs = data.train_inputs.flatten(1), data.test_inputs.flatten(1)
-    inputs, targets = train_inputs[: settings.batch_size].clone(), data.train_targets[: settings.batch_size].clone()
+    inputs, targets = (part[: settings.batch_size].clone() for part in (data.train_inputs, data.train_targets))
     step = make_step(method, model, inputs, targets, BASE_RATE * 2.0**power)
     spent, steps = 0.0, 0
     found: dict[str, list[float]] = {"seconds": [], "train": [], "test": [], "accuracy": []}
     for i in range(settings.num_evaluations + 1):
         while spent < seconds * i / settings.num_evaluations:
-            rows = torch.randint(len(train_inputs), (settings.batch_size,), generator=draw)
-            inputs.copy_(train_inputs[rows])
+            rows = torch.randint(len(data.train_targets), (settings.batch_size,), generator=draw)
+            inputs.copy_(data.train_inputs[rows])
             targets.copy_(data.train_targets[rows])
             started = time.process_time()
             step()
             spent += time.process_time() - started
             steps += 1
-        with torch.no_grad():
-            part, logits = slice(settings.num_train), model(test_inputs)
-            train = float(F.cross_entropy(model(train_inputs[part]), data.train_targets[part]))
-            test = float(F.cross_entropy(logits, data.test_targets))
-            accuracy = float((logits.argmax(1) == data.test_targets).float().mean())
-        if has_diverged := not math.isfinite(train):
-            train = test = math.nan
-        for name, value in zip(found, (spent, train, test, accuracy), strict=True):
+        losses = losses_of(model, data, settings.num_train)
+        for name, value in ({"seconds": spent} | losses).items():
             found[name].append(value)
-        if has_diverged:
+        if math.isnan(losses["train"]):
             break
     return {"learning_rate": BASE_RATE * 2.0**power, "steps": steps, **found}
 

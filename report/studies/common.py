@@ -8,16 +8,20 @@ ValueError if a file in ``folder`` was made with other settings.
 # No `from __future__ import annotations` here: tyro must see the annotations of the local function in main().
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import torch
+import torch.nn.functional as F
 import tyro
+from torch import nn
 
 from fwdlib import runtime
 from fwdlib.atomic import check_writable, message_of
-from fwdlib.data import Dataset
+from fwdlib.data import Dataset, load_images
 from fwdlib.results import write_json
 from report.names import read
 
@@ -126,3 +130,23 @@ def held_out(data: Dataset, number: int) -> Dataset:
     return data._replace(
         train_inputs=train_inputs, train_targets=train_targets, test_inputs=test_inputs, test_targets=test_targets
     )
+
+
+@torch.no_grad()
+def losses_of(model: nn.Module, data: Dataset, num_train: int) -> dict[str, float]:
+    """Return the cross entropy ``train`` of the first ``num_train`` training examples, and ``test`` and ``accuracy``.
+
+    A model whose training loss is not finite has nan for both losses.
+    """
+    logits, part = model(data.test_inputs), slice(num_train)
+    train = float(F.cross_entropy(model(data.train_inputs[part]), data.train_targets[part]))
+    test = float(F.cross_entropy(logits, data.test_targets))
+    accuracy = float((logits.argmax(1) == data.test_targets).float().mean())
+    train, test = (train, test) if math.isfinite(train) else (math.nan, math.nan)
+    return {"train": train, "test": test, "accuracy": accuracy}
+
+
+def flat_images(name: str, num_test: int) -> Dataset:
+    """Return the data set ``name`` of images, each of them a vector."""
+    data = load_images(name, num_test=num_test)
+    return data._replace(train_inputs=data.train_inputs.flatten(1), test_inputs=data.test_inputs.flatten(1))

@@ -17,20 +17,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from fwdlib import runtime
 from fwdlib.bench import links
 from fwdlib.bench.compared import perceptron
 from fwdlib.bench.shared_steps import LOCAL_SGD, METHODS, POWER_SGD, RANK_ONE, make_step, period
-from fwdlib.data import Dataset, load_images
+from fwdlib.data import Dataset
 from fwdlib.models import initialise, num_parameters
 from fwdlib.results import write_json
 from fwdlib.trainer.distributed import joined, start
 from fwdlib.trainer.processes import Processes
 from report.names import TRAFFIC
-from report.studies.common import climb, main, reopen
+from report.studies.common import climb, flat_images, losses_of, main, reopen
 
 WIDTHS = (784, 256, 256, 10)
 BASE_RATE = 1e-3  # times a power of two
@@ -85,7 +84,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     file = folder / TRAFFIC
     kept = {name: value for name, value in settings._asdict().items() if name not in ("methods", "seeds")}
     found = reopen(file, kept | {"widths": WIDTHS}, runs=[])
-    data = load_images("MNIST", num_test=2000)
+    data = flat_images("MNIST", 2000)
     found |= {"source": data.source._asdict(), "num_params": num_parameters(perceptron(*WIDTHS))}  # saved with the runs
 
     def run(method: str, power: int, seeds: Sequence[int], purpose: str, num_steps: int) -> list[dict[str, Any]]:
@@ -124,7 +123,7 @@ def _work(settings: Settings, method: str, power: int, seeds: Sequence[int], num
     # In each of the processes.
     runtime.keep_freed_memory()
     torch.set_num_threads(1)
-    data = load_images("MNIST", num_test=2000)
+    data = flat_images("MNIST", 2000)
     with joined(torch.device("cpu")) as processes:
         rate = BASE_RATE * 2.0**power
         found = [_train(settings, processes, data, method, rate, seed, num_steps) for seed in seeds]
@@ -157,7 +156,6 @@ def _train(
     model = initialise(partial(perceptron, *WIDTHS), seed)
     step = make_step(method, model, learning_rate, processes)
     draw = runtime.generator(seed, purpose="batches")
-    inputs, test_inputs = data.train_inputs.flatten(1), data.test_inputs.flatten(1)
     found: dict[str, list[float]] = {"steps": [], "bytes": [], "train": [], "test": [], "accuracy": []}
     begun, done = links.traffic(), 0
     evaluated = 0  # bytes that only the evaluations have sent
@@ -165,23 +163,16 @@ def _train(
     def evaluate() -> bool:
         # In process 0; returns whether to go on.
         sent = links.traffic().since(begun).num_bytes - evaluated
-        part = slice(settings.num_train)
-        with torch.no_grad():
-            logits = model(test_inputs)
-            train = float(F.cross_entropy(model(inputs[part]), data.train_targets[part]))
-            test = float(F.cross_entropy(logits, data.test_targets))
-            accuracy = float((logits.argmax(1) == data.test_targets).float().mean())
-        is_finite = math.isfinite(train)
-        losses = (train, test) if is_finite else (math.nan, math.nan)
-        for name, value in zip(found, (done, sent, *losses, accuracy), strict=True):
+        losses = losses_of(model, data, settings.num_train)
+        for name, value in ({"steps": done, "bytes": sent} | losses).items():
             found[name].append(value)
-        return is_finite and sent < 1e6 * settings.megabytes
+        return not math.isnan(losses["train"]) and sent < 1e6 * settings.megabytes
 
     for moment in moments(num_steps, period(method)):
         while done < moment:
-            rows = torch.randint(len(inputs), (settings.batch_size * processes.size,), generator=draw)
+            rows = torch.randint(len(data.train_targets), (settings.batch_size * processes.size,), generator=draw)
             rows = processes.share(rows)
-            step(inputs[rows], data.train_targets[rows])
+            step(data.train_inputs[rows], data.train_targets[rows])
             done += 1
         before = links.traffic()
         goes_on = processes.from_first(evaluate)

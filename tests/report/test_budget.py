@@ -17,9 +17,9 @@ SETTINGS = study.SHORT._replace(seeds=(1,), seconds=0.05, tuning_seconds=0.02, n
 def small(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     targets = torch.arange(80) % 2
-    inputs = targets.reshape(-1, 1, 1, 1) + 0.1 * torch.randn(80, 1, 1, 3, generator=draw)
+    inputs = targets.reshape(-1, 1) + 0.1 * torch.randn(80, 3, generator=draw)
     data = Dataset(inputs, targets, inputs, targets, ("a", "b"), Source("blobs", "a test", None, "", "", "", 0))
-    monkeypatch.setattr(study, "load_images", lambda *_, **__: data)
+    monkeypatch.setattr(study, "flat_images", lambda *_: data)
     monkeypatch.setattr(study, "NETWORKS", {"MLP": (3, 8, 8, 2)})
     monkeypatch.setattr(study, "peaks_bytes", lambda function, arguments: [5_000_000] * len(arguments["methods"]))
 
@@ -70,7 +70,7 @@ def test_a_training_that_diverges_ends_early(tmp_path, monkeypatch):
         return step
 
     monkeypatch.setattr(study, "make_step", explodes)
-    data = study.load_images()
+    data = study.flat_images()
     run = study._train(SETTINGS, data, "MLP", "rank-one", 0, 1, 0.05)
     assert len(run["train"]) == 2
     assert math.isnan(run["train"][-1])

@@ -89,8 +89,8 @@ def test_data_are_loaded_in_the_order_of_the_seeds(monkeypatch):
     # In one process: every method sees the same batches.
     draw = torch.Generator().manual_seed(0)
     data = Dataset(
-        *(torch.rand(40, 1, 28, 28, generator=draw), torch.arange(40) % 10),
-        *(torch.rand(20, 1, 28, 28, generator=draw), torch.arange(20) % 10),
+        *(torch.rand(40, 784, generator=draw), torch.arange(40) % 10),
+        *(torch.rand(20, 784, generator=draw), torch.arange(20) % 10),
         tuple("0123456789"),
         Source("noise", "a test", None, "", "", "", 0),
     )
