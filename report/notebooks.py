@@ -2,8 +2,8 @@
 
 Each is executed from top to bottom on real data and written back with its outputs, but without progress bars, widgets,
 stderr and time stamps. The Colab badge and the line that installs fwdlib there come from the repository's address in
-pyproject.toml. Without an address there is no badge, and Colab gets the wheel. The start notebook's table of reasons is
-computed from the committed results.
+pyproject.toml. Without an address there is no badge, and Colab gets the wheel. The start notebook's table of reasons,
+and the verdicts at the end of the notebooks beyond the six, are computed from the committed results.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import base64
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 import tomllib
@@ -30,6 +31,7 @@ from fwdlib import results, runtime
 from fwdlib.atomic import check_writable, message_of
 from report.page.context import build_context, load_results
 from report.sections import choice
+from report.sections.verdicts import Finding
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -48,6 +50,13 @@ If you can run backprop, do: nothing here trains a network of ordinary size fast
 other rows are the reasons to want something else, each with what the report measured, in brackets its 95 % interval.
 
 {table}"""
+
+CLAIMS = "claims"  # metadata of a cell: for each author and year, the key in report/page/references.bib
+CLAIMS_BOX = re.compile(r"^> \*\*Published, and checked\.\*\*.*(?:\n>.*)*", re.MULTILINE)
+CLAIMS_TEXT = """\
+> **Published, and checked.** What the report finds in longer studies ([all claims](../../report/report.html#claims)):
+>
+{lines}"""
 
 
 @dataclass
@@ -82,6 +91,7 @@ def main(options: Options) -> None:
         notebook = nbformat.read(path, as_version=4)
         write_setup(notebook, path.resolve().relative_to(ROOT).as_posix(), address)
         write_reasons(notebook)
+        write_claims(notebook)
         if not options.write_only:
             try:
                 execute(notebook, path.stem, options.timeout)
@@ -124,6 +134,32 @@ def write_reasons(notebook: NotebookNode) -> None:
         if REASONS in cell.metadata.get("tags", ()):
             found = choice.rows(build_context(load_results(ROOT / "report" / "results")))
             cell.source = REASONS_TEXT.format(table=choice.markdown(found, "../report/report.html"))
+
+
+def write_claims(notebook: NotebookNode) -> None:
+    """Write the report's verdicts into the box of the cell that names sources of claims in its metadata, if any.
+
+    Raises:
+        ValueError: if the cell has no box to write into, or the report judges no claim of a source.
+    """
+    for cell in notebook.cells:
+        if CLAIMS not in cell.metadata:
+            continue
+        found, lines = build_context(load_results(ROOT / "report" / "results"))[CLAIMS], []
+        for author, key in cell.metadata[CLAIMS].items():
+            judged = [each for each in found if f"[@{key}]" in each.claim.source]
+            if not judged:
+                raise ValueError(f"the report judges no claim of {key}; see CLAIMS in report/sections/claims.py")
+            lines += [_verdict_line(each, author) for each in judged]
+        box = CLAIMS_TEXT.format(lines="\n".join(lines))
+        cell.source, number = CLAIMS_BOX.subn(lambda _, box=box: box, cell.source)
+        if number != 1:
+            raise ValueError("the cell with claims has no line that begins with '> **Published, and checked.**'")
+
+
+def _verdict_line(finding: Finding, author: str) -> str:
+    reason = f": {finding.reason}" if finding.reason else ""
+    return f"> - *{finding.claim.text.removesuffix('.')}* ({author}): **{finding.verdict}**{reason}."
 
 
 def execute(notebook: NotebookNode, name: str, timeout: int) -> None:

@@ -52,6 +52,32 @@ def test_with_an_address_badge_and_setup_name_it_and_only_once(notebook):
     assert "colab-badge" not in "\n".join(sources(notebook))
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks" / "beyond").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_verdicts_in_a_notebook_are_those_of_the_committed_results(path):
+    notebook = nbformat.read(path, as_version=4)
+    before = sources(notebook)
+    assert sum("**Published, and checked.**" in source for source in before) == 1
+    refresh.write_claims(notebook)
+    assert sources(notebook) == before, "run: make notebooks ARGS='--write-only'"
+
+
+def test_a_box_keeps_the_text_around_it_and_needs_a_claim():
+    cell = nbformat.v4.new_markdown_cell("Before.\n\n> **Published, and checked.** Stale.\n> - stale\n\nAfter.")
+    cell.metadata["claims"] = {"Rostami": "rostami2024"}
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    refresh.write_claims(notebook)
+    assert cell.source.startswith("Before.\n\n> **Published, and checked.** ")
+    assert cell.source.endswith("\n\nAfter.")
+    assert "tale" not in cell.source
+    assert cell.source.count("(Rostami): **") == 2
+    cell.metadata["claims"] = {"Nobody": "nobody2020"}
+    with pytest.raises(ValueError, match="judges no claim of nobody2020"):
+        refresh.write_claims(notebook)
+    cell.source, cell.metadata["claims"] = "no box", {"Rostami": "rostami2024"}
+    with pytest.raises(ValueError, match="no line that begins with"):
+        refresh.write_claims(notebook)
+
+
 def test_clean_keeps_results_and_takes_out_the_rest():
     cell = nbformat.v4.new_code_cell("x")
     cell.metadata["execution"] = {"iopub.execute_input": "2026"}
