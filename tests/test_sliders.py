@@ -33,6 +33,32 @@ def test_a_step_on_a_bowl_multiplies_the_mean_loss_by_the_closed_form(num_params
     assert abs(ratio.mean() - expected) < 5 * ratio.std() / len(ratio) ** 0.5
 
 
+@pytest.mark.parametrize(("num_params", "num_tangents"), [(1, 1), (2, 1), (6, 1), (6, 4), (300, 7)])
+def test_the_runs_have_the_mean_of_the_closed_form(num_params, num_tangents):
+    rate = sliders.largest_rate(sliders.second_moment(num_params, num_tangents)) / 2
+    after = torch.tensor([sliders.run_losses(1, rate, num_params, num_tangents, seed)[1] for seed in range(1, 4001)])
+    expected = sliders.mean_losses(1, rate, sliders.second_moment(num_params, num_tangents))[1]
+    assert abs(after.mean() - expected) < 5 * after.std() / len(after) ** 0.5
+    assert after.std() > 0
+
+
+def test_a_run_is_that_of_a_forward_gradient():
+    # the two parts of the estimate, along the gradient and across it, have the same second moments
+    rate, (num_params, num_tangents) = 0.1, (6, 2)
+    start = {"x": torch.ones(num_params, dtype=torch.float64)}
+    draw = runtime.generator(0)
+    options = {"num_tangents": num_tangents, "tangents": "normal", "generator": draw}
+
+    def bowl(params):
+        return params["x"].square().sum() / 2
+
+    real = [bowl({"x": start["x"] - rate * forward_gradient(bowl, start, **options).grads["x"]}) for _ in range(2000)]
+    real = torch.stack(real) / bowl(start)
+    ours = torch.tensor([sliders.run_losses(1, rate, num_params, num_tangents, seed)[1] for seed in range(1, 2001)])
+    bound = 5 * (real.square().var() + ours.square().var()).sqrt() / len(ours) ** 0.5
+    assert abs(real.square().mean() - ours.square().mean()) < bound
+
+
 def test_a_loss_that_grows_becomes_infinite():
     assert sliders.mean_losses(200, 2.5, sliders.second_moment(10**6, 1))[-1] == float("inf")
 
@@ -50,13 +76,14 @@ def test_the_script_of_the_web_pages_computes_the_same():
     const cases = JSON.parse(require("fs").readFileSync(0, "utf8"));
     console.log(JSON.stringify(cases.map(([p, k, rate]) => {{
       const moment = s.secondMoment(p, k);
-      return [moment, s.relativeError(p, k), s.largestRate(moment), ...s.meanLosses(20, rate, moment)];
+      const curves = [...s.meanLosses(20, rate, moment), ...s.runLosses(20, rate, p, k, 3)];
+      return [moment, s.relativeError(p, k), s.largestRate(moment), ...curves];
     }})));"""
     run = subprocess.run(["node", "-e", program], input=json.dumps(CASES), capture_output=True, text=True, check=True)
     for (p, k, rate), found in zip(CASES, json.loads(run.stdout), strict=True):
         moment = sliders.second_moment(p, k)
         ours = [moment, sliders.relative_error(p, k), sliders.largest_rate(moment)]
-        ours += sliders.mean_losses(20, rate, moment)
+        ours += sliders.mean_losses(20, rate, moment) + sliders.run_losses(20, rate, p, k, 3)
         assert found == pytest.approx(ours, rel=1e-12, abs=0)
 
 

@@ -1,5 +1,5 @@
-/* Three sliders, K, learning rate and P, and the mean loss on a bowl that follows from them: the closed forms of
-   fwdlib/sliders.py. Fills every element of the class "sliders"; needs no other file and asks for none. */
+/* Three sliders, K, learning rate and P, and what follows from them on a bowl, the mean loss and three runs: the formulas
+   of fwdlib/sliders.py. Fills every element of the class "sliders"; needs no other file and asks for none. */
 "use strict";
 (() => {
   const secondMoment = (numParams, numTangents) => (numParams + numTangents + 1) / numTangents;
@@ -11,8 +11,37 @@
     return Array.from({ length: numSteps + 1 }, (_, step) => factor ** step);
   }
 
+  function* normals(seed) {
+    const modulus = 2 ** 31 - 1;
+    let state = 1000 * seed + 1;
+    for (;;) {
+      state = (state * 48271) % modulus; // below 2^53
+      const radius = (-2 * Math.log(state / modulus)) ** 0.5;
+      state = (state * 48271) % modulus;
+      const angle = (2 * Math.PI * state) / modulus;
+      yield radius * Math.cos(angle);
+      yield radius * Math.sin(angle);
+    }
+  }
+
+  function chiSquare(degrees, normal) {
+    if (degrees < 2) return degrees * normal ** 2;
+    const width = 2 / (9 * degrees);
+    return degrees * Math.max(0, 1 - width + normal * width ** 0.5) ** 3;
+  }
+
+  function runLosses(numSteps, rate, numParams, numTangents, seed) {
+    const [losses, draws] = [[1], normals(seed)];
+    for (let step = 0; step < numSteps; step += 1) {
+      const along = chiSquare(numTangents, draws.next().value) / numTangents;
+      const across = (along * chiSquare(numParams - 1, draws.next().value)) / numTangents;
+      losses.push(losses[step] * ((1 - rate * along) ** 2 + rate ** 2 * across));
+    }
+    return losses;
+  }
+
   if (typeof document === "undefined") { // for the test, which runs this file without a page
-    module.exports = { secondMoment, relativeError, largestRate, meanLosses };
+    module.exports = { secondMoment, relativeError, largestRate, meanLosses, runLosses };
     return;
   }
 
@@ -25,8 +54,10 @@
   ];
   const CURVES = [
     { name: "backprop", color: "#0072B2", dash: "" },
-    { name: "forward gradient", color: "#D55E00", dash: "8 4" },
+    { name: "forward gradient, mean", color: "#D55E00", dash: "8 4" },
+    { name: "three runs of it", color: "#D55E00", dash: "", thin: true },
   ];
+  const SEEDS = [1, 2, 3];
 
   function make(tag, properties, ...children) {
     const element = Object.assign(document.createElement(tag), properties);
@@ -76,11 +107,12 @@
       inputs[slider.name] = { input, output, slider };
       return make("p", {}, make("label", { htmlFor: id }, slider.text), " ", output, make("br", {}), input);
     });
-    const paths = CURVES.map(({ color, dash }) =>
-      draw("path", { fill: "none", stroke: color, "stroke-width": 2.5, "stroke-dasharray": dash }));
-    const keys = CURVES.map(({ name, color, dash }, i) => draw("g", {},
-      draw("line", { x1: WIDTH - 190, x2: WIDTH - 150, y1: 24 + 20 * i, y2: 24 + 20 * i, stroke: color, "stroke-width": 2.5, "stroke-dasharray": dash }),
-      draw("text", { x: WIDTH - 142, y: 28 + 20 * i, fill: "currentColor", "font-size": 13 }, name)));
+    const lineOf = ({ color, dash, thin }) =>
+      ({ fill: "none", stroke: color, "stroke-dasharray": dash, "stroke-width": thin ? 1 : 2.5, opacity: thin ? 0.7 : 1 });
+    const paths = [...CURVES.slice(0, 2), ...SEEDS.map(() => CURVES[2])].map((curve) => draw("path", lineOf(curve)));
+    const keys = CURVES.map((curve, i) => draw("g", {},
+      draw("line", { x1: WIDTH - 220, x2: WIDTH - 180, y1: 24 + 20 * i, y2: 24 + 20 * i, ...lineOf(curve) }),
+      draw("text", { x: WIDTH - 172, y: 28 + 20 * i, fill: "currentColor", "font-size": 13 }, curve.name)));
     const picture = draw("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" }, axes(), ...paths, ...keys);
     const said = make("p", {});
     said.setAttribute("role", "status");
@@ -93,12 +125,15 @@
         input.setAttribute("aria-valuetext", output.textContent);
       }
       const moment = secondMoment(values.numParams, values.numTangents);
-      [1, moment].forEach((m, i) => paths[i].setAttribute("d", pathOf(meanLosses(STEPS, values.rate, m))));
+      const { rate, numParams, numTangents } = values;
+      const curves = [1, moment].map((m) => meanLosses(STEPS, rate, m));
+      curves.push(...SEEDS.map((seed) => runLosses(STEPS, rate, numParams, numTangents, seed)));
+      curves.forEach((losses, i) => paths[i].setAttribute("d", pathOf(losses)));
       const verdict = values.rate < largestRate(moment) ? "falls" : "grows";
       said.textContent = `The mean loss of the forward gradient ${verdict}. An estimate is off by ` +
         `${digits(relativeError(values.numParams, values.numTangents))} times the gradient; its largest learning rate is ` +
         `${digits(largestRate(moment))}, backprop's is 2.`;
-      picture.setAttribute("aria-label", `Mean loss over ${STEPS} steps on a logarithmic axis, from 1. ${said.textContent}`);
+      picture.setAttribute("aria-label", `Mean loss and three runs over ${STEPS} steps on a logarithmic axis, from 1. ${said.textContent}`);
     }
 
     for (const { input } of Object.values(inputs)) input.addEventListener("input", follow);
