@@ -318,7 +318,7 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
             return partial(forward_gradient, tangents="normal", **tangents)
         case "FG-RANK1":
             return partial(forward_gradient, tangents="rank-one", **tangents)
-    from fwdlib.methods import feedback, guided, local_losses
+    from fwdlib.methods import activity, feedback, guided, local_losses
 
     inputs = data.train_inputs[:1]
     model = initialise(build, settings.seed).to(inputs.device)
@@ -329,7 +329,7 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
         heads = {"grid": MIXERS[settings.mixer].patches, "head": "mean"}
     match settings.train_mode:
         case "FG-A":
-            return feedback.ActivityForwardGradient(model, inputs, **recorded, **tangents, weights=settings.weights)
+            return activity.ActivityForwardGradient(model, inputs, **recorded, **tangents, weights=settings.weights)
         case "DFA":
             return feedback.DirectFeedbackAlignment(model, inputs, **recorded)
         case "DKP":
@@ -347,7 +347,7 @@ def estimator(settings: Settings, build: Callable[[], nn.Module], data: Dataset,
             return guided.GuidedForwardGradient(model, inputs, **learns, **heads)
     decay = {"alpha": settings.alpha, "alpha_decay": settings.alpha_decay ** (1 / steps_per_epoch)}
     weights = {"weights": settings.weights}
-    return feedback.ControlVariateForwardGradient(model, inputs, **learns, **tangents, **decay, **weights)
+    return activity.ControlVariateForwardGradient(model, inputs, **learns, **tangents, **decay, **weights)
 
 
 def optimizer(name: str, learning_rate: float, weight_decay: float) -> MakeOptimizer:

@@ -8,8 +8,10 @@ from torch import nn
 from fwdlib.estimators import backprop_gradient
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.stacked.dual import Dual
+from fwdlib.training import make_optimizer
 
 TARGETS = torch.tensor([0, 2, 1, 2, 0, 1])
+FIXED = make_optimizer("SGD", 1e-300)  # with it feedback stays as it is
 
 
 class Chain(nn.Module):
@@ -86,3 +88,10 @@ def assert_within_5_sigma(samples, expected):
     error = (samples.mean(0) - expected).abs()
     sigma = samples.std(0) / math.sqrt(len(samples))
     assert (error <= 5 * sigma + 1e-12).all(), (error / sigma).max()
+
+
+def randomise(estimator, scale=0.3):
+    draw = seeded(7)
+    for feedback in estimator.feedback:
+        feedback.data.copy_(scale * torch.randn(feedback.shape, generator=draw, dtype=feedback.dtype))
+    return estimator

@@ -11,10 +11,9 @@ from torch import nn
 
 from fwdlib.data import Dataset
 from fwdlib.estimators import backprop_gradient
+from fwdlib.methods.activity import ActivityForwardGradient, ControlVariateForwardGradient
 from fwdlib.methods.blocks import blocks_of
 from fwdlib.methods.feedback import (
-    ActivityForwardGradient,
-    ControlVariateForwardGradient,
     DirectFeedbackAlignment,
     DirectKolenPollack,
     ForwardDirectFeedbackAlignment,
@@ -24,22 +23,20 @@ from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.trainer.networks import fully_connected
 from fwdlib.training import make_optimizer, train
 from tests.methods.chains import (
+    FIXED,
     MODELS,
     TARGETS,
     Border,
     Chain,
-    Shifted,
     assert_within_5_sigma,
     cnn,
     exact,
     grads_of,
     mlp,
-    relu_net,
     seeded,
 )
 
 SGD_ONE = make_optimizer("SGD", 1.0)  # with it the feedback becomes the last mean of d u^T
-FIXED = make_optimizer("SGD", 1e-300)  # and with it, it stays
 RULES = {
     "DFA": DirectFeedbackAlignment,
     "DKP": DirectKolenPollack,
@@ -47,13 +44,6 @@ RULES = {
     "FG-CV": ControlVariateForwardGradient,
     "FG-A": ActivityForwardGradient,
 }
-
-
-def randomise(estimator, scale=0.3):
-    draw = seeded(7)
-    for feedback in estimator.feedback:
-        feedback.data.copy_(scale * torch.randn(feedback.shape, generator=draw, dtype=feedback.dtype))
-    return estimator
 
 
 # exact cases
@@ -116,18 +106,6 @@ def test_kolen_pollack_feedback_goes_to_the_weight_as_its_rule_predicts():
         mismatch = mismatch * (1 - rate * decay)
         now = estimator.feedback[0].detach() - model.chain[1].weight.detach()
         torch.testing.assert_close(now, mismatch, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.parametrize("num_tangents", [1, 3])
-@pytest.mark.parametrize("tangents", ["rademacher", "normal"])
-def test_without_a_residual_the_control_variate_is_fdfa(num_tangents, tangents):
-    found = []
-    for rule in (ForwardDirectFeedbackAlignment, partial(ControlVariateForwardGradient, alpha=0.0)):
-        model, inputs = mlp(nn.BatchNorm1d(5))
-        estimator = rule(model, inputs, num_tangents=num_tangents, tangents=tangents)
-        draw = seeded()
-        found.append([grads_of(estimator, model, inputs, generator=draw) for _ in range(3)])
-    assert all(torch.equal(a[name], b[name]) for a, b in zip(*found, strict=True) for name in a)
 
 
 def test_forward_feedback_is_an_exponential_average_under_sgd():
@@ -231,94 +209,6 @@ def test_the_mean_of_d_u_is_the_jacobian(make, tangents):
         assert_within_5_sigma(torch.stack([of_draw[i] for of_draw in seen]), torch.stack(of_examples).mean(0))
 
 
-@pytest.mark.parametrize("tangents", ["rademacher", "normal"])
-@pytest.mark.parametrize("scale", [0.0, 1.0])
-@pytest.mark.parametrize("make", MODELS)
-def test_the_control_variate_is_unbiased_at_any_feedback(make, scale, tangents):
-    model, inputs = MODELS[make]()
-    options = {"optimizer": FIXED, "num_tangents": 20, "tangents": tangents}
-    estimator = randomise(ControlVariateForwardGradient(model, inputs, **options), scale)
-    draw, expected = seeded(), exact(model, inputs)
-    estimates = [grads_of(estimator, model, inputs, generator=draw) for _ in range(150)]
-    for name, grad in expected.items():
-        assert_within_5_sigma(torch.stack([estimate[name] for estimate in estimates]), grad)
-
-
-@pytest.mark.parametrize("weights", ["example", "batch"])
-def test_without_feedback_the_control_variate_is_the_forward_gradient_of_the_activities(weights):
-    model, inputs = cnn()
-    options = {"num_tangents": 3, "weights": weights}
-    rules = (
-        ActivityForwardGradient(model, inputs, **options),
-        ControlVariateForwardGradient(model, inputs, optimizer=FIXED, **options),
-    )
-    model[0][1] = nn.Sigmoid()  # behind which every unit has a gradient
-    found = [rule(BatchLoss(model, inputs, TARGETS), params_of(model), generator=seeded()) for rule in rules]
-    torch.testing.assert_close(*(dict(estimate.grads) | {"": estimate.jvps} for estimate in found))
-
-
-@pytest.mark.parametrize("make", [cnn, relu_net], ids=["CNN", "ReLU"])
-def test_the_forward_gradient_of_the_activities_is_unbiased(make):
-    model, inputs = make()
-    estimator, draw, expected = ActivityForwardGradient(model, inputs, num_tangents=20), seeded(), exact(model, inputs)
-    estimates = [grads_of(estimator, model, inputs, generator=draw) for _ in range(150)]
-    for name, grad in expected.items():
-        assert_within_5_sigma(torch.stack([estimate[name] for estimate in estimates]), grad)
-
-
-@pytest.mark.parametrize("num_tangents", [1, 4])
-def test_only_units_that_a_relu_lets_through_add_noise(num_tangents):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 3)).double()
-    model[0].bias.data[20:] = -100.0
-    inputs = torch.randn(6, 4, dtype=torch.float64)
-    outputs = model[:2](inputs).detach().requires_grad_()
-    (slopes,) = torch.autograd.grad(F.cross_entropy(model[2](outputs), TARGETS), outputs)
-    live = outputs.detach() != 0
-    v = (slopes * live).square()
-    closed_form = ((v.sum(1, keepdim=True) - v) * live).sum(0) / num_tangents
-    estimator, draw = ActivityForwardGradient(model, inputs, num_tangents=num_tangents, recorded=True), seeded()
-    found = torch.stack([grads_of(estimator, model, inputs, generator=draw)["0.bias"] for _ in range(800)])
-    assert_within_5_sigma((found - exact(model, inputs)["0.bias"]).square(), closed_form)
-    assert not found[:, 20:].any()
-
-
-def test_weighting_the_batch_is_unbiased_where_batchnorm_mixes_the_examples():
-    model, inputs = mlp()
-    model.insert(3, nn.BatchNorm1d(4).double())  # behind the first block, whose activations it mixes
-    draw, expected, z = seeded(), exact(model, inputs), {}
-    for weights in ("batch", "example"):
-        estimator = ControlVariateForwardGradient(model, inputs, optimizer=FIXED, num_tangents=20, weights=weights)
-        randomise(estimator)
-        found = torch.stack([grads_of(estimator, model, inputs, generator=draw)["0.weight"] for _ in range(400)])
-        sigma = found.std(0) / math.sqrt(len(found))
-        z[weights] = ((found.mean(0) - expected["0.weight"]) / sigma).abs().max()
-    assert z["batch"] < 5
-    assert z["example"] > 10  # the bias that the docstring owns up to
-
-
-@pytest.mark.parametrize(("tangents", "of_own"), [("rademacher", -1), ("normal", 1)])
-@pytest.mark.parametrize("num_tangents", [1, 4])
-def test_the_variance_is_that_of_the_residual(tangents, of_own, num_tangents):
-    torch.manual_seed(0)
-    model = Chain(Shifted(4, 5), Shifted(5, 7), nn.Linear(7, 3)).double()
-    inputs = torch.randn(6, 4, dtype=torch.float64)
-    options = {"optimizer": FIXED, "num_tangents": num_tangents, "tangents": tangents}
-    estimator = randomise(ControlVariateForwardGradient(model, inputs, **options))
-    expected = exact(model, inputs)
-    biased = grads_of(randomise(ForwardDirectFeedbackAlignment(model, inputs, optimizer=FIXED)), model, inputs)
-    deltas = [f"chain.{i}.shift" for i in range(2)]
-    residuals = {name: expected[name] - biased[name] for name in deltas}
-    total = sum(residual.square().sum(1) for residual in residuals.values())  # (B,)
-    draw = seeded()
-    found = [grads_of(estimator, model, inputs, generator=draw) for _ in range(800)]
-    for name in deltas:
-        squares = torch.stack([(of_draw[name] - expected[name]).square().sum(1) for of_draw in found])
-        residual = residuals[name]
-        closed_form = residual.shape[1] * total + of_own * residual.square().sum(1)
-        assert_within_5_sigma(squares, closed_form / num_tangents)
-
-
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 def test_recorded_it_does_the_same(rule, norm):
@@ -385,19 +275,6 @@ def test_recorded_it_does_the_same_on_images_in_any_layout(rule):
         torch.testing.assert_close(grads_of(recorded, model, x, **options[1]), expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("num_tangents", [1, 3])
-def test_recorded_the_control_variate_follows_alpha_and_weights(num_tangents):
-    model, inputs = mlp()
-    options = {"alpha": 0.9, "alpha_decay": 0.9, "num_tangents": num_tangents}
-    rules = [ControlVariateForwardGradient(model, inputs, **options, recorded=r) for r in (False, True)]
-    for weights in ("example", "example", "batch"):
-        found = []
-        for rule in rules:
-            rule.weights = weights
-            found.append(grads_of(rule, model, inputs, generator=seeded()))
-        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
-
-
 def test_jvps_are_those_of_the_loss():
     model, inputs = mlp()
     estimator = ForwardDirectFeedbackAlignment(model, inputs, num_tangents=2)
@@ -461,16 +338,6 @@ def test_another_seed_draws_another_feedback():
     assert a.abs().max() <= math.sqrt(6 / 5)
 
 
-def test_alpha_decays_and_comes_back():
-    model, inputs = mlp()
-    estimator = ControlVariateForwardGradient(model, inputs, alpha=0.8, alpha_decay=0.5)
-    for expected in (0.8, 0.4, 0.2):
-        assert estimator.alpha == pytest.approx(expected)
-        grads_of(estimator, model, inputs)
-    estimator.reset()
-    assert estimator.alpha == 0.8
-
-
 # blocks, and what is refused
 
 
@@ -499,21 +366,6 @@ def test_refuses_what_is_not_its_model(rule):
         grads_of(estimator, Chain(nn.Linear(4, 5), nn.Linear(5, 3)).double(), inputs)
     with pytest.raises(ValueError, match="belongs to a different model"):
         estimator.load_state_dict(RULES[rule](*cnn()).state_dict())
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ({"alpha": 1.5}, "alpha must be between 0 and 1, got 1.5"),
-        ({"alpha_decay": -1}, "alpha_decay must be between 0 and 1, got -1"),
-        ({"weights": "all"}, "weights must be one of 'example', 'batch'"),
-        ({"tangents": "rank-one"}, "tangents must be one of 'rademacher', 'normal'"),
-        ({"num_tangents": 0}, "num_tangents must be a whole number of at least 1"),
-    ],
-)
-def test_refuses_options(option, message):
-    with pytest.raises(ValueError, match=message):
-        ControlVariateForwardGradient(*mlp(), **option)
 
 
 def test_the_drawing_sends_the_error_straight_to_each_block_or_from_one_to_the_next():
