@@ -224,9 +224,10 @@ def _exit_with(command: Train) -> None:
 
 @dataclass
 class Bench:
-    """Measure the time and peak memory of a training step, by backprop and by forward gradients, also over depth.
+    """Measure the time and peak memory of a training step, by backprop and by forward gradients.
 
-    Run nothing else on the machine meanwhile. It prints a table and writes all numbers to a JSON file.
+    Also of MLPs over their depth, their width and the batch. Run nothing else on the machine meanwhile. It prints a
+    table and writes all numbers to a JSON file.
     """
 
     quick: bool = False
@@ -237,8 +238,8 @@ class Bench:
     """Measure only these models, for example mnist-mlp paper-cnn. A wrong name lists all."""
     memory: bool = True
     """Measure the peak memory of a step, those of a model in a process of their own."""
-    depth: bool = True
-    """Measure MLPs of 1 to 100 layers."""
+    sweeps: bool = True
+    """Measure MLPs of 1 to 100 layers, of increasing width, and with increasing batches."""
     batch: int | None = None
     """Examples in a batch. (default: each model's own)"""
     threads: int | None = None
@@ -258,7 +259,7 @@ class Bench:
         from fwdlib.bench import benchmark, table
         from fwdlib.results import write_json
 
-        partial = bool(self.models) or not (self.memory and self.depth)
+        partial = bool(self.models) or not (self.memory and self.sweeps)
         options = {"quick": self.quick, "batch": self.batch, "threads": self.threads}
         path = self.out or benchmark.default_path(self.device, partial=partial, **options)
         path = path.expanduser()
@@ -268,7 +269,7 @@ class Bench:
             device=self.device,
             models=self.models or None,
             memory=self.memory,
-            depth=self.depth,
+            sweeps=self.sweeps,
             peers=self.peers,
             **options,
         )

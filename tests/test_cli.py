@@ -55,7 +55,7 @@ SHOWN = {
         *("--notebook NAME [NAME ...]", "--set PARAMETER=VALUE,...", "--seeds N", "--batches FILE", "--jobs N"),
         *("--to {csv,json,parquet}", "--output DIR", "--no-resume", "--timeout SECONDS", "--dry-run"),
     ),
-    "bench": ("--quick", "--device", "--models", "--no-memory", "--no-depth", "--batch", "--out"),
+    "bench": ("--quick", "--device", "--models", "--no-memory", "--no-sweeps", "--batch", "--out"),
 }
 
 
@@ -346,7 +346,7 @@ def bench(monkeypatch, tmp_path) -> list[dict]:
     [
         ([], "bench-cpu.json"),
         (["--quick"], "bench-cpu-quick.json"),
-        (["--no-depth"], "bench-cpu-partial.json"),
+        (["--no-sweeps"], "bench-cpu-partial.json"),
         (["--models", "mnist-mlp", "--quick"], "bench-cpu-partial-quick.json"),
         (["--batch", "4096"], "bench-cpu-batch4096.json"),
         (["--device", "cuda:1"], "bench-cuda.json"),
@@ -367,7 +367,7 @@ def test_bench_passes_its_options_on(bench, tmp_path):
         "models": ("mnist-mlp", "paper-cnn"),
         "batch": 64,
         "memory": False,
-        "depth": True,
+        "sweeps": True,
         "quick": True,
         "peers": True,
         "threads": 1,

@@ -17,11 +17,13 @@ from torch import nn
 from tqdm import tqdm
 
 from fwdlib import runtime
-from fwdlib.bench.compared import COMPARED, LEARNING_RATE, MODELS, SWEPT, Variant, find_task, variants
+from fwdlib.bench.compared import COMPARED, COMPILED, LEARNING_RATE, MODELS, SWEPT, Variant, find_task, variants
 from fwdlib.bench.measuring import measure_memory, measure_time, reason_of
 from fwdlib.checks import check_choice, check_count
 
 FORMAT = 1
+SWEEPS = ("depth", "width", "batch")  # of MLPs; also keys of the result
+LAYERS, WIDTH = 4, 256  # of the MLPs whose width and batch are varied
 
 
 class Extent(NamedTuple):
@@ -36,6 +38,10 @@ class Extent(NamedTuple):
     width: int
     """Of the layers of the MLPs whose depth is varied."""
     depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    """Of an MLP with :data:`LAYERS` layers."""
+    batches: tuple[int, ...]
+    """Of an MLP with :data:`LAYERS` layers of width :data:`WIDTH`."""
 
     @property
     def timing(self) -> dict[str, float]:
@@ -43,8 +49,8 @@ class Extent(NamedTuple):
         return {name: getattr(self, name) for name in ("seconds", "min_rounds", "max_rounds", "block_seconds")}
 
 
-FULL = Extent(8.0, 9, 60, 0.01, 1024, (1, 2, 5, 10, 20, 50, 100))
-QUICK = Extent(1.0, 7, 15, 0.005, 256, (1, 10, 30))
+FULL = Extent(8.0, 9, 60, 0.01, 1024, (1, 2, 5, 10, 20, 50, 100), (16, 64, 256, 1024), (1, 8, 64, 512))
+QUICK = Extent(1.0, 7, 15, 0.005, 256, (1, 10, 30), (), ())
 
 
 def run(
@@ -53,7 +59,7 @@ def run(
     models: Sequence[str] | None = None,
     batch: int | None = None,
     memory: bool = True,
-    depth: bool = True,
+    sweeps: bool = True,
     quick: bool = False,
     peers: bool = False,
     threads: int | None = None,
@@ -65,14 +71,15 @@ def run(
         models: names of :data:`MODELS`; None for all.
         batch: number of examples; None for each model's own.
         memory: whether to measure peak memory.
-        depth: whether to measure MLPs of increasing depth.
+        sweeps: whether to measure MLPs of increasing depth and width, and with increasing batches.
         quick: measure less, only to see that everything runs.
         peers: time other packages, too, as far as they are installed.
         threads: of torch; None for what it takes by itself.
 
     Returns:
         ``format, quick, environment, load`` (of the machine, before the start), ``settings``; ``models``, name -> what
-        :func:`measure_time` returns with ``memory``, the bytes by method; ``depth``, such an entry for each depth.
+        :func:`measure_time` returns with ``memory``, the bytes by method; ``depth``, ``width`` and ``batch``, such an
+        entry for each value of these.
 
     Raises:
         ValueError: if an argument is not allowed; the message lists what is.
@@ -87,35 +94,53 @@ def run(
     if threads is not None:
         torch.set_num_threads(check_count("threads", threads))
     extent = QUICK if quick else FULL
-    depths = extent.depths if depth else ()
+    varied = _varied(extent, batch) if sweeps else {}
     of_models = COMPARED if memory and not quick else ()  # methods whose memory is measured
-    of_depths = SWEPT if memory else ()
+    of_sweeps = SWEPT if memory else ()
     runtime.keep_freed_memory()
     found: dict[str, Any] = {
         "format": FORMAT,
         "quick": quick,
         "environment": runtime.environment(on),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
-        "settings": {**extent._asdict(), "depths": list(depths), "learning_rate": LEARNING_RATE, "batch": batch},
+        "settings": {
+            **extent.timing,
+            "width": extent.width,
+            "mlp": {"layers": LAYERS, "width": WIDTH},
+            "learning_rate": LEARNING_RATE,
+            "batch": batch,
+        },
         "models": {},
-        "depth": {},
+        **{sweep: {} for sweep in SWEEPS},
     }
-    total = len(names) * (1 + bool(of_models)) + len(depths) * (1 + bool(of_depths))
+    total = len(names) * (1 + bool(of_models)) + sum(map(len, varied.values())) * (1 + bool(of_sweeps))
     with tqdm(total=total, desc="bench", unit="measurement") as bar:
-        measure = partial(_measure, extent, on, batch, bar)
+        measure = partial(_measure, extent, on, bar)
         for name in names:
-            found["models"][name] = measure(name, partial(variants, quick=quick, peers=peers), of_models)
-        for n in depths:
-            found["depth"][str(n)] = measure(f"{n}x{extent.width}", lambda _: map(Variant, SWEPT), of_depths)
+            found["models"][name] = measure(name, batch, partial(variants, quick=quick, peers=peers), of_models)
+        for sweep, mlps in varied.items():
+            for value, (name, examples) in mlps.items():
+                forms = [Variant(method) for method in SWEPT]
+                forms += [Variant(method, compiled=True) for method in COMPILED if sweep != "depth"]
+                found[sweep][str(value)] = measure(name, examples, lambda _, forms=forms: forms, of_sweeps)
     return found
+
+
+def _varied(extent: Extent, batch: int | None) -> dict[str, dict[int, tuple[str, int | None]]]:
+    # For each sweep and value the name of the MLP and its batch.
+    return {
+        "depth": {n: (f"{n}x{extent.width}", batch) for n in extent.depths},
+        "width": {n: (f"{LAYERS}x{n}", batch) for n in extent.widths},
+        "batch": {n: (f"{LAYERS}x{WIDTH}", n) for n in extent.batches},
+    }
 
 
 def _measure(
     extent: Extent,
     device: torch.device,
-    batch: int | None,
     bar: tqdm,
     name: str,
+    batch: int | None,
     forms: Callable[[nn.Module], Iterable[Variant]],
     methods: Sequence[str],
 ) -> dict[str, Any]:
@@ -146,7 +171,7 @@ def default_path(
         device: where it was measured.
         quick: whether less was measured.
         batch: the number of examples, if it was given.
-        partial: whether models, memory or depth were left out.
+        partial: whether models, memory or sweeps were left out.
         threads: the number of threads, if it was given.
     """
     words = ["bench", device.partition(":")[0], *([f"batch{batch}"] if batch is not None else [])]

@@ -28,7 +28,8 @@ from fwdlib.stacked.step import SGDStep
 LEARNING_RATE = 1e-9
 OURS = ("forward gradient", "rank-one", "per-example", "activity")
 COMPARED = ("backprop", *CHECKPOINTS, "two-point", *OURS)  # names of METHOD_STYLES
-SWEPT = COMPARED[:-2]  # over the depth of an MLP
+SWEPT = COMPARED[:-2]  # over the depth, the width and the batch of an MLP
+COMPILED = ("backprop", "rank-one")  # of these also over the width and the batch, compiled
 PEERS = ("torchzero",)
 DROPPED_IN = ("backprop", "in-backward", "rank-one")  # timed with each of torch's optimizers, too
 LARGE = 30  # modules: a larger model takes up to a minute to compile

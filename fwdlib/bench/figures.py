@@ -169,7 +169,7 @@ def plot_depth(bench: dict[str, Any], published: dict[str, Sequence[float]] | No
         ValueError: if the depth was not measured.
     """
     if not bench["depth"]:
-        raise ValueError("bench has no depth sweep: measure again without --no-depth")
+        raise ValueError("bench has no depth sweep: measure again without --no-sweeps")
     entries = {int(layers): entry for layers, entry in bench["depth"].items()}
     figure = Figure(figsize=(9, 3.4))
     time, memory = figure.subplots(1, 2)
@@ -184,6 +184,49 @@ def plot_depth(bench: dict[str, Any], published: dict[str, Sequence[float]] | No
     for axes in (time, memory):
         axes.margins(x=0.03)
     legend_below(figure, *time.get_legend_handles_labels())
+    _stamp_quick(figure, bench)
+    return figure
+
+
+@styled
+def plot_sweeps(bench: dict[str, Any]) -> Figure:
+    """Draw time and peak memory of a training step of an MLP over its width and over the batch.
+
+    Args:
+        bench: as :func:`fwdlib.bench.benchmark.run` returns it, or read from its JSON file.
+
+    Returns:
+        A figure with two rows, width and batch. On the left the time of a step over that of the fastest backprop of the
+        same MLP, median with its 95 % interval, hollow where eager; on the right the memory above model and batch.
+
+    Raises:
+        ValueError: if neither was measured.
+    """
+    swept = {sweep: bench[sweep] for sweep in ("width", "batch") if bench.get(sweep)}
+    if not swept:
+        raise ValueError("bench has no sweep of width or batch: measure again without --no-sweeps")
+    mlp = bench["settings"]["mlp"]
+    whats = {
+        "width": f"width of {mlp['layers']} layers, batch {{}}",
+        "batch": f"batch, {mlp['layers']} layers of width {mlp['width']}",
+    }
+    figure = Figure(figsize=(9, 0.4 + 2.8 * len(swept)))
+    for (time, memory), (sweep, of) in zip(figure.subplots(len(swept), 2, squeeze=False), swept.items(), strict=True):
+        entries = {int(value): entry for value, entry in of.items()}
+        _draw_over_fastest(time, entries)
+        _draw_memory(memory, entries)
+        what = whats[sweep].format(next(iter(entries.values()))["batch"])
+        time.set(xlabel=what, ylabel="time, over the fastest backprop's", yscale="log")
+        memory.set(xlabel=what, ylabel="memory [MB]", yscale="log")
+        for axes in (time, memory):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(list(entries), map(str, entries))
+            plain_ticks(axes)
+    first = figure.axes[:2]
+    first[0].set_title("Time of a training step (dots filled: compiled)")
+    first[1].set_title("Peak memory of a step above the model's")
+    shown = dict(zip(*reversed(first[0].get_legend_handles_labels()), strict=True))
+    legend_below(figure, list(shown.values()), list(shown))
     _stamp_quick(figure, bench)
     return figure
 
@@ -296,6 +339,20 @@ def _draw_times(axes: Axes, entries: dict[int, dict[str, Any]]) -> list[float]:
             draw_band(axes, list(timed), (low, middle, high), style, marker="o", markersize=4, label=label)
             tops.append(max(middle))
     return tops
+
+
+def _draw_over_fastest(axes: Axes, entries: dict[int, dict[str, Any]]) -> None:
+    axes.axhline(1, color="0.2", linewidth=1)
+    for method, style in METHOD_STYLES.items():
+        for mode, face in (("eager", "white"), ("compiled", None)):
+            key = f"{method}, {mode}"
+            timed = {
+                n: (e["seconds"][key], e["seconds"][e["reference"]]) for n, e in entries.items() if key in e["seconds"]
+            }
+            if timed:
+                band = np.array([paired_ratio(*pair) for pair in timed.values()]).T
+                dots = {"marker": "o", "markersize": 4, "markerfacecolor": face or style["color"]}
+                draw_band(axes, list(timed), band, style, label=method, **dots)
 
 
 def _draw_memory(axes: Axes, entries: dict[int, dict[str, Any]]) -> None:

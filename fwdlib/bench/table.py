@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fwdlib.bench.compared import OURS, SWEPT, Variant
+from fwdlib.bench.benchmark import SWEEPS
+from fwdlib.bench.compared import COMPILED, OURS, SWEPT, Variant
 from fwdlib.bench.measuring import FORWARD, NO_COMPILER
 from fwdlib.results import interval_text
 from fwdlib.statistics import Interval, paired_ratio
@@ -30,8 +31,9 @@ def text(found: dict[str, Any]) -> str:
         lines.append("No C++ compiler was found: compiled variants are skipped.\n")
     for entry in found["models"].values():
         lines += [*_model_lines(entry), ""]
-    if found["depth"]:
-        lines += _depth_lines(found)
+    for sweep in SWEEPS:
+        if found.get(sweep):
+            lines += [*_sweep_lines(found, sweep), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -59,20 +61,30 @@ def _model_lines(entry: dict[str, Any]) -> Iterator[str]:
     yield f"  fastest forward gradient: {best}; {'; '.join(ratios)}"
 
 
-def _depth_lines(found: dict[str, Any]) -> Iterator[str]:
-    batch = next(iter(found["depth"].values()))["batch"]
-    for what in ("time over a plain forward evaluation", "memory [MB]"):
-        yield f"MLP of n layers of width {found['settings']['width']}, batch {batch}: {what}"
-        rows = [("layers", *SWEPT)]
-        for layers, entry in found["depth"].items():
-            seconds, memory = entry["seconds"], entry.get("memory", {})
-            if what.startswith("time"):
-                keys = [str(Variant(method)) for method in SWEPT]
-                row = [_relative(seconds[key], seconds[FORWARD]) if key in seconds else "-" for key in keys]
-            else:
-                row = [f"{memory[method] / 1e6:.1f}" if method in memory else "-" for method in SWEPT]
-            rows.append((layers, *row))
+def _sweep_lines(found: dict[str, Any], sweep: str) -> Iterator[str]:
+    batch, settings = next(iter(found[sweep].values()))["batch"], found["settings"]
+    if sweep == "depth":
+        net = f"MLP of n layers of width {settings['width']}, batch {batch}"
+    else:
+        width, size = ("n", batch) if sweep == "width" else (settings["mlp"]["width"], "n")
+        net = f"MLP of {settings['mlp']['layers']} layers of width {width}, batch {size}"
+    forms = {"eager": [Variant(method) for method in SWEPT]}
+    forms |= {} if sweep == "depth" else {"compiled": [Variant(method, compiled=True) for method in COMPILED]}
+    for mode, columns in forms.items():
+        yield f"{net}: time over a plain forward evaluation, {mode}"
+        rows = [("n", *(variant.method for variant in columns))]
+        for value, entry in found[sweep].items():
+            seconds, keys = entry["seconds"], map(str, columns)
+            rows.append(
+                (value, *(_relative(seconds[key], seconds[FORWARD]) if key in seconds else "-" for key in keys))
+            )
         yield from _aligned(rows)
+    yield f"{net}: memory [MB]"
+    rows = [("n", *SWEPT)]
+    for value, entry in found[sweep].items():
+        memory = entry.get("memory", {})
+        rows.append((value, *(f"{memory[method] / 1e6:.1f}" if method in memory else "-" for method in SWEPT)))
+    yield from _aligned(rows)
 
 
 def _milliseconds(values: Sequence[float]) -> str:

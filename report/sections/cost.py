@@ -22,6 +22,7 @@ IN_BACKWARD = ("in-backward", "2 checkpoints", "√L checkpoints", "L checkpoint
 OPTIMIZERS = ("SGD", "momentum", "Adam")
 STRUCTURED = ("rank-one", "per-example", "activity")
 MODEL_OF_DESCENT = "mnist-mlp"
+SWEEPS = ("width", "batch")
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -44,6 +45,8 @@ def context(measured: dict[str, Any]) -> dict[str, Any] | None:
     found["textbook_slower"] = [m["title"] for m in found["bench"] if m["textbook"].low > 1]
     found["tangents"] = _tangents(bench["models"].get(MODEL_OF_DESCENT, {}).get("seconds", {}))
     found["depth"] = _depth(bench["depth"])
+    swept = {sweep: [_swept(*each) for each in bench[sweep].items()] for sweep in SWEEPS if bench.get(sweep)}
+    found["sweeps"] = swept and {"mlp": bench["settings"]["mlp"], **swept}
     rivals = {m["title"]: m["rivals"] for m in found["bench"] if m["rivals"]}
     found["rivals"] = rivals
     found["smaller"] = [
@@ -67,6 +70,8 @@ def figures(measured: dict[str, Any]) -> dict[str, Figure]:
         found["front"] = bench_figures.plot_front(bench)
     if bench["depth"]:
         found["depth"] = bench_figures.plot_depth(bench, published.load()["paper"]["depth"])
+    if any(map(bench.get, SWEEPS)):
+        found["sweeps"] = bench_figures.plot_sweeps(bench)
     return found
 
 
@@ -164,6 +169,20 @@ def _tangents(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
             one, many = (seconds[f"{method}, eager"] for method in ("rank-one", f"rank-one K={k}"))
             rows.append({"k": k, "ratio": paired_ratio(many, one), "passes": (1 + k) / 2})
     return rows
+
+
+def _swept(value: str, entry: dict[str, Any]) -> dict[str, Any]:
+    seconds, rivals = entry["seconds"], _rivals(entry)
+    name = _fastest(seconds, "rank-one")
+    ratio = paired_ratio(seconds[name], seconds[entry["reference"]])
+    return {
+        "value": int(value),
+        "reference": entry["reference"],
+        "rank_one": ratio,
+        "is_faster": ratio.high < 1,
+        "mode": name.partition(", ")[2],
+        "memory": rivals and {"rank-one": entry["memory"]["rank-one"], "exact": rivals["exact"]},
+    }
 
 
 def _depth(depth: dict[str, Any]) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from fwdlib.bench.figures import (
     plot_durations,
     plot_front,
     plot_over_time,
+    plot_sweeps,
     time_and_memory,
 )
 from fwdlib.history import Run
@@ -124,6 +125,29 @@ def test_depth_without_the_paper_or_the_memory(drawn):
 def test_depth_that_was_not_measured():
     with pytest.raises(ValueError, match="no depth sweep"):
         plot_depth(make_bench() | {"depth": {}})
+
+
+def test_sweeps_draw_the_ratio_to_the_fastest_backprop_and_memory_in_megabytes(drawn):
+    bench = make_bench()
+    bench["settings"]["mlp"] = {"layers": 4, "width": 256}
+    with pytest.raises(ValueError, match="no sweep of width or batch"):
+        plot_sweeps(bench)
+    entry = bench["models"]["m0"] | {"memory": {"backprop": 2 * 10**6, "rank-one": 10**6}}
+    bench["batch"] = {"1": entry, "64": entry}
+    time, memory = drawn(plot_sweeps, bench).axes
+    found = {(line.get_label(), line.get_markerfacecolor() == "white"): line for line in lines(time)}
+    for (label, is_hollow), ratio in {
+        ("backprop", True): 2,
+        ("rank-one", True): 1.25,
+        ("rank-one", False): 0.5,
+    }.items():
+        assert list(found[label, is_hollow].get_ydata()) == pytest.approx([ratio] * 2)
+        assert list(found[label, is_hollow].get_xdata()) == [1, 64]
+    assert {line.get_label(): list(line.get_ydata()) for line in lines(memory)} == {
+        "backprop": [2, 2],
+        "rank-one": [1, 1],
+    }
+    assert time.get_xlabel() == "batch, 4 layers of width 256"
 
 
 @pytest.mark.parametrize("draw", [plot_cost, plot_depth])

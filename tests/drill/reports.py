@@ -82,7 +82,7 @@ def evidence_killed(trial: Trial) -> str:
 @item("ends", "No measurement outlives the benchmark.")
 def bench_killed(trial: Trial) -> str:
     """SIGKILL `bench` at a random moment."""
-    process = trial.start("-m", "fwdlib", "bench", "--quick", "--no-depth", "--out", trial.folder / "bench.json")
+    process = trial.start("-m", "fwdlib", "bench", "--quick", "--no-sweeps", "--out", trial.folder / "bench.json")
     trial.until(lambda: len(trial.processes()) >= 2)
     trial.pause(0, 6)
     trial.end(process, signal.SIGKILL)

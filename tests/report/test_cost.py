@@ -100,6 +100,25 @@ def test_ratios_are_to_the_fastest_backprop_that_torch_offers_and_by_the_faster_
     assert other["structured"]["rank-one"]["ratio"].estimate == pytest.approx(1.1)
 
 
+def test_width_and_batch_say_where_rank_one_is_faster_and_what_the_strictest_rival_needs(bench):
+    assert cost.context({"bench": bench, "descent": None})["sweeps"] == {}
+    memory = {"backprop": 9_000_000, "in-backward": 4_000_000, "L checkpoints": 2_000_000, "rank-one": 3_000_000}
+    bench["settings"]["mlp"] = {"layers": 4, "width": 256}
+    bench["width"] = {"16": entry("narrow", structured=0.88), "64": entry("wide", memory=memory)}
+    for of in bench["width"].values():
+        of["seconds"] |= {name: rounds(2e-3) for name in ("in-backward, eager", "L checkpoints, eager")}
+    found = cost.context({"bench": bench, "descent": None})
+    narrow, wide = found["sweeps"]["width"]
+    assert (narrow["value"], narrow["is_faster"], narrow["memory"]) == (16, False, None)
+    assert (wide["rank_one"].estimate, wide["is_faster"], wide["mode"]) == (pytest.approx(0.75), True, "compiled")
+    assert (wide["memory"]["exact"]["name"], wide["memory"]["exact"]["memory"]) == ("L checkpoints", 2_000_000)
+    text = _text_of(found)
+    assert "below 1 at width 64." in text
+    assert "| width 64 | backprop, compiled | 0.750" in text
+    assert "| 3.00 MB | 2.00 MB (L checkpoints) |" in text
+    assert list(cost.figures({"bench": bench})) == ["cost", "depth", "sweeps"]
+
+
 def test_the_verdicts_count_models_by_their_intervals(bench):
     found = cost.context({"bench": bench, "descent": None})
     assert found["all_faster"] == found["graph_faster"] == ["the MLP"]
