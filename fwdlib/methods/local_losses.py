@@ -70,10 +70,15 @@ class LocalLosses(LearnedFeedback):
         means = _means(output, side)
         return means.mean(-1, keepdim=True) if self.head == "mean" else means
 
+    def _logits(self, output: Tensor, weight: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        # The features (B, all), and what the head makes of them (B, classes).
+        features = self._features(output, side).flatten(1)
+        return features, features @ weight.flatten(1).t()
+
     def _head(self, step: Step, output: Tensor, weight: Tensor, side: int) -> tuple[Tensor, Tensor]:
         # The error of the head's logits (B, classes), and the gradient of its weight (classes, all features).
-        features = self._features(output, side).flatten(1)
-        logits = (features @ weight.flatten(1).t()).detach().requires_grad_()
+        features, logits = self._logits(output, weight, side)
+        logits = logits.detach().requires_grad_()
         with torch.enable_grad():
             (error,) = torch.autograd.grad(check_scalar(step.loss_of(logits, step.targets)), logits)
         return error, error.t() @ features
@@ -121,7 +126,7 @@ class LocalBackprop(LocalLosses):
         with torch.enable_grad():
             for block, weight, side in zip(hidden, self._by_site(matrix), self._sides, strict=True):
                 (activation,), _ = block.run(step.tensors, activation, None, [None])
-                logits = self._features(activation, side).flatten(1) @ weight.flatten(1).t()
+                _, logits = self._logits(activation, weight, side)
                 total = total + check_scalar(step.loss_of(logits, step.targets))
             (logits,), _ = readout.run(step.tensors, activation.detach(), None, [None])
             loss = check_scalar(step.loss_of(logits, step.targets))
