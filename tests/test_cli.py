@@ -380,6 +380,7 @@ def test_bench_passes_its_options_on(bench, tmp_path):
 
 def test_doctor_in_a_process_of_its_own(tmp_path):
     env = os.environ | {"FWDLIB_DATA": str(tmp_path), "FWDLIB_QUICK": "1"}
+    env["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # or the kernel of ipykernel 6.29 prints a remark on its debugger
     # No network in that process either, wherever this test runs.
     env |= dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     ended = subprocess.run(

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import CheckpointFunction
 
 from fwdlib.objectives import requiring_grad
 
@@ -327,7 +327,12 @@ LACKS = "Trying to use forward AD with", "aten::_efficientzerotensor"
 
 def is_checkpoint(cls: type[Function]) -> bool:
     """Return whether ``cls`` is the function of a reentrant checkpoint, whose first argument is the function to run."""
-    return issubclass(cls, CheckpointFunction)
+    return issubclass(cls, checkpoint.CheckpointFunction)
+
+
+def only_saves(cls: type[Function]) -> bool:
+    """Return whether ``cls`` only keeps the inputs of a checkpoint; its result has no use, and its backward raises."""
+    return cls is getattr(checkpoint, "_NoopSaveInputs", None)  # torch 2.11; later versions keep them in other ways
 
 
 def has_jvp(cls: type[Function]) -> bool:

