@@ -200,14 +200,15 @@ def substitute(trial: Trial) -> str:
     assert "KMNIST is not available" in first.splitlines()[0], first
     assert "used digits in place of KMNIST" in first.splitlines()[-1], first
     assert json.loads(record.read_text())["source"]["substitute_for"] == "KMNIST"
-    again = trial.run(*words, **variables).said  # offline
-    assert "reused   shapes" in again, again
-    assert "used digits in place of KMNIST" in again.splitlines()[-1], again
+    if not trial.short:
+        again = trial.run(*words, **variables).said  # offline
+        assert "reused   shapes" in again, again
+        assert "used digits in place of KMNIST" in again.splitlines()[-1], again
     last = trial.run(*words, **variables, FWDLIB_DATA=str(trial.folder / "published")).said
     assert "done     shapes" in last, last
     assert "SUBSTITUTE" not in last, last
     assert json.loads(record.read_text())["source"]["substitute_for"] is None
-    return "said twice and recorded; reused while the data were missing, and run again on them"
+    return "said at both ends and recorded; not reused once the data were there"
 
 
 @item("said", "Without data and network, a notebook of the course says which substitute it uses.")
