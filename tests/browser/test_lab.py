@@ -27,7 +27,7 @@ pytestmark = MARKS
 
 NOTEBOOKS = ROOT / "notebooks"
 NAME = "1b_logistic_forward.ipynb"
-EXERCISE = "tangents_needed"  # solved here with the notebook's own solution; the other one stays a stub
+EXERCISE = "my_forward_gradient"  # solved here with the notebook's own solution; the other one stays a stub
 # What the page shows of the cells that are near the view: JupyterLab renders the others when they are scrolled to.
 READ_CELLS = """
 return [...document.querySelectorAll('.jp-Notebook .jp-Cell[data-windowed-list-index]')].map(cell => ({

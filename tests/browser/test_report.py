@@ -159,7 +159,10 @@ def test_the_contents_are_open_where_there_is_room(driver):
 
 
 def test_the_page_is_complete_without_its_script(driver):
-    text = "return document.querySelector('main').textContent.replace(/Save as (CSV|SVG)|Link(?=Save)/g, '').length"
+    text = """
+        const page = document.querySelector('main').cloneNode(true);
+        page.querySelectorAll('.sliders').forEach(box => box.remove()); // what the script alone can do
+        return page.textContent.replace(/Save as (CSV|SVG)|Link(?=Save)/g, '').length"""
     count = "return document.querySelectorAll('main button').length"
     show(driver, PAGE)
     assert driver.execute_script(count) > 20
