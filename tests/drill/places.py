@@ -75,7 +75,7 @@ def disk_full(trial: Trial) -> str:
     return "three messages; the checkpoint, the results and the pages of before are intact"
 
 
-@item("said", "A command that cannot write where it is told to says so before it works for minutes.", short=True)
+@item("said", "A command that cannot write where it is told to says so before it works for minutes.")
 def read_only(trial: Trial) -> str:
     """Name a read-only folder to `train`, `run`, a build, report.evidence, `bench` and `data fetch`."""
     at, told = trial.folder / "locked", []
