@@ -9,6 +9,7 @@ and the verdicts at the end of the notebooks beyond the six, are computed from t
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import tempfile
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import tyro
@@ -132,7 +134,7 @@ def write_reasons(notebook: NotebookNode) -> None:
     """Write the report's table of reasons, from the committed results, into the cell with the tag for it, if any."""
     for cell in notebook.cells:
         if REASONS in cell.metadata.get("tags", ()):
-            found = choice.rows(build_context(load_results(ROOT / "report" / "results")))
+            found = choice.rows(_context())
             cell.source = REASONS_TEXT.format(table=choice.markdown(found, "../report/report.html"))
 
 
@@ -145,7 +147,7 @@ def write_claims(notebook: NotebookNode) -> None:
     for cell in notebook.cells:
         if CLAIMS not in cell.metadata:
             continue
-        found, lines = build_context(load_results(ROOT / "report" / "results"))[CLAIMS], []
+        found, lines = _context()["claims"], []
         for author, key in cell.metadata[CLAIMS].items():
             judged = [each for each in found if f"[@{key}]" in each.claim.source]
             if not judged:
@@ -155,6 +157,12 @@ def write_claims(notebook: NotebookNode) -> None:
         cell.source, number = CLAIMS_BOX.subn(lambda _, box=box: box, cell.source)
         if number != 1:
             raise ValueError("the cell with claims has no line that begins with '> **Published, and checked.**'")
+
+
+@functools.cache
+def _context() -> dict[str, Any]:
+    # Of the page, from the committed results, which no notebook changes.
+    return build_context(load_results(ROOT / "report" / "results"))
 
 
 def _verdict_line(finding: Finding, author: str) -> str:

@@ -119,9 +119,9 @@ def run(
         for name in names:
             found["models"][name] = measure(name, batch, partial(variants, quick=quick, peers=peers), of_models)
         for sweep, mlps in varied.items():
+            forms = [Variant(method) for method in SWEPT]
+            forms += [Variant(method, compiled=True) for method in COMPILED if sweep != "depth"]
             for value, (name, examples) in mlps.items():
-                forms = [Variant(method) for method in SWEPT]
-                forms += [Variant(method, compiled=True) for method in COMPILED if sweep != "depth"]
                 found[sweep][str(value)] = measure(name, examples, lambda _, forms=forms: forms, of_sweeps)
     return found
 

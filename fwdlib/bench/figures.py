@@ -25,6 +25,7 @@ from fwdlib.plotting import (
 )
 from fwdlib.statistics import Interval, paired_ratio
 
+VARIED = ("width", "batch")  # of an MLP, beside its depth
 COST_MARKS = {"": ("o", 0.0), "channels_last": ("s", -0.22), "one graph": ("D", 0.22)}  # marker, and place in the row
 
 
@@ -202,7 +203,7 @@ def plot_sweeps(bench: dict[str, Any]) -> Figure:
     Raises:
         ValueError: if neither was measured.
     """
-    swept = {sweep: bench[sweep] for sweep in ("width", "batch") if bench.get(sweep)}
+    swept = {sweep: bench[sweep] for sweep in VARIED if bench.get(sweep)}
     if not swept:
         raise ValueError("bench has no sweep of width or batch: measure again without --no-sweeps")
     mlp = bench["settings"]["mlp"]

@@ -22,7 +22,6 @@ IN_BACKWARD = ("in-backward", "2 checkpoints", "√L checkpoints", "L checkpoint
 OPTIMIZERS = ("SGD", "momentum", "Adam")
 STRUCTURED = ("rank-one", "per-example", "activity")
 MODEL_OF_DESCENT = "mnist-mlp"
-SWEEPS = ("width", "batch")
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -45,7 +44,8 @@ def context(measured: dict[str, Any]) -> dict[str, Any] | None:
     found["textbook_slower"] = [m["title"] for m in found["bench"] if m["textbook"].low > 1]
     found["tangents"] = _tangents(bench["models"].get(MODEL_OF_DESCENT, {}).get("seconds", {}))
     found["depth"] = _depth(bench["depth"])
-    swept = {sweep: [_swept(*each) for each in bench[sweep].items()] for sweep in SWEEPS if bench.get(sweep)}
+    measured_sweeps = filter(bench.get, bench_figures.VARIED)
+    swept = {sweep: [_swept(*each) for each in bench[sweep].items()] for sweep in measured_sweeps}
     found["sweeps"] = swept and {"mlp": bench["settings"]["mlp"], **swept}
     rivals = {m["title"]: m["rivals"] for m in found["bench"] if m["rivals"]}
     found["rivals"] = rivals
@@ -70,7 +70,7 @@ def figures(measured: dict[str, Any]) -> dict[str, Figure]:
         found["front"] = bench_figures.plot_front(bench)
     if bench["depth"]:
         found["depth"] = bench_figures.plot_depth(bench, published.load()["paper"]["depth"])
-    if any(map(bench.get, SWEEPS)):
+    if any(map(bench.get, bench_figures.VARIED)):
         found["sweeps"] = bench_figures.plot_sweeps(bench)
     return found
 
