@@ -209,7 +209,7 @@ if sys.argv[1] == "keep":
     assert runtime.keep_freed_memory()
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def step(): return [torch.ones(2**24) for _ in range(3)]
-for _ in range(4):
+for _ in range(12):  # until the freed pieces of the heap lie side by side: up to five, by its random place
     step()
 before = faults()
 for _ in range(4):
