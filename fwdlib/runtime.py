@@ -198,9 +198,10 @@ def summary(seeds: list[int], device: torch.device | str = "cpu", cells: Sequenc
     check_inserted(cells)
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+    threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
     mode = "; quick mode: only to see that everything runs" if is_quick() else ""
     packages = textwrap.fill(packages, 88)
-    return f"{packages}\n{resolve_device(device)}, {torch.get_num_threads()} threads; {which}{mode}"
+    return f"{packages}\n{resolve_device(device)}, {threads}; {which}{mode}"
 
 
 def processor_name() -> str:

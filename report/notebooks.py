@@ -1,14 +1,17 @@
 """Refresh the committed notebooks: ``python -m report.notebooks`` (``make notebooks``).
 
 Each is executed from top to bottom on real data and written back with its outputs, but without progress bars, widgets,
-stderr and time stamps. The Colab badge and the line that installs fwdlib there come from the repository's address in
-pyproject.toml. Without an address there is no badge, and Colab gets the wheel. The start notebook's table of reasons,
-and the verdicts at the end of the notebooks beyond the six, are computed from the committed results.
+stderr and time stamps. A notebook in which nothing but measured times came out differently is left as it was: a cell
+names its outputs that hold times, by number, under ``timed`` in its metadata. The Colab badge and the line that
+installs fwdlib there come from the repository's address in pyproject.toml. Without an address there is no badge, and
+Colab gets the wheel. The start notebook's table of reasons, and the verdicts at the end of the notebooks beyond the
+six, are computed from the committed results.
 """
 
 from __future__ import annotations
 
 import base64
+import copy
 import functools
 import io
 import json
@@ -53,6 +56,7 @@ other rows are the reasons to want something else, each with what the report mea
 
 {table}"""
 
+TIMED = "timed"  # metadata of a cell: the numbers of its outputs that hold measured times
 CLAIMS = "claims"  # metadata of a cell: for each author and year, the key in report/page/references.bib
 CLAIMS_BOX = re.compile(r"^> \*\*Published, and checked\.\*\*.*(?:\n>.*)*", re.MULTILINE)
 CLAIMS_TEXT = """\
@@ -71,6 +75,8 @@ class Options:
     """Seconds for one notebook."""
     write_only: bool = False
     """Write the badges and the setup cells, and execute nothing."""
+    times: bool = False
+    """Write a notebook also if nothing but measured times differs, for example after a run on a quieter machine."""
 
 
 def main(options: Options) -> None:
@@ -95,12 +101,18 @@ def main(options: Options) -> None:
         write_reasons(notebook)
         write_claims(notebook)
         if not options.write_only:
+            executed = copy.deepcopy(notebook)
             try:
-                execute(notebook, path.stem, options.timeout)
+                execute(executed, path.stem, options.timeout)
+                clean(executed)
+                is_new = options.times or without_times(executed) != without_times(notebook)
             except (CellExecutionError, TimeoutError, ValueError) as error:
                 bar.close()
                 sys.exit(f"{path} was not refreshed: {error}")
-            clean(notebook)
+            if is_new:
+                notebook = executed
+            else:
+                bar.write(f"{path}: nothing new but measured times; its outputs are kept")
         results.write_text(path, nbformat.writes(notebook) + "\n")
 
 
@@ -223,6 +235,16 @@ def clean(notebook: NotebookNode) -> None:
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
+
+
+def without_times(notebook: NotebookNode) -> NotebookNode:
+    """Return a copy in which the outputs that hold measured times are empty."""
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        timed = cell.metadata.get(TIMED, ())
+        if timed:
+            cell.outputs = [{} if i in timed else output for i, output in enumerate(cell.outputs)]
+    return notebook
 
 
 def smaller_png(encoded: str) -> str:

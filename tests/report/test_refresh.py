@@ -78,6 +78,34 @@ def test_a_box_keeps_the_text_around_it_and_needs_a_claim():
         refresh.write_claims(notebook)
 
 
+def timed_notebook(folder, code):
+    cells = [nbformat.v4.new_markdown_cell("# A title"), nbformat.v4.new_markdown_cell("## Setup")]
+    cells += [nbformat.v4.new_code_cell(""), nbformat.v4.new_code_cell(code)]
+    cells[3].metadata["timed"] = [0]
+    path = folder / "1_timed.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+def test_a_notebook_in_which_only_times_differ_is_left_as_it_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(refresh, "ROOT", tmp_path)
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    code = "import time\nfrom IPython.display import display\ndisplay(time.time_ns())\ndisplay('a result')"
+    path = timed_notebook(tmp_path, code)
+    refresh.main(refresh.Options((path,)))
+    first = path.read_bytes()
+    assert b"a result" in first
+    refresh.main(refresh.Options((path,)))
+    assert path.read_bytes() == first
+    assert "nothing new but measured times" in capsys.readouterr().out
+    refresh.main(refresh.Options((path,), times=True))
+    assert path.read_bytes() != first
+
+    path.write_bytes(first.replace(b"'a result'", b"'another'"))
+    refresh.main(refresh.Options((path,)))
+    assert nbformat.read(path, as_version=4).cells[3].outputs[1]["data"]["text/plain"] == "'another'"
+
+
 def test_clean_keeps_results_and_takes_out_the_rest():
     cell = nbformat.v4.new_code_cell("x")
     cell.metadata["execution"] = {"iopub.execute_input": "2026"}
