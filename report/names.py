@@ -56,15 +56,31 @@ MODES = tuple(LEARNS)
 MAIN_MODES = MODES[:12]
 LOCAL_MODES = ("BP", "FDFA", "L-BP", "LG-BP", "LG-FG-A")  # those whose accuracies are near backprop's
 MIXER_MODES = ("BP", "L-BP", "LG-BP", "LG-FG-A", "FG-A")  # of Ren et al.'s table
+
+
+class Task(NamedTuple):
+    """What the modes train."""
+
+    dataset: str
+    network: str
+    modes: tuple[str, ...]
+
+
 TASKS = {
-    "MNIST-2x800": MODES,
-    "KMNIST-2x800": LOCAL_MODES,
-    "FashionMNIST-2x800": LOCAL_MODES,
-    "MNIST-cnn": MAIN_MODES,
-    "KMNIST-cnn": LOCAL_MODES,
-    "FashionMNIST-cnn": LOCAL_MODES,
-    "MNIST-S-1-1": MIXER_MODES,
-    "MNIST-M-1-16": MIXER_MODES,
+    f"{task.dataset}-{task.network}": task
+    for task in (
+        Task("MNIST", "2x800", MODES),
+        Task("KMNIST", "2x800", LOCAL_MODES),
+        Task("FashionMNIST", "2x800", LOCAL_MODES),
+        Task("CIFAR10-jpeg", "2x1000", LOCAL_MODES),
+        Task("MNIST", "cnn", MAIN_MODES),
+        Task("KMNIST", "cnn", LOCAL_MODES),
+        Task("FashionMNIST", "cnn", LOCAL_MODES),
+        Task("CIFAR10-jpeg", "cnn", LOCAL_MODES),
+        Task("MNIST", "S-1-1", MIXER_MODES),
+        Task("MNIST", "M-1-16", MIXER_MODES),
+        Task("CIFAR10-jpeg", "M-1-16", MIXER_MODES),
+    )
 }
 DEPTHS = {f"MNIST-depth-{n}": n for n in (1, 2, 5, 10)}  # task -> hidden layers of 800 units, trained for less long
 DEPTH_MODES = ("BP", "DFA", "FDFA", "LG-BP", "LG-FG-A")

@@ -23,11 +23,20 @@ from report.names import (
     read,
 )
 
-DATASETS = {"MNIST": "MNIST", "KMNIST": "KMNIST", "FashionMNIST": "Fashion-MNIST"}
-NETWORKS = {"2x800": "2 x 800", "cnn": "CNN", "S-1-1": "LocalMixer S/1/1", "M-1-16": "LocalMixer M/1/16"}
-TITLES = {
-    task: f"{DATASETS[dataset]}, {NETWORKS[network]}" for task in TASKS for dataset, _, network in [task.partition("-")]
+DATASETS = {
+    "MNIST": "MNIST",
+    "KMNIST": "KMNIST",
+    "FashionMNIST": "Fashion-MNIST",
+    "CIFAR10-jpeg": "CIFAR-10 as JPEG copies",
 }
+NETWORKS = {
+    "2x800": "2 x 800",
+    "2x1000": "2 x 1000",
+    "cnn": "CNN",
+    "S-1-1": "LocalMixer S/1/1",
+    "M-1-16": "LocalMixer M/1/16",
+}
+TITLES = {name: f"{DATASETS[task.dataset]}, {NETWORKS[task.network]}" for name, task in TASKS.items()}
 WIDTH = 800  # units of a hidden layer
 LARGE, MIXER = TITLES["MNIST-2x800"], TITLES["MNIST-M-1-16"]  # titles of the tasks that answer and claims rest on
 NEAR = (
@@ -43,7 +52,7 @@ METHODS = {"BP": "backprop", "FG": "forward gradient", "FG-RANK1": "rank-one", "
 
 def load(folder: Path) -> dict[str, Any]:
     """Return ``studies``, task -> mode -> the content of its file; ``depths``, the same by hidden layers; ``steps``."""
-    studies = {task: _files(folder, task, modes) for task, modes in TASKS.items()}
+    studies = {name: _files(folder, name, task.modes) for name, task in TASKS.items()}
     depths = {depth: _files(folder, task, DEPTH_MODES) for task, depth in DEPTHS.items()}
     return {
         "studies": {task: found for task, found in studies.items() if found},
@@ -155,7 +164,7 @@ def _study(task: str, modes: dict[str, Any]) -> dict[str, Any]:
         "behind": {
             mode: difference_by_seed(accuracies.get("BP", {}), accuracies[mode]) for mode in NEAR if mode in rows
         },
-        "missing": [mode for mode in TASKS[task] if mode not in rows],
+        "missing": [mode for mode in TASKS[task].modes if mode not in rows],
     }
 
 

@@ -54,12 +54,13 @@ from report.studies.common import climb, held_out, main, once, reopen
 BASE_RATE = 1e-4  # times a power of two
 NETWORKS: dict[str, dict[str, Any]] = {  # by the name in a task
     "2x800": {"conv": False},
+    "2x1000": {"conv": False},
     "cnn": {"conv": True},
     "S-1-1": {"mixer": "S/1/1"},
     "M-1-16": {"mixer": "M/1/16"},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    task: {"dataset": dataset, **NETWORKS[network]} for task in TASKS for dataset, _, network in [task.partition("-")]
+    name: {"dataset": task.dataset, **NETWORKS[task.network]} for name, task in TASKS.items()
 } | {task: {"dataset": "MNIST", "n_layers": depth} for task, depth in DEPTHS.items()}
 NO_MIXING = {"norm": "layer"}  # in place of BatchNorm, which makes an example's loss depend on its batch
 MODES: dict[str, dict[str, Any]] = {  # options, with the powers of the first guesses of the learning rates
@@ -110,8 +111,8 @@ class Settings(NamedTuple):
 SEEDS = tuple(range(1, 11))
 FULL = Settings(
     {
-        task: Length(3, 200, SEEDS, modes) if task.endswith("cnn") else Length(10, 800, SEEDS, modes)
-        for task, modes in TASKS.items()
+        name: Length(3, 200, SEEDS, task.modes) if task.network == "cnn" else Length(10, 800, SEEDS, task.modes)
+        for name, task in TASKS.items()
     }
     | {task: Length(2, 400, SEEDS[:5], DEPTH_MODES) for task in DEPTHS},
     seconds=60,
