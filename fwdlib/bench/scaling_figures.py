@@ -81,7 +81,8 @@ def plot_traffic(curves: dict[str, dict[str, np.ndarray]]) -> Figure:
 
     Args:
         curves: method, see :mod:`fwdlib.bench.shared_steps`, -> ``bytes`` (evaluations,) and ``quartiles`` of the loss
-            (3, evaluations). Evaluations before the first byte are left out.
+            (3, evaluations). Evaluations before the first byte are left out; a method that sends none is a line
+            at its last loss.
     """
     figure = Figure(figsize=(7.5, 3.8))
     axes = figure.subplots()
@@ -89,6 +90,9 @@ def plot_traffic(curves: dict[str, dict[str, np.ndarray]]) -> Figure:
     styles = [style_of("backprop"), {"color": CURVES[1]}, {"color": CURVES[3]}, style_of("rank-one")]
     seen = dict.fromkeys(kinds, 0)
     for method, curve in curves.items():
+        if not curve["bytes"].any():
+            axes.axhline(curve["quartiles"][1, -1], color="0.3", linestyle=LINES[3], label=method)
+            continue
         kind = next(kind for kind in kinds if method.startswith(kind))
         style = styles[kinds.index(kind)] | {"linestyle": LINES[seen[kind] % len(LINES)]}
         seen[kind] += 1
@@ -96,7 +100,7 @@ def plot_traffic(curves: dict[str, dict[str, np.ndarray]]) -> Figure:
         low, middle, high = curve["quartiles"][:, sent]
         axes.plot(curve["bytes"][sent] / 1e6, middle, label=method, **style)
         axes.fill_between(curve["bytes"][sent] / 1e6, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    axes.set(xlabel="sent by a process [MB]", ylabel="test loss", xscale="log", yscale="log")
+    axes.set(xlabel="sent by a process [MB]", ylabel="test loss [nats]", xscale="log", yscale="log")
     plain_ticks(axes)
     legend_below(figure, axes.get_legend_handles_labels()[0])
     return figure

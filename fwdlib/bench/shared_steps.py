@@ -9,9 +9,11 @@ PowerSGD, rank r    two thin factors of each gradient matrix, each step, and the
                     exchange all gradients, as the hook demands
 local SGD, H steps  all parameters, after H steps of its own: Stich 2019, arXiv 1805.09767, torch's own averager
 rank-one, K = k     k directional derivatives and the loss, each step
+no exchange         nothing: each process trains by itself, on its own share
 =================== ================================================================================================
 
-All take plain SGD steps, on the mean loss of the processes' shares; local SGD steps on its own share.
+All take plain SGD steps on the mean loss of the processes' shares. Local SGD steps on its own share, and so does a
+process without exchange.
 """
 
 from __future__ import annotations
@@ -33,18 +35,20 @@ from fwdlib.trainer.processes import Processes
 POWER_SGD = "PowerSGD, rank {}"
 LOCAL_SGD = "local SGD, {} steps"
 RANK_ONE = "rank-one, K = {}"
+NO_EXCHANGE = "no exchange"
 METHODS = (
     "DDP",
     *map(POWER_SGD.format, (1, 4)),
     *map(LOCAL_SGD.format, (10, 100, 1000)),
     *map(RANK_ONE.format, (1, 16, 64)),
+    NO_EXCHANGE,
 )
 
 Step = Callable[[Tensor, Tensor], None]
 
 
 def period(method: str) -> int:
-    """Return after how many steps the processes have the same parameters again.
+    """Return after how many steps the processes have the same parameters again; 1 if they never have.
 
     Example:
         >>> period("local SGD, 100 steps"), period("DDP")
@@ -65,6 +69,8 @@ def make_step(method: str, model: nn.Module, learning_rate: float, processes: Pr
     Raises:
         ValueError: if the method is unknown.
     """
+    if method == NO_EXCHANGE:
+        return _backward(model, model, learning_rate)
     if method.startswith("rank-one"):
         return _forward(model, learning_rate, processes, _number(method))
     if method.startswith("local SGD"):

@@ -114,12 +114,12 @@ def _not_recorded(context: dict[str, Any]) -> Row:
     used = {name: m["bytes"][m["steps"].index(at)] for name, m in methods.items() if at in m["steps"]}
     rivals = {name: of for name, of in used.items() if name.startswith("reverse")}
     best = min(rivals, key=rivals.get, default=None)
-    rest = f", {best} {megabytes(rivals[best])}" if best else ""
-    own = f", forward mode {megabytes(used['forward, compiled'])}" if "forward, compiled" in used else ""
+    rest = f", {megabytes(rivals[best])} ({best})" if best else ""
+    own = f", {megabytes(used['forward, compiled'])} (forward mode)" if "forward, compiled" in used else ""
     return Row(
         "a program too long to record for a way back",
         "forward mode",
-        f"at {count(at)} steps eager reverse mode would need {megabytes(worst['expected'])}{rest}{own}",
+        f"memory at {count(at)} steps: {megabytes(worst['expected'])} (eager reverse mode, extrapolated){rest}{own}",
         "sensitivity",
     )
 
@@ -133,9 +133,9 @@ def _memory(context: dict[str, Any]) -> Row:
         f"; of the rival's on a transformer {number(100 * transformer['exact']['share'], 2)} %" if transformer else ""
     )
     return Row(
-        "a network whose activations do not fit into memory",
-        "backprop with checkpoints, updated in the backward pass; only if that does not fit, rank-one tangents or a "
-        "difference of two losses, both noisy",
+        "a network whose activations or gradients do not fit into memory",
+        "backprop with checkpoints, updated in the backward pass; if that does not fit, a difference of two losses or, "
+        "in deep networks of plain layers, rank-one tangents, both noisy",
         f"rank-one: {number(100 * ours / theirs, 2)} % of plain backprop's memory at {depth['last']} layers, "
         f"{number(100 * rival['share'], 2)} % of that rival's ({rival['name']}){there}",
         "cost",

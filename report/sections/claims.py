@@ -355,7 +355,7 @@ CLAIMS = [
         "factor by which the gap falls in the last decade of steps, optimum on the surface",
         lookups.last_falls("plain"),
         below(1.1),
-        {"holds": "the step ignores the length of a direction, so the noise does not average out"},
+        {"holds": "the step ignores the length of a direction, so the noise leaves a bias that does not fade"},
         partial(number, infinite="all of it"),
     ),
     Claim(

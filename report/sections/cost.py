@@ -52,8 +52,15 @@ def context(measured: dict[str, Any]) -> dict[str, Any] | None:
     found["smaller"] = [
         title for title, of in rivals.items() if of["smallest"]["memory"] < of["rank-one"]["memory"] - NOISE_BYTES
     ]
+    found["exact_smaller"] = [
+        title for title, of in rivals.items() if of["exact"]["memory"] < of["rank-one"]["memory"] - NOISE_BYTES
+    ]
     found["not_faster"] = [m for m in found["bench"] if m["structured"]["rank-one"]["ratio"].high >= 1]
     found["dropped_in"] = [m for m in found["bench"] if m["dropped_in"]]
+    found["dropped_in_faster"] = {
+        name: [m["title"] for m in found["dropped_in"] if name in m["dropped_in"] and m["dropped_in"][name].high < 1]
+        for name in OPTIMIZERS
+    }
     found["compiled"] = [m for m in found["bench"] if m["compile_seconds"]]
     found["one_thread"] = _one_thread(measured.get("one_thread"))
     found["budget"] = budget.context(measured.get("budget"))

@@ -16,7 +16,7 @@ from report.names import TRAFFIC, read
 
 MEGABYTES = (1, 100)
 """The budgets, 10^6 bytes each."""
-FORWARD = "rank-one"
+FORWARD, SILENT = "rank-one", "no exchange"
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -37,7 +37,10 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
         "budgets": MEGABYTES,
         "rows": rows,
         "best": {budget: _best(rows, budget) for budget in MEGABYTES},
+        "best_sending": {budget: _best(_without(rows, SILENT), budget) for budget in MEGABYTES},
         "best_forward": {budget: _best(rows, budget, FORWARD) for budget in MEGABYTES},
+        "silent": rows.get(SILENT),
+        "too_large": 4 * found["num_params"] > 1e6 * MEGABYTES[0],  # one exchange of all gradients, for the first budget
         "behind": {budget: _behind(rows, budget) for budget in MEGABYTES},
         "num_seeds": min(row["num_seeds"] for row in rows.values()),
     }
@@ -96,10 +99,14 @@ def _best(rows: dict[str, Any], budget: int, begins: str = "") -> str | None:
     return min((method for method in rows if method.startswith(begins)), key=loss, default=None)
 
 
+def _without(rows: dict[str, Any], begins: str) -> dict[str, Any]:
+    return {method: row for method, row in rows.items() if not method.startswith(begins)}
+
+
 def _behind(rows: dict[str, Any], budget: int) -> Interval | None:
     # The test loss of the best method with scalars over that of the best other one, seed by seed.
-    forward = _best({method: row for method, row in rows.items() if method.startswith(FORWARD)}, budget)
-    other = _best({method: row for method, row in rows.items() if not method.startswith(FORWARD)}, budget)
+    forward = _best(rows, budget, FORWARD)
+    other = _best(_without(rows, FORWARD), budget)
     if forward is None or other is None:
         return None
     losses = rows[forward]["losses"][budget], rows[other]["losses"][budget]

@@ -2,8 +2,8 @@
 
 Four processes on this machine share each batch. They train the same network on MNIST from the same starts, each method
 at its own learning rate, tuned in the same way, until a process has sent as many bytes as the study allows, or for a
-number of steps. The kernel counts the bytes, with the headers of the exchange. The file keeps every finished training,
-so the study can be interrupted.
+number of steps. The model of the first process is evaluated. The kernel counts the bytes, with the headers of the
+exchange. The file keeps every finished training, so the study can be interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fwdlib import runtime
 from fwdlib.bench import links
 from fwdlib.bench.compared import perceptron
-from fwdlib.bench.shared_steps import LOCAL_SGD, METHODS, POWER_SGD, RANK_ONE, make_step, period
+from fwdlib.bench.shared_steps import LOCAL_SGD, METHODS, NO_EXCHANGE, POWER_SGD, RANK_ONE, make_step, period
 from fwdlib.data import Dataset
 from fwdlib.models import initialise, num_parameters
 from fwdlib.results import write_json
@@ -63,7 +63,7 @@ class Settings(NamedTuple):
 
 FULL = Settings()
 SHORT = Settings(
-    methods=("DDP", POWER_SGD.format(1), LOCAL_SGD.format(10), RANK_ONE.format(1)),
+    methods=("DDP", POWER_SGD.format(1), LOCAL_SGD.format(10), RANK_ONE.format(1), NO_EXCHANGE),
     seeds=(1, 2),
     num_steps=60,
     tuning_steps=20,

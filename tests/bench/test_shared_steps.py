@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fwdlib.bench import links
-from fwdlib.bench.shared_steps import METHODS, make_step, period
+from fwdlib.bench.shared_steps import METHODS, NO_EXCHANGE, make_step, period
 from fwdlib.estimators import forward_gradient
 from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
@@ -61,9 +61,12 @@ def trained(tmp_path_factory):
     }
 
 
-def test_all_processes_end_with_the_same_parameters(trained):
-    for of_processes in trained.values():
+def test_all_processes_end_with_the_same_parameters_if_they_exchange_any(trained):
+    for method, of_processes in trained.items():
         first, second = (params for params, _ in of_processes)
+        if method == NO_EXCHANGE:
+            assert all((first[name] - second[name]).norm() > 1e-3 for name in first)
+            continue
         for name, p in first.items():
             torch.testing.assert_close(second[name], p, rtol=1e-6, atol=1e-7)
 
@@ -76,6 +79,17 @@ def test_ddp_takes_the_steps_of_one_process(trained):
         F.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
     torch.testing.assert_close(trained["DDP"][0][0], dict(model.state_dict()), rtol=1e-5, atol=1e-6)
+
+
+def test_without_exchange_a_process_steps_on_its_own_share_and_sends_nothing(trained):
+    for rank, (found, sent) in enumerate(trained[NO_EXCHANGE]):
+        model = initialise(build, 0)
+        for inputs, targets in batches():
+            loss = F.cross_entropy(model(inputs[rank::COUNT]), targets[rank::COUNT])
+            for p, grad in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+                p.data.sub_(RATE * grad)
+        torch.testing.assert_close(found, dict(model.state_dict()), rtol=1e-5, atol=1e-6)
+        assert sum(sent) == 0
 
 
 def test_local_sgd_averages_the_parameters_of_processes_that_stepped_alone(trained):
@@ -117,6 +131,6 @@ def test_each_method_sends_what_it_says(trained):
 
 
 def test_the_number_in_a_name_is_its_period_and_unknown_names_are_refused():
-    assert [period(method) for method in METHODS] == [1, 1, 1, 10, 100, 1000, 1, 1, 1]
+    assert [period(method) for method in METHODS] == [1, 1, 1, 10, 100, 1000, 1, 1, 1, 1]
     with pytest.raises(ValueError, match="method must be one of DDP"):
         make_step("gossip", build(), 0.1, None)

@@ -30,12 +30,13 @@ def run(method, seed, losses, sent):
     return where | curves | {"steps": steps, "bytes": sent}
 
 
-def results():
+def results(with_silent=False):
     runs = []
     for seed in range(1, 7):
         lag = 0.01 * seed
         runs.append(run("DDP", seed, [2.0, 1.0 + lag, 0.5 + lag], [0, 2_000_000, 4_000_000]))
         runs.append(run("rank-one, K = 1", seed, [2.0, 1.9 + lag, 1.8 + lag], [0, 300, 600]))
+        runs += [run("no exchange", seed, [2.0, 0.9 + lag, 0.8 + lag], [0, 0, 0])] if with_silent else []
     settings = study.FULL._asdict()
     return {"settings": settings, "environment": {}, "num_params": 269_322, "runs": runs}
 
@@ -49,6 +50,18 @@ def test_the_section_compares_at_equal_bytes():
     assert found["best"] == {1: "rank-one, K = 1", 100: "DDP"}
     assert found["behind"][1].high < 0 < found["behind"][100].low
     assert found["behind"][100].estimate == pytest.approx(1.3)
+
+
+def test_a_rival_that_sends_nothing_comes_first_and_is_a_line_in_the_figure():
+    found = section.context(results(with_silent=True))
+    assert found["best"] == {1: "no exchange", 100: "DDP"}
+    assert found["best_sending"] == {1: "rank-one, K = 1", 100: "DDP"}
+    assert found["best_forward"][1] == "rank-one, K = 1"
+    assert found["behind"][1].estimate == pytest.approx(1.0)
+    assert found["silent"]["steps"][1] == 2
+    (axes,) = section.figures(results(with_silent=True))["traffic"].axes
+    (line,) = (line for line in axes.lines if line.get_label() == "no exchange")
+    assert list(line.get_ydata()) == [pytest.approx(0.835)] * 2
 
 
 def test_a_training_that_diverged_has_learned_nothing():
