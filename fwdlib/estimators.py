@@ -21,6 +21,8 @@ from fwdlib.objectives import (
     ModelLoss,
     Objective,
     assign_gradients,
+    check_depends,
+    check_objective,
     check_scalar,
     keep_buffers,
     loss_and_buffers,
@@ -33,11 +35,12 @@ from fwdlib.tangents import (
     AnyGenerator,
     Params,
     Sampler,
-    check_params,
+    check_generator,
     count_tangents,
     divisor_of,
     is_transformed,
     sample_tangents,
+    weighted_sum,
 )
 
 BLOCKS = ("joint", "parameter")
@@ -80,28 +83,29 @@ def backprop_gradient(objective: Objective, params: Params) -> GradientEstimate:
         >>> backprop_gradient(lambda p: (p["x"] ** 2).sum(), {"x": torch.tensor([1.0, 2.0])}).grads["x"]
         tensor([2., 4.])
     """
-    check_params(params)
+    check_objective(objective, params)
     if is_transformed():
         grads, (loss, buffers) = grad_and_value(partial(loss_and_buffers, objective), has_aux=True)(params)
         keep_buffers(objective, buffers)
         return GradientEstimate(loss.detach(), grads, loss.new_empty(0))
     if isinstance(objective, ModelLoss):
         with objective.placed(params) as leaves:
-            loss, grads = _loss_and_gradient(objective.run, leaves)
+            loss, grads = _loss_and_gradient(objective, objective.run, leaves)
     else:
         leaves = {name: p.detach() for name, p in params.items()}
-        loss, grads = _loss_and_gradient(lambda: objective(leaves), leaves)
+        loss, grads = _loss_and_gradient(objective, lambda: objective(leaves), leaves)
     return GradientEstimate(loss, grads, loss.new_empty(0))
 
 
-def _loss_and_gradient(evaluate: Callable[[], Tensor], leaves: Params) -> tuple[Tensor, Params]:
+def _loss_and_gradient(objective: Objective, evaluate: Callable[[], Tensor], leaves: Params) -> tuple[Tensor, Params]:
     with requiring_grad(leaves.values()), torch.enable_grad():
         loss = check_scalar(evaluate())
+        found = [None] * len(leaves)
         if loss.requires_grad:
-            found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-        else:  # a constant
-            found = [torch.zeros_like(p) for p in leaves.values()]
-    return loss.detach(), dict(zip(leaves, found, strict=True))
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    check_depends(all(g is None for g in found), objective)
+    grads = {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(leaves.items(), found, strict=True)}
+    return loss.detach(), grads
 
 
 @torch.no_grad()
@@ -175,9 +179,11 @@ def forward_gradient(
 
     Raises:
         ValueError: if ``num_tangents`` or ``chunk_size`` is below 1, ``tangents``, ``blocks`` or ``engine`` is unknown
-            or does not go with the others, there are no parameters, or the objective is not a scalar.
-        TypeError: if a parameter is not a real floating tensor.
-        NotImplementedError: if a function of the model has no forward derivative.
+            or does not go with the others, there are no parameters, the batch is empty, or the objective is not a
+            scalar or, for the loss of a model, a constant.
+        TypeError: if a parameter is not a real floating tensor, or the generator no generator.
+        NotImplementedError: if a function of the model has no forward derivative, or a module has backward hooks or
+            averages gradients over processes.
 
     Example:
         >>> objective = lambda p: (p["x"] ** 2).sum()
@@ -187,11 +193,13 @@ def forward_gradient(
         >>> [round(value, 1) for value in estimate.grads["x"].tolist()]
         [2.1, 4.0]
     """
+    check_objective(objective, params)
     check_choice("blocks", blocks, BLOCKS)
     check_choice("engine", engine, ENGINES)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    if isinstance(tangents, str):
+    check_generator(generator)
+    if not callable(tangents):
         check_choice("tangents", tangents, dict.fromkeys([*NAMED, *STRUCTURED]))
     is_structured = isinstance(tangents, str) and tangents in STRUCTURED
     from fwdlib.forward.derivatives import derivatives_along, either_engine, suits_stacked
@@ -237,10 +245,7 @@ def combined(loss: Tensor, jvps: Tensor, tangents: Params, divisor: int) -> Grad
     num_tangents = len(next(iter(tangents.values())))
     jvps = jvps if len(jvps) == num_tangents else jvps.reshape(num_tangents, len(tangents))
     of_tensors = [jvps] * len(tangents) if jvps.dim() == 1 else jvps.unbind(1)
-    grads = {
-        name: torch.tensordot(jvp.to(v.dtype), v, dims=1) / divisor
-        for jvp, (name, v) in zip(of_tensors, tangents.items(), strict=True)
-    }
+    grads = {name: weighted_sum(jvp, v) / divisor for jvp, (name, v) in zip(of_tensors, tangents.items(), strict=True)}
     return GradientEstimate(loss, grads, jvps)
 
 
@@ -254,7 +259,11 @@ def forward_grad_(
     """Set ``.grad`` of a model's parameters to a forward gradient, in place of ``zero_grad()`` and ``loss.backward()``.
 
     Works with any model and any inputs: the closure calls the model as your loop does. What was in ``.grad`` is
-    replaced, so gradients do not accumulate.
+    replaced, so gradients do not accumulate. A parameter that the loss does not use gets zeros from the stacked engine,
+    noise of mean zero from torch's engine, and None from backprop.
+
+    The closure may be called several times, once for each tangent in torch's engine: let it draw no new batch. What it
+    keeps of a call, such as the logits, is a constant afterwards.
 
     Args:
         model: the module whose trainable parameters get a ``.grad``.

@@ -15,7 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fwdlib.tangents import Params
+from fwdlib.tangents import Params, check_params
 
 Objective = Callable[[Params], Tensor]
 
@@ -31,8 +31,9 @@ def params_of(model: nn.Module) -> Params:
 def assign_gradients(model: nn.Module, grads: Params) -> None:
     """Set ``.grad`` of the model's parameters, in place of ``loss.backward()``.
 
-    What was there is replaced, so ``zero_grad()`` is not needed, and to accumulate over batches you sum the estimates
-    yourself. The tensors are not copied: clipping ``.grad`` in place clips ``grads`` as well. Functions that
+    What was there is replaced, and a parameter that ``grads`` does not name has no ``.grad`` afterwards. So
+    ``zero_grad()`` is not needed, and to accumulate over batches you sum the estimates yourself. The tensors are not
+    copied: clipping ``.grad`` in place clips ``grads`` as well. Functions that
     ``Tensor.register_post_accumulate_grad_hook`` has registered are called, as in a backward pass.
 
     Args:
@@ -50,6 +51,8 @@ def assign_gradients(model: nn.Module, grads: Params) -> None:
         if grad.shape != named[name].shape:
             raise ValueError(f"grads[{name!r}] must have shape {tuple(named[name].shape)}, got {tuple(grad.shape)}")
         named[name].grad = grad
+    for name in named.keys() - grads.keys():
+        named[name].grad = None
     for name in grads:
         for hook in (named[name]._post_accumulate_grad_hooks or {}).values():
             hook(named[name])
@@ -146,6 +149,9 @@ class BatchLoss(ModelLoss):
         targets: the second argument of ``loss``; class indices of shape (B,) for the default.
         loss: ``(logits, targets) -> scalar``; the mean cross entropy by default.
 
+    Raises:
+        TypeError: if the model is no module.
+
     Example:
         >>> import torch
         >>> model = nn.Linear(4, 3)
@@ -161,7 +167,7 @@ class BatchLoss(ModelLoss):
         targets: Tensor,
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> None:
-        self.model = model
+        self.model = _check_model(model)
         self.inputs = inputs
         self.targets = targets
         self.loss = loss
@@ -184,6 +190,9 @@ class ClosureLoss(ModelLoss):
         closure: takes nothing, calls the model and returns the loss, a scalar.
         num_examples: B. Only ``"per-example"`` and ``"activity"`` tangents need it.
 
+    Raises:
+        TypeError: if the model is no module, or the closure no function.
+
     Example:
         >>> import torch
         >>> model = nn.Bilinear(2, 2, 1)
@@ -194,13 +203,24 @@ class ClosureLoss(ModelLoss):
     """
 
     def __init__(self, model: nn.Module, closure: Callable[[], Tensor], num_examples: int | None = None) -> None:
-        self.model = model
+        self.model = _check_model(model)
+        if not callable(closure):
+            kind = type(closure).__name__
+            raise TypeError(f"closure must be a function that computes the loss, such as lambda: loss(...), got {kind}")
         self.closure = closure
         self.num_examples = num_examples
 
     def run(self) -> Tensor:
         """Return the loss of the model as it is, a scalar."""
         return self.closure()
+
+
+def _check_model(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be an nn.Module, got {type(model).__name__}; put several models into an nn.ModuleList"
+        )
+    return model
 
 
 @contextmanager
@@ -248,16 +268,47 @@ def keep_buffers(objective: Objective, buffers: Params) -> None:
         objective.set_buffers(buffers)
 
 
+def check_objective(objective: Objective, params: Params) -> None:
+    """Refuse parameters that are none, and the loss of an empty batch.
+
+    Raises:
+        TypeError: if a parameter is not a real floating tensor.
+        ValueError: if there are no parameters, or the batch is empty.
+    """
+    check_params(params)
+    if isinstance(objective, ModelLoss) and objective.num_examples == 0:
+        raise ValueError("inputs is an empty batch, whose mean loss is not a number: pass at least one example")
+
+
 def check_scalar(loss: Any) -> Tensor:
     """Return what an objective returned, if it is a scalar tensor.
 
     Raises:
         ValueError: if it is not.
     """
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"the objective must return a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"the objective must return the loss, a scalar tensor, got {type(loss).__name__}; of a model's output or "
+            f"a tuple return the loss alone, such as output.loss"
+        )
+    if loss.dim() != 0:
+        raise ValueError(
+            f"the objective must return a scalar tensor, got {tuple(loss.shape)}; reduce it with .mean() or .sum()"
+        )
     return loss
+
+
+def check_depends(is_constant: bool, objective: Objective) -> None:
+    """Refuse the loss of a model that is a constant, as ``loss.backward()`` does.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if is_constant and isinstance(objective, ModelLoss):
+        raise ValueError(
+            "the loss does not depend on the model's trainable parameters: it was detached, computed under "
+            "torch.no_grad() or torch.inference_mode(), by another model, or from integers such as argmax returns"
+        )
 
 
 def through_hooks(objective: Objective, params: Params, grads: Params) -> Params:

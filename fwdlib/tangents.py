@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -165,7 +166,9 @@ def unit(params: Params, num_tangents: int, generator: AnyGenerator = None) -> P
     """
     first, size = next(iter(params.values())), sum(p.numel() for p in params.values())
     if num_tangents != size:
-        raise ValueError(f"there are {size} unit tangents, one for each number in params, got {num_tangents}")
+        raise ValueError(
+            f"there are {size} unit tangents, one for each number in params, got {num_tangents}; leave num_tangents out"
+        )
     if (num_bytes := size * size * first.element_size()) > MAX_UNIT_BYTES:
         raise ValueError(
             f"unit tangents of {size:,} parameters are as many rows of that length, {num_bytes / 2**30:.0f} GiB; they "
@@ -201,6 +204,18 @@ def divisor_of(num_tangents: int, tangents: str | Sampler) -> int:
     return 1 if isinstance(tangents, str) and tangents == "unit" else num_tangents
 
 
+def weighted_sum(weights: Tensor, tangents: Tensor) -> Tensor:
+    """Return the sum of weights (K,) times tangents (K, ...), in the tangents' dtype even under ``torch.autocast``."""
+    with own_precision(tangents):
+        return torch.tensordot(weights.to(tangents.dtype), tangents, dims=1)
+
+
+def own_precision(x: Tensor) -> AbstractContextManager:
+    """Return a context in which ``torch.autocast``, which is for the products of a model, changes no precision."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 def sample_tangents(
     params: Params, num_tangents: int = 1, tangents: str | Sampler = "normal", generator: AnyGenerator = None
 ) -> Params:
@@ -233,10 +248,13 @@ def sample_tangents(
     sampler = tangents if callable(tangents) else NAMED[check_choice("tangents", tangents, NAMED)]
     sampled = sampler(params, num_tangents, generator)
     for name, p in params.items():
-        expected, given = (num_tangents, *p.shape), tuple(sampled[name].shape) if name in sampled else None
+        v, expected = sampled.get(name), (num_tangents, *p.shape)
+        given = tuple(v.shape) if isinstance(v, Tensor) else None if v is None else type(v).__name__
         if given != expected:
-            raise ValueError(f"the sampler {sampler!r} must give {name!r} the shape {expected}, got {given}")
-    return {name: sampled[name] for name in params}
+            raise ValueError(
+                f"the sampler {sampler!r} must give {name!r} a tensor of the shape {expected}, got {given}"
+            )
+    return {name: sampled[name].to(p.dtype) for name, p in params.items()}
 
 
 def check_params(params: Params) -> None:
@@ -244,8 +262,12 @@ def check_params(params: Params) -> None:
 
     Raises:
         ValueError: if there are none.
-        TypeError: if one is an integer or complex tensor.
+        TypeError: if they are no dict, or one is an integer or complex tensor.
     """
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"params must be a dict of tensors, got {type(params).__name__}; params_of(model) returns a model's"
+        )
     if not params:
         raise ValueError(
             "params is empty: there is nothing to differentiate. Does the model have trainable parameters?"
@@ -253,6 +275,18 @@ def check_params(params: Params) -> None:
     for name, value in params.items():
         if not value.is_floating_point():
             raise TypeError(f"params[{name!r}] must be a real floating tensor, got {value.dtype}")
+
+
+def check_generator(generator: AnyGenerator) -> None:
+    """Refuse what is no source of randomness.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if generator is not None and not isinstance(generator, (torch.Generator, Replicate)):
+        raise TypeError(
+            f"generator must be a torch.Generator, such as torch.Generator().manual_seed(0), got {generator!r}"
+        )
 
 
 def draw(generator: AnyGenerator, sample: Callable[[torch.Generator | None], Tensor]) -> Tensor:

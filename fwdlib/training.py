@@ -174,6 +174,9 @@ def train(
     if batch_size is not None and check_count("batch_size", batch_size) > len(data.train_targets):
         num_train = len(data.train_targets)
         raise ValueError(f"batch_size must be at most the {num_train} training examples, got {batch_size}")
+    if data.train_targets.dim() != 1 or data.train_targets.is_floating_point():
+        shape, dtype = tuple(data.train_targets.shape), data.train_targets.dtype
+        raise ValueError(f"train_targets must be class indices, integers of shape (N,), got {dtype} of shape {shape}")
     check_count("the number of seeds", len(seeds))
     session = session or Session()
     session.check(len(seeds), batch_size, len(data.train_targets))

@@ -2,19 +2,21 @@
 
 import itertools
 import math
+import re
 from functools import partial
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from torch import nn
 
-from fwdlib.estimators import backprop_gradient, forward_gradient
+from fwdlib.estimators import backprop_gradient, forward_grad_, forward_gradient
 from fwdlib.methods.projection import projected_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
-from fwdlib.objectives import BatchLoss, assign_gradients, params_of
+from fwdlib.objectives import BatchLoss, ClosureLoss, assign_gradients, params_of
 from fwdlib.tangents import Replicates, sample_tangents
 
 ALL = {
@@ -619,7 +621,7 @@ def test_refuses_a_name_that_the_model_has_not(objective, params):
 
 
 def test_refuses_a_sampler_that_returns_other_shapes(objective, params):
-    with pytest.raises(ValueError, match=r"must give '0\.weight' the shape \(2, 4, 3\), got \(7, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"must give '0\.weight' a tensor of the shape \(2, 4, 3\), got \(7, 4, 3\)"):
         forward_gradient(
             objective,
             params,
@@ -651,6 +653,124 @@ HOOKED = {
     "blocks": partial(forward_gradient, blocks="parameter"),
     "projected": partial(projected_gradient, num_tangents=3),
 }
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_a_model_whose_loss_is_a_constant_is_refused_as_backward_refuses_it(name):
+    model, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    inputs = torch.randn(5, 4)
+    closures = {
+        "detached": lambda: model(inputs).detach().sum(),
+        "of another model": lambda: other(inputs).sum(),
+        "of indices": lambda: model(inputs).argmax(1).double().mean(),
+    }
+    for closure in closures.values():
+        with pytest.raises(ValueError, match="does not depend on the model's trainable parameters"):
+            HOOKED[name](ClosureLoss(model, closure), params_of(model))
+
+
+@pytest.mark.parametrize("name", list(HOOKED)[1:])
+def test_modules_that_act_in_a_backward_pass_are_refused(name, tmp_path):
+    inputs = torch.randn(5, 4)
+    for register in ("register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook"):
+        model = nn.Sequential(nn.Linear(4, 3))
+        handle = getattr(model[0], register)(lambda *_: None)
+        objective = ClosureLoss(model, lambda model=model: model(inputs).sum())
+        with pytest.raises(NotImplementedError, match=r"Linear has backward hooks.*handle\.remove\(\)"):
+            HOOKED[name](objective, params_of(model))
+        handle.remove()
+        HOOKED[name](objective, params_of(model))
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(4, 3))
+        with pytest.raises(NotImplementedError, match=r"DistributedDataParallel averages gradients.*model\.module"):
+            HOOKED[name](ClosureLoss(model, lambda: model(inputs).sum()), params_of(model))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_an_empty_batch_is_refused(name):
+    model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="inputs is an empty batch"):
+        HOOKED[name](BatchLoss(model, torch.zeros(0, 4), torch.zeros(0).long()), params_of(model))
+
+
+@pytest.mark.parametrize("num_tangents", [1, 3])
+@pytest.mark.parametrize("tangents", ["normal", "rank-one", "per-example", "activity"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "autocast in the closure", "autocast around all"])
+def test_half_precision_gives_gradients_of_the_dtype_of_the_parameters(precision, tangents, num_tangents):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+    inputs, targets = torch.randn(16, 1, 4, 4), torch.arange(16) % 3
+    if (dtype := getattr(torch, precision, None)) is not None:
+        model, inputs = model.to(dtype), inputs.to(dtype)
+    inner, outer = (torch.autocast("cpu", torch.bfloat16, enabled=precision.endswith(of)) for of in ("closure", "all"))
+
+    def closure():
+        with inner:
+            logits = model(inputs)
+        return F.cross_entropy(logits.float(), targets)
+
+    how = {"tangents": tangents, "num_tangents": num_tangents, "num_examples": 16}
+    rounds = 300
+    totals = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
+    for _ in range(rounds):
+        with outer:
+            forward_grad_(model, closure, **how)
+        for total, p in zip(totals, model.parameters(), strict=True):
+            assert p.grad.dtype == p.dtype
+            total += p.grad.float() / rounds
+    model.zero_grad()
+    closure().backward()
+    exact = torch.cat([p.grad.float().flatten() for p in model.parameters()])
+    mean = torch.cat([total.flatten() for total in totals])
+    bound = ((len(exact) + 2) / num_tangents / rounds) ** 0.5  # relative error of normal tangents, the largest of all
+    assert (mean - exact).norm() < (1.5 * bound + 0.05) * exact.norm()
+
+
+def test_forward_grad_leaves_no_gradient_of_an_earlier_step_in_a_frozen_layer():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    inputs = torch.ones(2, 4)
+    forward_grad_(model, lambda: model(inputs).square().mean())
+    model[0].requires_grad_(False)
+    forward_grad_(model, lambda: model(inputs).square().mean())
+    assert all(p.grad is None for p in model[0].parameters())
+    assert all(p.grad is not None for p in model[2].parameters())
+
+
+@pytest.mark.parametrize("tangents", ["rank-one", "normal"])
+def test_logits_that_a_closure_keeps_can_be_used_after_it(tangents):
+    model, kept = nn.Linear(4, 3), []
+    inputs = torch.randn(5, 4)
+    forward_grad_(model, lambda: kept.append(model(inputs)) or kept[-1].square().mean(), tangents=tangents)
+    assert torch.equal(kept[-1].argmax(1), model(inputs).argmax(1))
+    assert not (kept[-1] * 2).requires_grad
+
+
+WRONG = [
+    (lambda m, c: forward_grad_(m, c()), TypeError, "closure must be a function that computes the loss"),
+    (lambda m, c: forward_grad_(c, m), TypeError, "model must be an nn.Module, got function"),
+    (lambda m, c: forward_grad_([m], c), TypeError, "got list; put several models into an nn.ModuleList"),
+    (lambda m, c: forward_grad_(m, lambda: {"loss": c()}), ValueError, r"got dict;.*such as output\.loss"),
+    (lambda m, c: forward_grad_(m, c, generator=0), TypeError, r"generator must be a torch\.Generator.*got 0"),
+    (lambda m, c: forward_grad_(m, c, tangents=None), ValueError, "'per-example', 'activity', got None"),
+    (lambda m, c: forward_grad_(m, c, tangents="unit", num_tangents=5), ValueError, "leave num_tangents out"),
+    (lambda m, c: forward_gradient(lambda p: c(), m), TypeError, r"params must be a dict.*params_of\(model\)"),
+    (
+        lambda m, c: forward_grad_(m, c, tangents=lambda p, k, g: {n: v[None].numpy() for n, v in p.items()}),
+        ValueError,
+        r"the shape \(1, 3, 4\), got ndarray",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), WRONG)
+def test_wrong_arguments_are_named(call, error, message):
+    model = nn.Linear(4, 3)
+    with pytest.raises(error, match=re.compile(message, re.DOTALL)):
+        call(model, lambda: model(torch.ones(2, 4)).square().mean())
 
 
 @pytest.mark.parametrize("name", HOOKED)

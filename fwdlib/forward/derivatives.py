@@ -7,7 +7,7 @@ place, then and from then on (:func:`either_engine`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +20,15 @@ from torch.func import jvp, vmap
 from fwdlib.forward.by_backward import OTHERS
 from fwdlib.forward.mode import ForwardMode, Rewind, quiet_vmap, tangents_on, without_tape
 from fwdlib.forward.padding import Padding, without_rows
-from fwdlib.objectives import ModelLoss, Objective, check_scalar, keep_buffers, loss_and_buffers, requiring_grad
+from fwdlib.objectives import (
+    ModelLoss,
+    Objective,
+    check_depends,
+    check_scalar,
+    keep_buffers,
+    loss_and_buffers,
+    requiring_grad,
+)
 from fwdlib.tangents import AnyGenerator, Params, is_transformed
 
 T = TypeVar("T")
@@ -42,6 +50,30 @@ class Derivatives(NamedTuple):
         """Return the tangents with zeros in the rows that the loss does not depend on."""
         rows = self.padding.rows()
         return {name: without_rows(v, rows[name]) if name in rows else v for name, v in tangents.items()}
+
+
+def check_followable(modules: Iterable[nn.Module]) -> None:
+    """Refuse modules that act in the backward pass, which there is none of here.
+
+    Raises:
+        NotImplementedError: if one has backward hooks, or exchanges gradients with other processes.
+    """
+    for module in modules:
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise NotImplementedError(
+                f"the module {type(module).__name__} has backward hooks, and a forward gradient has no backward pass "
+                f"that would call them. Remove them (handle.remove()). To change gradients, register hooks of "
+                f"parameters (Tensor.register_hook), or change .grad afterwards."
+            )
+        if type(module).__name__ in EXCHANGING:
+            raise NotImplementedError(
+                f"{type(module).__name__} averages gradients in a backward pass, which a forward gradient does not "
+                f"have: the processes would differ. Pass the module inside, model.module, and average .grad yourself, "
+                f"or use `python -m fwdlib train --processes N`, where the processes exchange directional derivatives."
+            )
+
+
+EXCHANGING = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
 def suits_stacked(
@@ -101,6 +133,8 @@ def derivatives_along(
     """
 
     def by_torch() -> Derivatives:
+        if isinstance(objective, ModelLoss):
+            check_followable(objective.model.modules())
         if is_transformed() or not isinstance(objective, ModelLoss):
             return _in_one_pass(objective, params, tangents, chunk_size)
         return _pass_by_pass(objective, params, tangents, chunk_size)
@@ -144,7 +178,7 @@ def _pass_by_pass(objective: ModelLoss, params: Params, tangents: Params, chunk_
 
 def _along(objective: ModelLoss, leaves: Params, tangent: Params, tape: AbstractContextManager) -> Derivatives:
     with named_refusal(), tangents_on(leaves, tangent), tape, torch.enable_grad():
-        return _evaluated(objective.run, leaves)
+        return _evaluated(objective, objective.run, leaves)
 
 
 def _in_one_pass(objective: Objective, params: Params, tangents: Params, chunk_size: int | None) -> Derivatives:
@@ -174,7 +208,7 @@ def _in_one_pass(objective: Objective, params: Params, tangents: Params, chunk_s
                 # torch.func.jvp without the overhead of its wrappers: half the time of a step on small objectives
                 with forward_ad.dual_level():
                     duals = {name: forward_ad.make_dual(p, tangent[name]) for name, p in params.items()}
-                    one = _evaluated(lambda: objective(duals), duals)
+                    one = _evaluated(objective, lambda: objective(duals), duals)
                 return one._replace(jvps=one.jvps.reshape(1))
             loss, jvps, buffers = along(tangent)
             jvps = jvps.reshape(1)
@@ -245,12 +279,15 @@ def _push_one(function: Multiple, point: Params, tangent: Params) -> tuple[list[
     return jvp(evaluate, ({name: point[name] for name in tangent},), (tangent,), has_aux=True)
 
 
-def _evaluated(evaluate: Callable[[], Any], duals: Params) -> Derivatives:
+def _evaluated(objective: Objective, evaluate: Callable[[], Any], duals: Params) -> Derivatives:
     # Along the one tangent that the parameters have in the current dual level; the derivative is a scalar.
     with ForwardMode(duals) as mode:
         loss = check_scalar(evaluate())
     loss, derivative = forward_ad.unpack_dual(loss)
-    derivative = torch.zeros_like(loss) if derivative is None else derivative.detach()
+    if derivative is None:
+        check_depends(not is_transformed(), objective)
+        derivative = torch.zeros_like(loss)
+    derivative = derivative.detach()
     return Derivatives(loss.detach(), derivative, mode.padding)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fwdlib.forward.derivatives import check_followable
 from fwdlib.stacked.dual import Dual
 from fwdlib.stacked.forward_pass import Pass
 from fwdlib.stacked.perturbations import Perturbation
@@ -85,11 +86,13 @@ class Network:
 
     Raises:
         ValueError: as :func:`blocks_of`.
+        NotImplementedError: as :func:`fwdlib.forward.derivatives.check_followable`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = list(model.modules())
+        check_followable(self.modules)
         self.blocks = [Block(model, block) for block in blocks_of(model)]
         self.recording = Recording()
 

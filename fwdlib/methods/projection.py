@@ -9,7 +9,7 @@ from fwdlib.checks import check_choice, check_count
 from fwdlib.estimators import GradientEstimate
 from fwdlib.forward.derivatives import derivatives_along
 from fwdlib.objectives import Objective, through_hooks
-from fwdlib.tangents import AnyGenerator, Params, Sampler, sample_tangents
+from fwdlib.tangents import AnyGenerator, Params, Sampler, sample_tangents, weighted_sum
 
 RESCALES = ("unbiased",)
 RANK_TOLERANCE = 1e-12  # eigenvalues below it, relative to the largest, count as zero
@@ -92,7 +92,7 @@ def projected_gradient(
     coefficients, rank = _solve_gram(sampled, found.jvps)
     if rescale == "unbiased":
         coefficients = coefficients * (sum(p.numel() for p in params.values()) / rank.clamp(min=1))
-    grads = {name: torch.tensordot(coefficients.to(v.dtype), v, dims=1) for name, v in sampled.items()}
+    grads = {name: weighted_sum(coefficients, v) for name, v in sampled.items()}
     return GradientEstimate(found.loss, through_hooks(objective, params, grads), found.jvps)
 
 

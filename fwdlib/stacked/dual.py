@@ -6,24 +6,49 @@ primal, then one tangent for each direction. A :class:`~fwdlib.stacked.forward_p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.overrides import resolve_name
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fwdlib.forward.mode import METADATA
+
+
+class Passes:
+    """The passes of this process: each has a number, and a dual keeps that of the latest pass before it was made."""
+
+    latest = 0
+    alive: ClassVar[set[int]] = set()
+    _numbers = itertools.count(1)
+
+    @classmethod
+    def begin(cls) -> int:
+        """Return the number of a new pass."""
+        cls.latest = next(cls._numbers)
+        cls.alive.add(cls.latest)
+        return cls.latest
+
+    @classmethod
+    def end(cls, number: int) -> None:
+        """Forget a pass: its duals have no tangents any more."""
+        cls.alive.discard(number)
 
 
 class Dual(Tensor):
     """A tensor with tangents. Its shape, dtype and device are those of its primal.
 
+    After its pass it is a constant: torch's functions use its primal.
+
     Args:
         stack: shape (1 + R, ...): the primal, then R tangents.
     """
 
+    since: int
+    """The number of the latest pass that had begun."""
     _rows: Tensor | None
     _parts: tuple[Tensor, Tensor] | None
 
@@ -47,6 +72,7 @@ class Dual(Tensor):
         # It requires a gradient, so the tape reveals what C++ code or a torch.autograd.Function computes from it.
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device, requires_grad=True)
         self._rows, self._parts = rows, parts
+        self.since = Passes.latest
         return self
 
     @property
@@ -71,19 +97,28 @@ class Dual(Tensor):
         """The derivatives, shape (R, ...)."""
         return self._parts[1] if self._parts else self._rows[1:]
 
+    def is_over(self) -> bool:
+        """Return whether its pass has ended."""
+        return not any(number <= self.since for number in Passes.alive)
+
     def __repr__(self) -> str:
+        if self.is_over():
+            return repr(self.primal.detach())
         return f"Dual(shape={tuple(self.stack.shape[1:])}, num_tangents={len(self.stack) - 1})"
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         # Inside a pass torch calls Pass.__torch_function__ first, so this runs only outside.
+        kwargs = kwargs or {}
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
+        if all(x.is_over() for x in tree_leaves((args, kwargs)) if isinstance(x, Dual)):
+            args, kwargs = tree_map(lambda x: x.primal.detach() if isinstance(x, Dual) else x, (args, kwargs))
+            return func(*args, **kwargs)
         raise NotImplementedError(
-            f"{function_name(func)} was called on a dual tensor outside its pass: after it, or in another thread. If "
-            f"the model keeps an activation from one call to the next, let it keep x.detach(). If it computes in "
-            f"threads of its own, use fwdlib.forward_gradient(..., engine='torch')."
+            f"{function_name(func)} was called on a tensor with tangents outside its pass, in another thread. "
+            f"{OTHER_ENGINE}"
         )
 
     @classmethod

@@ -20,8 +20,16 @@ from torch.utils._pytree import tree_map
 
 from fwdlib.checks import check_choice
 from fwdlib.estimators import GradientEstimate
-from fwdlib.forward.derivatives import Derivatives
-from fwdlib.objectives import ModelLoss, Objective, check_scalar, requiring_grad, swapped
+from fwdlib.forward.derivatives import Derivatives, check_followable
+from fwdlib.objectives import (
+    ModelLoss,
+    Objective,
+    check_depends,
+    check_objective,
+    check_scalar,
+    requiring_grad,
+    swapped,
+)
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual, pad_rows
 from fwdlib.stacked.forward_pass import Call, Pass
 from fwdlib.stacked.perturbations import PERTURBATIONS, DensePerturbation, Perturbation
@@ -30,7 +38,6 @@ from fwdlib.tangents import (
     AnyGenerator,
     Params,
     Sampler,
-    check_params,
     count_tangents,
     divisor_of,
     is_traced,
@@ -181,6 +188,7 @@ def evaluate(
             loss = run(objective.model, objective.run, perturbation, leaves)
     check_scalar(loss)
     if not isinstance(loss, Dual):
+        check_depends(not is_transformed(), objective)
         return loss.detach(), loss.new_zeros(perturbation.num_tangents), None
     k = perturbation.num_tangents
     stack = loss.stack
@@ -228,6 +236,7 @@ def run(
         RuntimeError: if the model itself raises it.
     """
     modules = _modules_of(model)
+    check_followable(modules)
     if any(issubclass(kind, torch.jit.ScriptModule) for kind in set(map(type, modules))):
         _refuse_script(modules, params)
     try:
@@ -288,18 +297,6 @@ def _keep_primals(kept: dict | list, depth: int = 3) -> None:
             kept[key] = value.primal.detach()
         elif (kind is dict or kind is list) and value and depth and key != "_parameters" and key != "_modules":
             _keep_primals(value, depth - 1)
-
-
-def check_objective(objective: Objective, params: Params) -> None:
-    """Refuse an objective or parameters that the stacked pass cannot handle.
-
-    Raises:
-        TypeError: as :func:`stacked_gradient`.
-        ValueError: if there are no parameters, or the batch is empty.
-    """
-    check_params(params)
-    if isinstance(objective, ModelLoss) and objective.num_examples == 0:
-        raise ValueError("inputs is an empty batch, whose mean loss is not a number: pass at least one example")
 
 
 def _num_examples(objective: Objective) -> int | None:

@@ -20,7 +20,7 @@ from fwdlib.forward import by_backward
 from fwdlib.forward.by_backward import jvp_by_backward
 from fwdlib.forward.mode import METADATA, REQUIRES_GRAD
 from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of
-from fwdlib.stacked.dual import OTHER_ENGINE, Dual, function_name, joined, pad_rows, primals_of
+from fwdlib.stacked.dual import OTHER_ENGINE, Dual, Passes, function_name, joined, pad_rows, primals_of
 from fwdlib.stacked.in_place import InPlace, in_place
 from fwdlib.stacked.perturbations import Perturbation
 from fwdlib.stacked.special import SPECIAL
@@ -139,6 +139,7 @@ class Pass(TorchFunctionMode):
             self._is_inference = torch.is_inference_mode_enabled()
             self._level = _current_level()
             by_backward.begin(self._apply_function)
+            self._number, self._has_stale = Passes.begin(), False
         return super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
@@ -146,6 +147,7 @@ class Pass(TorchFunctionMode):
         super().__exit__(*exc)
         if not self._is_inside:
             by_backward.end()
+            Passes.end(self._number)
             if self._filled is not None:
                 self._filled.release()
                 self._filled = None
@@ -154,7 +156,12 @@ class Pass(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Apply the rule of ``func``."""
         kwargs = kwargs or {}
-        if not self._concerns(args) and not (kwargs and self._concerns(kwargs.values())):
+        is_concerned = self._concerns(args)
+        if kwargs:
+            is_concerned = self._concerns(kwargs.values()) or is_concerned
+        if self._has_stale and func not in METADATA:
+            args, kwargs = self._without_stale(func, args, kwargs)
+        if not is_concerned:
             if func is _set_grad_enabled and _is_fwd_grad_enabled():
                 self._grad_of_model = args[0]  # and not what a torch.autograd.Function sets for itself
             return func(*args, **kwargs)
@@ -305,14 +312,33 @@ class Pass(TorchFunctionMode):
         return not torch.is_grad_enabled()
 
     def _concerns(self, values: Iterable) -> bool:
+        # Also notes whether there are duals of an earlier pass among them.
+        found = False
         for value in values:
-            if isinstance(value, Dual) or id(value) in self.names:
-                return True
-            if isinstance(value, (list, tuple)) and self._concerns(value):
-                return True
-            if self._filled is not None and self._is_filled(value):
-                return True
-        return False
+            if isinstance(value, Dual):
+                if value.since < self._number:
+                    self._has_stale = True
+                else:
+                    found = True
+            elif id(value) in self.names:
+                found = True
+            elif isinstance(value, (list, tuple)):
+                found = self._concerns(value) or found
+            elif self._filled is not None and self._is_filled(value):
+                found = True
+        return found
+
+    def _without_stale(self, func: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        # What a closure has kept of an earlier pass is a constant in this one, as in torch's forward mode.
+        self._has_stale = False
+        if in_place(func) is not None:
+            raise NotImplementedError(
+                f"{function_name(func)} was called on a tensor that an earlier pass has computed. Let the closure keep "
+                f"x.detach() from one call to the next."
+            )
+        return tree_map(
+            lambda x: x.primal.detach() if isinstance(x, Dual) and x.since < self._number else x, (args, kwargs)
+        )
 
     def _is_filled(self, x: Any) -> bool:
         # Filled tensors have a tape, and the views of one that were made under torch.no_grad() have none.
@@ -462,8 +488,8 @@ class Pass(TorchFunctionMode):
             )
         if (name := self.name_of(target)) is not None:
             raise RuntimeError(
-                f"{function_name(func)} writes into the parameter {name!r}, which requires a gradient: torch allows it "
-                f"under torch.no_grad() alone."
+                f"{function_name(func)} writes into {name.strip()!r}, which requires a gradient: torch allows it under "
+                f"torch.no_grad() alone. Write x = x + y in place of x += y."
             )
         if not (target.is_floating_point() or target.is_complex()):  # integers have no tangents
             return func(*primals_of(args), **primals_of(kwargs))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fwdlib.tangents import Params, RankOne, is_traced, is_transformed
+from fwdlib.tangents import Params, RankOne, is_traced, is_transformed, own_precision
 
 
 class Use(NamedTuple):
@@ -50,8 +50,9 @@ class Gradients(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         """Return the gradient of one parameter as a new tensor of its shape."""
         p, gradient = self._params[name], None
-        for use in self._uses_of.get(name, ()):
-            gradient = use.add_to(gradient, self._weights(use))
+        with own_precision(p):
+            for use in self._uses_of.get(name, ()):
+                gradient = use.add_to(gradient, self._weights(use))
         if gradient is None:
             return self._total.new_zeros(p.shape, dtype=p.dtype)  # made from the derivatives, which have vmap's axis
         return gradient.to(p.dtype)
@@ -73,8 +74,9 @@ class Gradients(Mapping[str, Tensor]):
                 [(params[use.name], *use.factors()) for use in uses if use.factors], float(self._total * factor)
             )
             uses = [use for use in uses if not use.factors]
-        for use in uses:
-            use.add_to(params[use.name], self._weights(use) * factor)
+        with own_precision(self._total):
+            for use in uses:
+                use.add_to(params[use.name], self._weights(use) * factor)
 
     def _weights(self, use: Use) -> Tensor:
         return self._total if self._of_examples is None or not use.is_per_example else self._of_examples
@@ -111,12 +113,17 @@ def add_outer(target: Tensor | None, left: Tensor, right: Tensor | None, weights
     scaled = (left * weights.unsqueeze(1)).t()
     if right.dim() == 2:
         return add_product(target, scaled, right)
-    return add(target, (scaled @ right.flatten(1)).reshape(-1, *right.shape[1:]))
+    product = add_product(None, scaled, right.flatten(1))
+    return add(target, product.reshape(-1, *right.shape[1:]))
 
 
 def add_product(target: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Add the matrix product ``left @ right`` to ``target``; return it alone if the target is None."""
-    if target is None or is_transformed():  # vmap would run addmm_ seed by seed
+    """Add the matrix product ``left @ right`` to ``target``; return it alone if the target is None.
+
+    It is computed with the precision of ``right``, which is that of the layer.
+    """
+    left = left.to(right.dtype)
+    if target is None or target.dtype != right.dtype or is_transformed():  # vmap would run addmm_ seed by seed
         return add(target, left @ right)
     return target.addmm_(left, right)
 

@@ -29,7 +29,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from fwdlib.forward.padding import Padding, without_rows
 from fwdlib.stacked.gradients import Gradients, Use, add, add_outer, add_product
-from fwdlib.tangents import Params, RankOne, is_traced, is_transformed, rank_one_factors
+from fwdlib.tangents import Params, RankOne, is_traced, is_transformed, rank_one_factors, weighted_sum
 
 DrawSigns = Callable[[Sequence[int], Tensor], Tensor]
 """Draws independent signs of a shape, with the dtype and device of a tensor."""
@@ -261,7 +261,7 @@ class DensePerturbation(Perturbation):
         if name not in self._used:
             self._used.add(name)
             dense = self._dense  # and not self, see above
-            self.uses.append(Use(name, lambda t, weights: add(t, torch.tensordot(weights, dense[name], dims=1))))
+            self.uses.append(Use(name, lambda t, weights: add(t, weighted_sum(weights, dense[name]))))
         return self._dense[name]
 
     def _drop_rows(self, name: str, rows: list[int]) -> None:
@@ -385,7 +385,7 @@ class ActivityPerturbation(Perturbation):
         """Add signs; the estimate is the weight gradient of a convolution."""
 
         def correlate(target: Tensor | None, rows: Tensor) -> Tensor:
-            return add(target, layer.weight_gradient(inputs, self.params[weight].shape, rows))
+            return add(target, layer.weight_gradient(inputs, self.params[weight].shape, rows.to(inputs.dtype)))
 
         return add(tangents, self._perturb(weight, bias, inputs, outputs, correlate, 1))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fwdlib import runtime
 from fwdlib.checks import check_choice, check_count, check_positive
-from fwdlib.objectives import BatchLoss, ClosureLoss, ModelLoss, params_of, swapped
+from fwdlib.objectives import BatchLoss, ClosureLoss, ModelLoss, check_objective, params_of, swapped
 from fwdlib.stacked.batches import count_examples, describe, flatten_batch, with_leaves
-from fwdlib.stacked.estimator import check_objective, evaluate
+from fwdlib.stacked.estimator import evaluate
 from fwdlib.stacked.graph import CompiledStep, CountedSigns, Refused, cause_of, how_large, record, write_assigned
 from fwdlib.stacked.perturbations import PERTURBATIONS, DrawSigns
 from fwdlib.stacked.state import State
@@ -26,6 +26,12 @@ MAX_OPERATIONS = 1_000
 """Larger steps, which take more than half a minute to compile, are compiled only on request."""
 MAX_STATES = 8
 """How many different states of a model's Python values the step follows, before it stops compiling."""
+
+_OPTIONS: dict[str, Callable[[str, Any], Any]] = {
+    "learning_rate": check_positive,
+    "num_tangents": check_count,
+    "tangents": partial(check_choice, allowed=PERTURBATIONS),
+}
 
 
 class SGDStep:
@@ -87,9 +93,9 @@ class SGDStep:
     ) -> None:
         self.model = model
         self.loss = loss
-        self.learning_rate = check_positive("learning_rate", learning_rate)
-        self.num_tangents = check_count("num_tangents", num_tangents)
-        self.tangents = check_choice("tangents", tangents, PERTURBATIONS)
+        self.learning_rate = learning_rate
+        self.num_tangents = num_tangents
+        self.tangents = tangents
         self.generator = generator
         self.compiled = runtime.has_compiler() if compiled is None else compiled
         if self.compiled and not runtime.has_compiler():
@@ -104,6 +110,10 @@ class SGDStep:
         self._graphs: dict[tuple, CompiledStep | int | None] = {}
         self._warned: set[str] = set()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; options of the step are checked."""
+        super().__setattr__(name, _OPTIONS[name](name, value) if name in _OPTIONS else value)
+
     @torch.no_grad()
     def __call__(self, *batch: Any) -> Tensor:
         """Take one step and return the loss before it, a scalar.
@@ -114,11 +124,13 @@ class SGDStep:
         Raises:
             TypeError: if it is called with other arguments, or as :func:`fwdlib.stacked.estimator.stacked_gradient`.
             ValueError: as :func:`fwdlib.stacked.estimator.stacked_gradient`.
+            NotImplementedError: likewise, or if a parameter has hooks, for which there is no gradient.
         """
         found = self._conditions(batch) if self.compiled else None
         if found is None:
             return self._eager(batch, partial(random_signs, generator=self.generator))
         key, leaves = found
+        _refuse_hooks(self._states[self._current].trainable.values())
         graph = self._graphs.get(key)
         if isinstance(graph, int):
             graph = self._graphs[key] = self._compile(batch, leaves, graph)
@@ -201,6 +213,7 @@ class SGDStep:
         return step, loss_alone
 
     def _eager(self, batch: tuple, draw_signs: DrawSigns) -> Tensor:
+        _refuse_hooks(self.model.parameters())
         params = params_of(self.model)
         objective = self._objective(batch)
         check_objective(objective, params)
@@ -247,3 +260,11 @@ class SGDStep:
             while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in ("fwdlib", "torch"):
                 frame, level = frame.f_back, level + 1
             warnings.warn(message, stacklevel=level)  # at the line that took the step
+
+
+def _refuse_hooks(parameters: Iterable[Tensor]) -> None:
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
+        raise NotImplementedError(
+            "a parameter has a hook (Tensor.register_hook), and SGDStep computes no gradient that it could be given. "
+            "Use fwdlib.forward_grad_ and an optimizer."
+        )

@@ -252,7 +252,8 @@ def test_the_section_begins_with_the_rivals_that_win(bench):
     text = render.environment().get_template("sections/cost.md.j2").render(cost=found, infinity=math.inf)
     first = text.split("\n\n")[1]
     assert first.startswith("**Where a rival wins.** On the CNN (")
-    assert "on 1 of 2 models: the CNN (1.00 MB with two\\-point, 3.00 MB with rank-one)" in first
+    assert "One of these takes less memory than rank-one tangents on 0 of 2 models; with a difference" in first
+    assert "as a rival, too, on 1: the CNN (1.00 MB with two\\-point, 3.00 MB with rank-one)" in first
     assert "% of backprop's, but 15 % of what the strictest rival needs (L checkpoints" in text
     assert "figures/front.svg" in text
     assert "On the MLP L checkpoints has the lowest test loss" in text

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fwdlib.objectives import BatchLoss, params_of
+from fwdlib.estimators import backprop_gradient
+from fwdlib.objectives import BatchLoss, ClosureLoss, params_of
 from fwdlib.stacked.dual import Dual
 from fwdlib.stacked.estimator import stacked_gradient, stacked_jvp
 from fwdlib.stacked.forward_pass import RULES, Call, Pass, register_rule
 from fwdlib.stacked.perturbations import PerExamplePerturbation, Perturbation
-from fwdlib.tangents import random_signs
+from fwdlib.tangents import normal, random_signs
 from tests.forward.test_mode import BATCH
 from tests.forward.test_mode import MODELS as MODELS_OF_FORWARD_MODE
 from tests.stacked.against_backprop import INPUTS, Net, assert_as_backprop, by_the_pass
@@ -26,7 +27,9 @@ PARAMS = {"weight": torch.arange(12.0).reshape(4, 3)}
 
 @pytest.fixture
 def x():
-    return Dual(torch.arange(24.0).reshape(2, 4, 3))
+    x = Dual(torch.arange(24.0).reshape(2, 4, 3))
+    x.since = 10**9  # as if made in the pass of the test
+    return x
 
 
 def run_of(kind=Perturbation, params=PARAMS, num_examples=4, calls=None, num_tangents=1):
@@ -175,7 +178,7 @@ MODELS = {
     "scalar tensors do not widen": lambda x: x.float() * torch.tensor(2.0, dtype=torch.float64),
     "a mean over everything": lambda x: x.mean(),
     "centred by a mean over everything": lambda x: (x - x.mean()).square(),
-    "nothing of it": lambda x: x.detach() * 2,
+    "a part of it detached": lambda x: x.detach() * 2 * x[:1],
     "sqrt of the number of features": lambda x: x / x.shape[-1] ** 0.5,
 }
 
@@ -253,11 +256,45 @@ def test_an_activation_that_is_kept_in_the_model_becomes_plain():
     assert (model.state + 1).isfinite().all()
 
 
-def test_an_activation_that_is_kept_elsewhere_is_named():
+def test_an_activation_that_a_closure_keeps_is_a_constant_after_the_pass_and_in_the_next():
     kept = []
-    estimate_of(Wrapped(lambda x: kept.append(x) or x * 2))
-    with pytest.raises(RuntimeError, match=r"outside its pass.*keep x\.detach\(\)"):
-        kept[0] + 1
+    model = Wrapped(lambda x: kept.append(x) or x * 2)
+    estimate_of(model)
+    assert torch.equal(kept[0].argmax(1), kept[0].detach().argmax(1))
+
+    draw = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(5, 3, generator=draw), nn.Parameter(torch.randn(3, 3, generator=draw))
+    gru, states = nn.GRUCell(3, 3), [torch.zeros(5, 3)]
+    gru.register_parameter("own", weight)
+
+    def closure():
+        states.append(gru(inputs @ weight, states[-1]))
+        return torch.cat([states[-2], states[-1]]).square().mean()
+
+    for num_tangents in (1, 3):
+        params, last = params_of(gru), len(states) - 1
+        tangents = normal(params, num_tangents, draw)
+        loss, jvps = stacked_jvp(ClosureLoss(gru, closure), params, tangents)
+        states[last] = states[last].detach()
+        del states[last + 1 :]
+        exact = backprop_gradient(ClosureLoss(gru, closure), params)
+        torch.testing.assert_close(loss, exact.loss)
+        expected = sum((exact.grads[name] * v).flatten(1).sum(1) for name, v in tangents.items())
+        torch.testing.assert_close(jvps, expected, rtol=1e-4, atol=1e-6)
+        del states[last + 1 :]
+        stacked_jvp(ClosureLoss(gru, closure), params, tangents)  # leaves a state of its own for the next round
+
+
+def test_what_an_earlier_pass_has_computed_is_not_written_into():
+    kept, model = [], nn.Linear(3, 3)
+
+    def closure():
+        kept.append(model(torch.ones(2, 3)))
+        return kept[0].mul_(2).sum() + kept[-1].sum()
+
+    stacked_gradient(ClosureLoss(model, closure), params_of(model))
+    with pytest.raises(NotImplementedError, match=r"keep x\.detach\(\)"):
+        stacked_gradient(ClosureLoss(model, closure), params_of(model))
 
 
 def test_an_error_in_the_model_leaves_everything_as_it_was():

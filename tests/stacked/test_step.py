@@ -52,6 +52,37 @@ def test_eager_step_is_an_estimate_and_an_update(tangents):
         torch.testing.assert_close(params_of(twin), params)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("learning_rate", -5, "learning_rate must be a finite number above 0, got -5"),
+        ("num_tangents", 0, "num_tangents must be a whole number of at least 1, got 0"),
+        ("tangents", "foo", "tangents must be one of 'rank-one', 'per-example', 'activity', got 'foo'"),
+    ],
+)
+def test_options_are_checked_whenever_they_are_set(name, value, message):
+    step = SGDStep(nn.Linear(3, 2), learning_rate=0.1, compiled=False)
+    with pytest.raises(ValueError, match=message):
+        setattr(step, name, value)
+    with pytest.raises(ValueError, match=message):
+        SGDStep(nn.Linear(3, 2), **{"learning_rate": 0.1, name: value}, compiled=False)
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_parameters_are_refused_also_after_compilation(recorded, register):
+    model, inputs, targets = small_net()
+    step = SGDStep(model, learning_rate=0.1)
+    for _ in range(3):
+        step(inputs, targets)
+    before = {name: p.clone() for name, p in params_of(model).items()}
+    handle = getattr(next(model.parameters()), register)(lambda _: None)
+    with pytest.raises(NotImplementedError, match="a parameter has a hook"):
+        step(inputs, targets)
+    torch.testing.assert_close(params_of(model), before, rtol=0, atol=0)
+    handle.remove()
+    step(inputs, targets)
+
+
 SETTINGS = SimpleNamespace(scale=1.0)
 SCALE = 1.0
 
