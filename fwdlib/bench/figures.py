@@ -49,7 +49,7 @@ def plot_cost(bench: dict[str, Any]) -> Figure:
     labels.sort(key=lambda label: list(METHOD_STYLES).index(label.split(" K=")[0]))
     columns = min(3, len(entries))
     rows = -(-len(entries) // columns)
-    figure = Figure(figsize=(1.5 + 2.6 * columns, 0.85 + rows * (0.75 + 0.24 * len(labels))))
+    figure = Figure(figsize=(1.5 + 2.6 * columns, 0.85 + rows * (0.65 + 0.17 * len(labels))))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes in panels.flat[len(entries) :]:
         axes.set_visible(False)

@@ -96,7 +96,6 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
         "large": next((study for study in studies if study["title"] == LARGE), None),
         "missing": [title for task, title in TITLES.items() if task not in found["studies"]],
         "sources": list({content["source"]["fingerprint"]: content["source"] for content in contents}.values()),
-        "modes": MODES,
         "depths": _depths(found["depths"]),
         "steps": _steps(found["steps"]) if found["steps"] else None,
         "environment": contents[0]["environment"],
@@ -186,4 +185,5 @@ def _steps(steps: dict[str, Any]) -> dict[str, Any]:
         }
         for net, taken in steps["seconds"].items()
     }
-    return {"rows": rows, "against": against, "environment": steps["environment"]}
+    modes = [mode for mode in MODES if mode != "BP" and any(mode in of for of in rows.values())]
+    return {"rows": rows, "modes": modes, "against": against, "environment": steps["environment"]}

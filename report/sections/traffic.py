@@ -40,7 +40,7 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
         "best_sending": {budget: _best(_without(rows, SILENT), budget) for budget in MEGABYTES},
         "best_forward": {budget: _best(rows, budget, FORWARD) for budget in MEGABYTES},
         "silent": rows.get(SILENT),
-        "too_large": 4 * found["num_params"] > 1e6 * MEGABYTES[0],  # one exchange of all gradients, for the first budget
+        "too_large": 4 * found["num_params"] > 1e6 * MEGABYTES[0],  # one exchange of all gradients
         "behind": {budget: _behind(rows, budget) for budget in MEGABYTES},
         "num_seeds": min(row["num_seeds"] for row in rows.values()),
     }

@@ -100,11 +100,9 @@ def test_nothing_is_said_where_a_part_is_missing(load, part):
 
 def test_the_headline_is_the_ratio_to_the_fastest_reverse_mode(load):
     text = text_of(load(content()))
-    assert (
-        f"| Lotka-Volterra, 1 trajectory | 1,000 | 6 (6) | {BY_TWENTY} | 0.700 | 1.00 s | 30.0 s, 30.0 s | the first | 3.00 x"
-        in text
-    )
-    assert "| forward over | eager | checkpointed | compiled by 5 | compiled by 20 | odeint, adjoint |" in text
+    assert f"| Lotka-Volterra, 1 trajectory | 1,000 | 6 (6) | {BY_TWENTY} | 0.700 | 1.00 s |" in text
+    assert "| 30.0 s, 30.0 s | the first | 3.00 x" in text
+    assert "| forward over | eager | check­pointed | compiled by 5 | compiled by 20 | odeint, adjoint |" in text
     assert f"| Recurrent, 128 units, relu | 0.0100 | 0.00800 | 0.400 | 0.700 | {chr(0x2013)} |" in text
     assert "**Where a rival wins.** In none of these cases." in text
     assert "step by step with all unit tangents at once, the time is 0.00300 (Lotka-Volterra, 1 trajectory)" in text
