@@ -80,10 +80,19 @@ def test_perturbations_before_examples_mix_get_the_weight_of_the_whole_loss(mixe
     assert uses(mixes) == [False]
 
 
-def test_a_loss_comes_with_the_pieces_of_its_examples():
+LOSSES = {
+    "mean": lambda y: y.square().mean(),
+    "cross entropy": lambda y: F.cross_entropy(y, torch.tensor([0, 1, 2, 3])),
+    "label smoothing": lambda y: F.cross_entropy(y, torch.tensor([0, 1, -100, 3]), label_smoothing=0.1),
+    "probabilities": lambda y: F.cross_entropy(y, torch.full((4, 4), 0.25), reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_comes_with_the_pieces_of_its_examples(name):
     run = run_of(PerExamplePerturbation, num_tangents=2)
     with run:
-        loss = F.linear(torch.ones(4, 3), PARAMS["weight"]).square().mean()
+        loss = LOSSES[name](F.linear(torch.ones(4, 3), PARAMS["weight"]))
     total, pieces = loss.stack[1:3], loss.stack[3:].reshape(2, 4)
     torch.testing.assert_close(total, pieces.sum(1))
     assert [use.is_per_example for use in run.perturbation.uses] == [True]

@@ -11,6 +11,7 @@ from torch import Tensor
 from fwdlib.stacked.dual import Dual
 from fwdlib.stacked.forward_pass import Pass
 from fwdlib.stacked.rules.normalisation import log_softmax
+from fwdlib.stacked.rules.reductions import sum_
 from fwdlib.stacked.rules.rows import dual_of, is_autocast, is_half
 from fwdlib.stacked.rules.signatures import rule_of
 
@@ -28,13 +29,36 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Any:
     """Compute the log softmax and then the loss, which is linear in it."""
-    if target.is_floating_point() or label_smoothing or size_average is not None or reduce is not None:
+    is_soft = target.is_floating_point() or label_smoothing
+    if size_average is not None or reduce is not None or reduction not in ("mean", "sum", "none"):
         return NotImplemented
-    if run.has_tangents(weight) or logits.dim() == 1:
+    if run.has_tangents(weight) or run.has_tangents(target) or logits.dim() == 1 or (is_soft and weight is not None):
         return NotImplemented
-    logits = _as_in_losses(run, logits)
-    log_probs = log_softmax(run, logits, 1)
-    return nll_loss(run, log_probs, target, weight, None, ignore_index, None, reduction)
+    log_probs = log_softmax(run, _as_in_losses(run, logits), 1)
+    if not is_soft:
+        return nll_loss(run, log_probs, target, weight, None, ignore_index, None, reduction)
+    if not 0 <= label_smoothing <= 1 or target.shape not in (log_probs.shape, (len(log_probs), *log_probs.shape[2:])):
+        return NotImplemented
+    return _with_probabilities(run, log_probs, target, ignore_index, reduction, label_smoothing)
+
+
+def _with_probabilities(
+    run: Pass, log_probs: Dual, target: Tensor, ignore_index: int, reduction: str, smoothing: float
+) -> Dual:
+    # The targets are a distribution over the classes: given as one, or made of class indices by label smoothing.
+    stack, num_classes = log_probs.stack, log_probs.shape[1]
+    count: int | Tensor = log_probs.numel() // num_classes
+    mask: float | Tensor = 1.0
+    if not target.is_floating_point():
+        valid = target != ignore_index
+        count, mask = valid.sum(), valid.unsqueeze(1)
+        target = F.one_hot(torch.where(valid, target, 0), num_classes).movedim(-1, 1)
+    probabilities = ((1 - smoothing) * target.to(stack.dtype) + smoothing / num_classes) * mask
+    losses = Dual(-(stack * probabilities).sum(2))
+    if reduction == "none":
+        return losses
+    total = sum_(run, losses)
+    return Dual(total.stack / count) if reduction == "mean" else total
 
 
 @rule_of(F.nll_loss)

@@ -163,6 +163,12 @@ weight = torch.tensor([1.0, 2.0, 3.0]).double()
 case([F.cross_entropy, F.nll_loss], [matrix], lambda f, x: f(x, LABELS, weight))
 case([F.cross_entropy], [(4, 3, 2)], lambda f, x: f(x, torch.stack([LABELS, LABELS.flip(0)], 1)))
 for reduction in ("mean", "sum", "none"):
+    options = {"reduction": reduction, "label_smoothing": 0.2}
+    pairs = torch.stack([LABELS, LABELS.flip(0)], 1)
+    case([F.cross_entropy], [(4, 3, 2)], lambda f, x, o=options, t=pairs: f(x, t, ignore_index=1, **o))
+    shares = torch.arange(12.0).view(4, 3) / 10
+    case([F.cross_entropy], [matrix], lambda f, x, o=options, t=shares: f(x, t, **o))
+for reduction in ("mean", "sum", "none"):
     case([F.mse_loss], [matrix, matrix], lambda f, x, y, r=reduction: f(x, y, reduction=r))
 
 torch.backends.mha.set_fastpath_enabled(False)  # it has no forward derivative, and torch would use it in forward mode
