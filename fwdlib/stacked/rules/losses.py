@@ -37,6 +37,8 @@ def cross_entropy(
     log_probs = log_softmax(run, _as_in_losses(run, logits), 1)
     if not is_soft:
         return nll_loss(run, log_probs, target, weight, None, ignore_index, None, reduction)
+    if target.is_floating_point() and torch.promote_types(target.dtype, log_probs.dtype) != log_probs.dtype:
+        return NotImplemented
     if not 0 <= label_smoothing <= 1 or target.shape not in (log_probs.shape, (len(log_probs), *log_probs.shape[2:])):
         return NotImplemented
     return _with_probabilities(run, log_probs, target, ignore_index, reduction, label_smoothing)
@@ -52,8 +54,8 @@ def _with_probabilities(
     if not target.is_floating_point():
         valid = target != ignore_index
         count, mask = valid.sum(), valid.unsqueeze(1)
-        target = F.one_hot(torch.where(valid, target, 0), num_classes).movedim(-1, 1)
-    probabilities = ((1 - smoothing) * target.to(stack.dtype) + smoothing / num_classes) * mask
+        target = F.one_hot(torch.where(valid, target, 0), num_classes).movedim(-1, 1).to(stack.dtype)
+    probabilities = ((1 - smoothing) * target + smoothing / num_classes) * mask
     losses = Dual(-(stack * probabilities).sum(2))
     if reduction == "none":
         return losses
