@@ -17,6 +17,7 @@ from fwdlib.plotting import (
     METHOD_STYLES,
     draw_band,
     legend_below,
+    panels,
     plain_decades,
     plain_ticks,
     style_of,
@@ -278,6 +279,27 @@ def plot_over_time(curves: dict[str, tuple[float, Run]]) -> Figure:
     plain_ticks(axes)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend()
+    return figure
+
+
+@styled
+def plot_budget(networks: dict[str, dict[str, np.ndarray]]) -> Figure:
+    """Draw the test losses over the processor time that the steps took.
+
+    Args:
+        networks: network -> method -> shape (4, evaluations): seconds, and lower quartile, median and upper quartile of
+            the test loss over the seeds.
+
+    Returns:
+        A figure with a panel for each network.
+    """
+    figure = Figure(figsize=(8, 3.6))
+    for axes, title, curves in panels(figure, networks, squeeze=False):
+        for method, (seconds, *band) in curves.items():
+            draw_band(axes, seconds, band, style_of(method), label=method)
+        axes.set(title=title, xlabel="processor time of the steps [s]", ylabel="test loss [nats]", yscale="log")
+        plain_ticks(axes)
+    legend_below(figure, figure.axes[0].get_legend_handles_labels()[0])
     return figure
 
 

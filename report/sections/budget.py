@@ -39,9 +39,28 @@ def context(found: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _row(found: dict[str, Any], network: str, method: str, memory: int) -> dict[str, Any] | None:
+def curves(found: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """Return the test losses over time as ``plot_budget`` takes them. A training that diverged ends the curve."""
+    drawn: dict[str, dict[str, np.ndarray]] = {}
+    for network, memory in found["memory"].items():
+        for method in memory:
+            if not (runs := _runs(found, network, method)):
+                continue
+            length = min(len(run["test"]) for run in runs)
+            losses = np.array([[float(loss) for loss in run["test"][:length]] for run in runs])
+            seconds = np.median([run["seconds"][:length] for run in runs], axis=0)
+            quartiles = np.quantile(losses, (0.25, 0.5, 0.75), axis=0)
+            drawn.setdefault(network, {})[method] = np.vstack([seconds, quartiles])
+    return drawn
+
+
+def _runs(found: dict[str, Any], network: str, method: str) -> list[dict[str, Any]]:
     where = {"network": network, "method": method, "purpose": "measured"}
-    runs = [run for run in found["runs"] if where.items() <= run.items()]
+    return [run for run in found["runs"] if where.items() <= run.items()]
+
+
+def _row(found: dict[str, Any], network: str, method: str, memory: int) -> dict[str, Any] | None:
+    runs = _runs(found, network, method)
     if not runs:
         return None
     test = [_least(run["test"]) for run in runs]

@@ -79,6 +79,8 @@ def figures(measured: dict[str, Any]) -> dict[str, Figure]:
         found["depth"] = bench_figures.plot_depth(bench, published.load()["paper"]["depth"])
     if any(map(bench.get, bench_figures.VARIED)):
         found["sweeps"] = bench_figures.plot_sweeps(bench)
+    if measured.get("budget"):
+        found["budget"] = bench_figures.plot_budget(budget.curves(measured["budget"]))
     return found
 
 

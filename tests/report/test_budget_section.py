@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fwdlib.bench.figures import plot_budget
 from fwdlib.statistics import Interval
 from report.sections import budget, claims_on_cost
 from report.sections.verdicts import judge
@@ -31,6 +32,18 @@ def test_rows_hold_the_best_loss_of_each_seed():
     assert row["num_seeds"] == 10
     assert row["test"].estimate == pytest.approx(0.3055)
     assert row["memory"] == 3_000_000
+
+
+def test_the_figure_has_the_quartiles_over_the_seeds(drawn):
+    curves = budget.curves(made_up())
+    seconds, low, middle, high = curves["MLP"]["rank-one"]
+    assert list(seconds) == [0, 15, 30, 45, 60]
+    assert [low[-1], middle[-1], high[-1]] == pytest.approx([0.30325, 0.3055, 0.30775])
+    (axes,) = drawn(plot_budget, curves).axes
+    assert {line.get_label() for line in axes.lines} == set(ENDS)
+    (line,) = (line for line in axes.lines if line.get_label() == "rank-one")
+    assert list(line.get_ydata()) == pytest.approx(list(middle))
+    assert axes.get_title(loc="left") == "MLP"
 
 
 def test_the_cap_leaves_out_what_needs_more():
