@@ -103,7 +103,7 @@ def _loss_and_gradient(objective: Objective, evaluate: Callable[[], Tensor], lea
         found = [None] * len(leaves)
         if loss.requires_grad:
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    check_depends(all(g is None for g in found), objective)
+    check_depends(all(g is None for g in found), objective, leaves)
     grads = {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(leaves.items(), found, strict=True)}
     return loss.detach(), grads
 

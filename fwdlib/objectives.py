@@ -173,9 +173,9 @@ class BatchLoss(ModelLoss):
         self.loss = loss
 
     @property
-    def num_examples(self) -> int:
-        """B, the number of examples in the batch."""
-        return len(self.inputs)
+    def num_examples(self) -> int | None:
+        """B, the number of examples in the batch; None if the inputs have no axis of examples."""
+        return len(self.inputs) if self.inputs.dim() else None
 
     def run(self) -> Tensor:
         """Return the loss of the model as it is, a scalar."""
@@ -298,13 +298,13 @@ def check_scalar(loss: Any) -> Tensor:
     return loss
 
 
-def check_depends(is_constant: bool, objective: Objective) -> None:
-    """Refuse the loss of a model that is a constant, as ``loss.backward()`` does.
+def check_depends(is_constant: bool, objective: Objective, params: Params) -> None:
+    """Refuse the loss of a model that is a constant, as ``loss.backward()`` does, if ``params`` are all it could train.
 
     Raises:
         ValueError: if it is.
     """
-    if is_constant and isinstance(objective, ModelLoss):
+    if is_constant and isinstance(objective, ModelLoss) and params_of(objective.model).keys() <= params.keys():
         raise ValueError(
             "the loss does not depend on the model's trainable parameters: it was detached, computed under "
             "torch.no_grad() or torch.inference_mode(), by another model, or from integers such as argmax returns"

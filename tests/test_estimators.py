@@ -683,11 +683,25 @@ def test_modules_that_act_in_a_backward_pass_are_refused(name, tmp_path):
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        model = nn.parallel.DistributedDataParallel(nn.Linear(4, 3))
-        with pytest.raises(NotImplementedError, match=r"DistributedDataParallel averages gradients.*model\.module"):
+        model = type("Own", (nn.parallel.DistributedDataParallel,), {})(nn.Linear(4, 3))
+        with pytest.raises(NotImplementedError, match=r"Own averages gradients.*model\.module"):
             HOOKED[name](ClosureLoss(model, lambda: model(inputs).sum()), params_of(model))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_subset_of_parameters_that_a_batch_does_not_use_has_no_gradient():
+    experts, inputs = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)]), torch.randn(5, 4)
+    unused = {name: p for name, p in params_of(experts).items() if name.startswith("1.")}
+    for estimator in HOOKED.values():
+        found = estimator(ClosureLoss(experts, lambda: experts[0](inputs).sum()), unused)
+        assert not any(g.any() for g in found.grads.values())
+
+
+def test_inputs_without_an_axis_of_examples():
+    objective = BatchLoss(nn.Embedding(3, 4), torch.tensor(2), torch.tensor(1))
+    for estimator in HOOKED.values():
+        assert estimator(objective, params_of(objective.model)).loss > 0
 
 
 @pytest.mark.parametrize("name", HOOKED)

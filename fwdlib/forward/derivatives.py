@@ -6,6 +6,7 @@ place, then and from then on (:func:`either_engine`).
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -45,6 +46,8 @@ class Derivatives(NamedTuple):
     """Shape (K,)."""
     padding: Padding
     """Which rows of embedding tables the loss does not depend on."""
+    is_constant: bool = False
+    """Whether the loss is known to depend on no parameter."""
 
     def trained(self, tangents: Params) -> Params:
         """Return the tangents with zeros in the rows that the loss does not depend on."""
@@ -65,7 +68,7 @@ def check_followable(modules: Iterable[nn.Module]) -> None:
                 f"that would call them. Remove them (handle.remove()). To change gradients, register hooks of "
                 f"parameters (Tensor.register_hook), or change .grad afterwards."
             )
-        if type(module).__name__ in EXCHANGING:
+        if _exchanges(type(module)):
             raise NotImplementedError(
                 f"{type(module).__name__} averages gradients in a backward pass, which a forward gradient does not "
                 f"have: the processes would differ. Pass the module inside, model.module, and average .grad yourself, "
@@ -73,7 +76,11 @@ def check_followable(modules: Iterable[nn.Module]) -> None:
             )
 
 
-EXCHANGING = ("DistributedDataParallel", "FullyShardedDataParallel")
+@functools.cache
+def _exchanges(kind: type) -> bool:
+    # By names, because importing torch's classes takes long.
+    names = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+    return not names.isdisjoint(base.__name__ for base in kind.__mro__)
 
 
 def suits_stacked(
@@ -169,6 +176,7 @@ def _pass_by_pass(objective: ModelLoss, params: Params, tangents: Params, chunk_
                     raise
                 rewind()  # the model calls torch.autograd.grad by its own parameters, which takes a tape
                 one = _along(objective, leaves, tangent, requiring_grad(leaves.values()))
+            check_depends(one.is_constant, objective, params)
             jvps.append(one.jvps)
         else:
             return one._replace(jvps=torch.stack(jvps))
@@ -178,7 +186,7 @@ def _pass_by_pass(objective: ModelLoss, params: Params, tangents: Params, chunk_
 
 def _along(objective: ModelLoss, leaves: Params, tangent: Params, tape: AbstractContextManager) -> Derivatives:
     with named_refusal(), tangents_on(leaves, tangent), tape, torch.enable_grad():
-        return _evaluated(objective, objective.run, leaves)
+        return _evaluated(objective.run, leaves)
 
 
 def _in_one_pass(objective: Objective, params: Params, tangents: Params, chunk_size: int | None) -> Derivatives:
@@ -208,7 +216,7 @@ def _in_one_pass(objective: Objective, params: Params, tangents: Params, chunk_s
                 # torch.func.jvp without the overhead of its wrappers: half the time of a step on small objectives
                 with forward_ad.dual_level():
                     duals = {name: forward_ad.make_dual(p, tangent[name]) for name, p in params.items()}
-                    one = _evaluated(objective, lambda: objective(duals), duals)
+                    one = _evaluated(lambda: objective(duals), duals)
                 return one._replace(jvps=one.jvps.reshape(1))
             loss, jvps, buffers = along(tangent)
             jvps = jvps.reshape(1)
@@ -279,16 +287,14 @@ def _push_one(function: Multiple, point: Params, tangent: Params) -> tuple[list[
     return jvp(evaluate, ({name: point[name] for name in tangent},), (tangent,), has_aux=True)
 
 
-def _evaluated(objective: Objective, evaluate: Callable[[], Any], duals: Params) -> Derivatives:
+def _evaluated(evaluate: Callable[[], Any], duals: Params) -> Derivatives:
     # Along the one tangent that the parameters have in the current dual level; the derivative is a scalar.
     with ForwardMode(duals) as mode:
         loss = check_scalar(evaluate())
     loss, derivative = forward_ad.unpack_dual(loss)
-    if derivative is None:
-        check_depends(not is_transformed(), objective)
-        derivative = torch.zeros_like(loss)
-    derivative = derivative.detach()
-    return Derivatives(loss.detach(), derivative, mode.padding)
+    is_constant = derivative is None
+    derivative = torch.zeros_like(loss) if is_constant else derivative.detach()
+    return Derivatives(loss.detach(), derivative, mode.padding, is_constant)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fwdlib.forward.mode import METADATA
+from fwdlib.forward.mode import METADATA, REQUIRES_GRAD
 
 
 class Passes:
@@ -28,9 +28,9 @@ class Passes:
     @classmethod
     def begin(cls) -> int:
         """Return the number of a new pass."""
-        cls.latest = next(cls._numbers)
-        cls.alive.add(cls.latest)
-        return cls.latest
+        number = cls.latest = next(cls._numbers)
+        cls.alive.add(number)
+        return number
 
     @classmethod
     def end(cls, number: int) -> None:
@@ -99,7 +99,7 @@ class Dual(Tensor):
 
     def is_over(self) -> bool:
         """Return whether its pass has ended."""
-        return not any(number <= self.since for number in Passes.alive)
+        return not any(number <= self.since for number in tuple(Passes.alive))
 
     def __repr__(self) -> str:
         if self.is_over():
@@ -110,12 +110,14 @@ class Dual(Tensor):
     def __torch_function__(cls, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         # Inside a pass torch calls Pass.__torch_function__ first, so this runs only outside.
         kwargs = kwargs or {}
+        is_over = all(x.is_over() for x in tree_leaves((args, kwargs)) if isinstance(x, Dual))
+        if func == REQUIRES_GRAD and is_over:
+            return False
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if all(x.is_over() for x in tree_leaves((args, kwargs)) if isinstance(x, Dual)):
-            args, kwargs = tree_map(lambda x: x.primal.detach() if isinstance(x, Dual) else x, (args, kwargs))
-            return func(*args, **kwargs)
+        if is_over:
+            return func(*tree_map(_constant, args), **tree_map(_constant, kwargs))
         raise NotImplementedError(
             f"{function_name(func)} was called on a tensor with tangents outside its pass, in another thread. "
             f"{OTHER_ENGINE}"
@@ -123,10 +125,16 @@ class Dual(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if all(x.is_over() for x in tree_leaves((args, kwargs)) if isinstance(x, Dual)):
+            return func(*tree_map(_constant, args), **tree_map(_constant, kwargs or {}))
         raise NotImplementedError(
             f"{func} reached a tensor with tangents from below torch's function overrides: by TorchScript, a "
             f"torch.func transform, or code in C++. The stacked engine cannot see such calls. {OTHER_ENGINE}"
         )
+
+
+def _constant(x: Any) -> Any:
+    return x.primal.detach() if isinstance(x, Dual) else x
 
 
 OTHER_ENGINE = "Use fwdlib.forward_gradient(..., engine='torch')."

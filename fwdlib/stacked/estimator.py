@@ -188,7 +188,7 @@ def evaluate(
             loss = run(objective.model, objective.run, perturbation, leaves)
     check_scalar(loss)
     if not isinstance(loss, Dual):
-        check_depends(not is_transformed(), objective)
+        check_depends(not is_transformed(), objective, params)
         return loss.detach(), loss.new_zeros(perturbation.num_tangents), None
     k = perturbation.num_tangents
     stack = loss.stack

@@ -127,6 +127,8 @@ class Pass(TorchFunctionMode):
         self._filled: Filled | None = None  # made when a model first needs it
         self._doubtful: Doubtful | None = None
         self._num_doubts = 0
+        self._number = 0
+        self._has_stale = False  # whether the arguments of this call have duals of an earlier pass among them
         self._is_inside = False  # whether a rule runs, whose own calls come here if it opens the pass again
         self._has_forward_ad = torch._C._is_fwd_grad_enabled()
 
@@ -139,7 +141,7 @@ class Pass(TorchFunctionMode):
             self._is_inference = torch.is_inference_mode_enabled()
             self._level = _current_level()
             by_backward.begin(self._apply_function)
-            self._number, self._has_stale = Passes.begin(), False
+            self._number = Passes.begin()
         return super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
@@ -159,12 +161,17 @@ class Pass(TorchFunctionMode):
         is_concerned = self._concerns(args)
         if kwargs:
             is_concerned = self._concerns(kwargs.values()) or is_concerned
-        if self._has_stale and func not in METADATA:
-            args, kwargs = self._without_stale(func, args, kwargs)
+        if self._has_stale:
+            self._has_stale = False
+            if func not in METADATA:
+                args, kwargs = self._without_stale(func, args, kwargs)
         if not is_concerned:
             if func is _set_grad_enabled and _is_fwd_grad_enabled():
                 self._grad_of_model = args[0]  # and not what a torch.autograd.Function sets for itself
-            return func(*args, **kwargs)
+            found = func(*args, **kwargs)
+            if isinstance(found, Dual):
+                raise NotImplementedError(_nested(func))
+            return found
         try:
             kind = _KINDS[func]
         except KeyError:
@@ -221,8 +228,8 @@ class Pass(TorchFunctionMode):
         return self.names.get(id(x))
 
     def has_tangents(self, x: Any) -> bool:
-        """Return whether ``x`` is a dual or a parameter with a tangent."""
-        return isinstance(x, Dual) or id(x) in self.names
+        """Return whether ``x`` is a dual of this pass or a parameter with a tangent."""
+        return x.since >= self._number if isinstance(x, Dual) else id(x) in self.names
 
     def is_batch(self, x: Any) -> bool:
         """Return whether axis 0 of ``x`` can be the axis of the examples. It is, as long as no function mixes them."""
@@ -281,7 +288,7 @@ class Pass(TorchFunctionMode):
         """
         self._check_visible((x,))
         if not self._is_filled(x):
-            return x
+            return self._constant(x)
         return Dual(joined(x.detach(), self._tangents(x)))
 
     def result(self, x: Any) -> Any:
@@ -330,15 +337,20 @@ class Pass(TorchFunctionMode):
 
     def _without_stale(self, func: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         # What a closure has kept of an earlier pass is a constant in this one, as in torch's forward mode.
-        self._has_stale = False
-        if in_place(func) is not None:
+        if self._is_stale(args[0] if args else None) and in_place(func) is not None:
             raise NotImplementedError(
                 f"{function_name(func)} was called on a tensor that an earlier pass has computed. Let the closure keep "
                 f"x.detach() from one call to the next."
             )
-        return tree_map(
-            lambda x: x.primal.detach() if isinstance(x, Dual) and x.since < self._number else x, (args, kwargs)
-        )
+        if not all(x.is_over() for x in tree_leaves((args, kwargs)) if self._is_stale(x)):
+            raise NotImplementedError(_nested(func))
+        return tree_map(self._constant, (args, kwargs))
+
+    def _is_stale(self, x: Any) -> bool:
+        return isinstance(x, Dual) and x.since < self._number
+
+    def _constant(self, x: Any) -> Any:
+        return x.primal.detach() if self._is_stale(x) else x
 
     def _is_filled(self, x: Any) -> bool:
         # Filled tensors have a tape, and the views of one that were made under torch.no_grad() have none.
@@ -378,6 +390,7 @@ class Pass(TorchFunctionMode):
 
     def _apply_function(self, cls: type[torch.autograd.Function], args: tuple) -> Any:
         # The call cls.apply(*args), which is no function that comes to __torch_function__.
+        args = tuple(map(self._constant, args))
         if not any(self.has_tangents(x) or self._is_filled(x) for x in args) or _current_level() != self._level:
             return NotImplemented
         if by_backward.only_saves(cls):
@@ -571,6 +584,13 @@ def _with_entries(x: Tensor, index: Any, value: Any) -> Tensor:
     y = x.clone()
     y[index] = value
     return y
+
+
+def _nested(func: Callable) -> str:
+    return (
+        f"{function_name(func)} was called in a pass inside another one, whose parameters or tensors with tangents it "
+        f"reads. The stacked engine makes one pass at a time. {OTHER_ENGINE}"
+    )
 
 
 def _moved(func: Callable) -> str:

@@ -28,7 +28,7 @@ MAX_STATES = 8
 """How many different states of a model's Python values the step follows, before it stops compiling."""
 
 _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
-    "learning_rate": check_positive,
+    "learning_rate": lambda name, value: 0.0 if value == 0 else check_positive(name, value),  # 0 ends a schedule
     "num_tangents": check_count,
     "tangents": partial(check_choice, allowed=PERTURBATIONS),
 }
@@ -93,7 +93,7 @@ class SGDStep:
     ) -> None:
         self.model = model
         self.loss = loss
-        self.learning_rate = learning_rate
+        self.learning_rate = check_positive("learning_rate", learning_rate)
         self.num_tangents = num_tangents
         self.tangents = tangents
         self.generator = generator
@@ -213,7 +213,7 @@ class SGDStep:
         return step, loss_alone
 
     def _eager(self, batch: tuple, draw_signs: DrawSigns) -> Tensor:
-        _refuse_hooks(self.model.parameters())
+        _refuse_hooks(p for p in self.model.parameters() if p.requires_grad)
         params = params_of(self.model)
         objective = self._objective(batch)
         check_objective(objective, params)

@@ -101,7 +101,7 @@ def _case(title: str, measured: dict[str, Any]) -> dict[str, Any]:
     reverses = [name for name in seconds if not name.startswith("forward") and name != PLAIN]
     fastest = min(reverses, key=lambda name: median(seconds[name]))
     compiled = measured["compile_seconds"]
-    spent, rival = median(seconds[FORWARD]), median(seconds[fastest])
+    saved = median(seconds[fastest]) - median(seconds[FORWARD])
     longer = compiled.get(FORWARD, 0.0) - (compiled.get(fastest) or 0.0)
     return {
         "title": title,
@@ -114,7 +114,7 @@ def _case(title: str, measured: dict[str, Any]) -> dict[str, Any]:
         "headline": ratios[fastest],
         "compile": compiled.get(FORWARD),
         "compile_reverse": compiled.get(fastest),
-        "ahead_after": max(0.0, longer) / (rival - spent) if ratios[fastest].high < 1 else None,
+        "ahead_after": max(0.0, longer) / saved if ratios[fastest].high < 1 and saved > 0 else None,
         "errors": {name: error for name, error in measured["errors"].items() if name in (FORWARD, EAGER_FORWARD)},
         "error": scientific(max(measured["errors"][name] for name in (FORWARD, EAGER_FORWARD))),
         "skipped": measured["skipped"],

@@ -63,7 +63,7 @@ def test_derivatives_are_those_of_backprop(name, is_result, engine, num_tangents
     expected = backprop_gradient(ClosureLoss(copy, copy), params_of(copy))
     objective = ClosureLoss(model, model)
     if engine == "torch":
-        loss, jvps, _ = derivatives_along(objective, params_of(model), tangents, engine="torch")
+        loss, jvps, *_ = derivatives_along(objective, params_of(model), tangents, engine="torch")
     else:
         stacked = pytest.importorskip("fwdlib.stacked.estimator")
         loss, jvps = stacked.stacked_jvp(objective, params_of(model), tangents)

@@ -18,7 +18,6 @@ def test_dual_looks_like_its_primal(x):
     assert (x.shape, x.dtype, x.device, x.ndim) == ((4, 3), torch.float32, torch.device("cpu"), 2)
     assert (x.size(1), x.dim(), x.numel(), len(x)) == (3, 2, 12, 4)
     assert x.is_floating_point()
-    assert x.requires_grad
     assert [x.is_complex(), x.is_cuda] == [False] * 2
     assert x.is_cpu
     assert torch.equal(x.primal, x.stack[0])
@@ -51,6 +50,9 @@ def test_after_its_pass_a_dual_is_its_primal(x):
     assert (x.numpy() == x.primal.numpy()).all()
     assert repr(x) == repr(x.primal)
     assert type(copy.deepcopy(x)) is torch.Tensor
+    assert not x.requires_grad
+    assert torch.as_tensor(x).shape == x.shape
+    assert torch.equal(torch.func.vmap(torch.sin)(x), x.primal.sin())
 
 
 def test_pad_rows_adds_zero_tangents_and_primals_of_takes_them_away(x):

@@ -294,6 +294,75 @@ def test_an_activation_that_a_closure_keeps_is_a_constant_after_the_pass_and_in_
         stacked_jvp(ClosureLoss(gru, closure), params, tangents)  # leaves a state of its own for the next round
 
 
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+USES_OF_KEPT = {
+    "an autograd function": lambda kept, y: Square.apply(kept).sum() + 0 * y.sum(),
+    "the first argument": lambda kept, y: (kept * 2).sum() + 0 * y.sum(),
+    "the second argument": lambda kept, y: (0 * y + kept).sum(),
+    "metadata, then in place": lambda kept, y: 0 * y.mul_(len(kept) / kept.shape[0]).sum(),
+    "written from": lambda kept, y: 0 * torch.zeros_like(y).copy_(kept).sum() + 0 * y.sum(),
+    "into a part": lambda kept, y: _with_part(y, kept),
+}
+
+
+def _with_part(y, kept):
+    y[1:] = kept[1:]
+    return 0 * y.sum()
+
+
+@pytest.mark.parametrize("name", USES_OF_KEPT)
+def test_what_an_earlier_pass_has_computed_has_no_tangents(name):
+    model, kept, inputs = nn.Linear(3, 3), [], torch.randn(2, 3)
+    stacked_gradient(ClosureLoss(model, lambda: kept.append(model(inputs)) or kept[0].sum()), params_of(model))
+    estimate = stacked_gradient(
+        ClosureLoss(model, lambda: USES_OF_KEPT[name](kept[0], model(inputs))), params_of(model)
+    )
+    assert estimate.jvps.tolist() == [0]
+    with pytest.raises(ValueError, match="does not depend"):
+        stacked_gradient(ClosureLoss(model, lambda: kept[0].sum()), params_of(model))
+
+
+def test_a_loss_of_an_earlier_pass_is_a_constant():
+    model, kept, inputs = nn.Linear(3, 3), [], torch.randn(2, 3)
+
+    def closure():
+        kept.append(model(inputs).sum())
+        return kept[0]
+
+    stacked_gradient(ClosureLoss(model, closure), params_of(model))
+    with pytest.raises(ValueError, match="does not depend"):
+        stacked_gradient(ClosureLoss(model, closure), params_of(model))
+
+
+def test_a_pass_inside_another_is_refused_if_it_reads_the_others_tensors():
+    outer, inner, inputs = nn.Linear(3, 3), nn.Linear(3, 1), torch.randn(2, 3)
+    v = normal(params_of(inner), 1, torch.Generator().manual_seed(0))
+    reads = {
+        "tensor": lambda: inner(outer(inputs)).sum(),
+        "parameter": lambda: inner(inputs @ outer.weight).sum(),
+        "nothing": lambda: inner(inputs).sum(),
+    }
+
+    def closure(name):
+        along = stacked_jvp(ClosureLoss(inner, reads[name]), params_of(inner), v)[1]
+        return outer(inputs).sum() * float(along)
+
+    for name in ("tensor", "parameter"):
+        with pytest.raises(NotImplementedError, match="a pass inside another one"):
+            stacked_gradient(ClosureLoss(outer, lambda name=name: closure(name)), params_of(outer))
+    assert stacked_gradient(ClosureLoss(outer, lambda: closure("nothing")), params_of(outer)).jvps.all()
+
+
 def test_what_an_earlier_pass_has_computed_is_not_written_into():
     kept, model = [], nn.Linear(3, 3)
 

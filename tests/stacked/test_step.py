@@ -81,6 +81,13 @@ def test_hooks_of_parameters_are_refused_also_after_compilation(recorded, regist
     torch.testing.assert_close(params_of(model), before, rtol=0, atol=0)
     handle.remove()
     step(inputs, targets)
+    step.learning_rate = 0.0  # at the end of a schedule
+    before = {name: p.clone() for name, p in params_of(model).items()}
+    step(inputs, targets)
+    torch.testing.assert_close(params_of(model), before, rtol=0, atol=0)
+    frozen = next(model.parameters()).requires_grad_(False)
+    frozen._backward_hooks = {0: None}  # torch registers none on a frozen parameter, but freezing keeps them
+    step(inputs, targets)
 
 
 SETTINGS = SimpleNamespace(scale=1.0)

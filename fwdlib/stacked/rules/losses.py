@@ -32,35 +32,35 @@ def cross_entropy(
     is_soft = target.is_floating_point() or label_smoothing
     if size_average is not None or reduce is not None or reduction not in ("mean", "sum", "none"):
         return NotImplemented
-    if run.has_tangents(weight) or run.has_tangents(target) or logits.dim() == 1 or (is_soft and weight is not None):
+    if run.has_tangents(weight) or run.has_tangents(target) or logits.dim() == 1:
+        return NotImplemented
+    if is_soft and (weight is not None or not 0 <= label_smoothing <= 1 or not _fits(target, logits, ignore_index)):
         return NotImplemented
     log_probs = log_softmax(run, _as_in_losses(run, logits), 1)
     if not is_soft:
         return nll_loss(run, log_probs, target, weight, None, ignore_index, None, reduction)
-    if target.is_floating_point() and torch.promote_types(target.dtype, log_probs.dtype) != log_probs.dtype:
-        return NotImplemented
-    if not 0 <= label_smoothing <= 1 or target.shape not in (log_probs.shape, (len(log_probs), *log_probs.shape[2:])):
-        return NotImplemented
-    return _with_probabilities(run, log_probs, target, ignore_index, reduction, label_smoothing)
-
-
-def _with_probabilities(
-    run: Pass, log_probs: Dual, target: Tensor, ignore_index: int, reduction: str, smoothing: float
-) -> Dual:
-    # The targets are a distribution over the classes: given as one, or made of class indices by label smoothing.
-    stack, num_classes = log_probs.stack, log_probs.shape[1]
-    count: int | Tensor = log_probs.numel() // num_classes
-    mask: float | Tensor = 1.0
-    if not target.is_floating_point():
+    stack, num_classes = log_probs.stack, logits.shape[1]
+    count: int | Tensor = logits.numel() // num_classes
+    if target.is_floating_point():
+        losses = Dual(-(stack * ((1 - label_smoothing) * target + label_smoothing / num_classes)).sum(2))
+    else:
         valid = target != ignore_index
-        count, mask = valid.sum(), valid.unsqueeze(1)
-        target = F.one_hot(torch.where(valid, target, 0), num_classes).movedim(-1, 1).to(stack.dtype)
-    probabilities = ((1 - smoothing) * target + smoothing / num_classes) * mask
-    losses = Dual(-(stack * probabilities).sum(2))
+        count = valid.sum()
+        hard = nll_loss(run, log_probs, target, None, None, ignore_index, None, "none")
+        uniform = torch.where(valid, -stack.mean(2), 0)
+        losses = Dual((1 - label_smoothing) * hard.stack + label_smoothing * uniform)
     if reduction == "none":
         return losses
     total = sum_(run, losses)
     return Dual(total.stack / count) if reduction == "mean" else total
+
+
+def _fits(target: Tensor, logits: Tensor, ignore_index: int) -> bool:
+    # Whether the targets are probabilities, one for each logit, or class indices, as torch takes them.
+    if not target.is_floating_point():
+        return target.shape == (len(logits), *logits.shape[2:])
+    is_as_wide = torch.promote_types(target.dtype, logits.dtype) == logits.dtype
+    return target.shape == logits.shape and ignore_index < 0 and is_as_wide
 
 
 @rule_of(F.nll_loss)
