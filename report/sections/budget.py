@@ -55,7 +55,12 @@ def curves(found: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _runs(found: dict[str, Any], network: str, method: str) -> list[dict[str, Any]]:
-    where = {"network": network, "method": method, "purpose": "measured"}
+    where = {
+        "network": network,
+        "method": method,
+        "purpose": "measured",
+        "power": found["chosen"].get(network, {}).get(method),
+    }
     return [run for run in found["runs"] if where.items() <= run.items()]
 
 

@@ -51,7 +51,8 @@ class Settings(NamedTuple):
     """Length and settings of the trainings.
 
     The learning rate of a method is half of the one with the lowest training loss after ``tuning_seconds``, from a seed
-    of its own. Half, for every method, because the best rate of a short training may diverge in a longer one.
+    of its own, and is halved again until a training of full length from that seed does not diverge. So for every
+    method, because the best rate of a short training may diverge in a longer one.
     """
 
     seeds: tuple[int, ...] = tuple(range(1, 11))
@@ -106,15 +107,16 @@ def measure(settings: Settings, folder: Path, methods: Sequence[str] = PARTS) ->
     """Tune and train with each of ``methods``, and return everything that the file then holds.
 
     Returns:
-        ``settings``, ``environment``; ``memory``, by network and method, the bytes of a step above the parameters; and
-        ``runs``: for each training its network, method, learning rate, seed, purpose (``"tuning"`` or ``"measured"``),
-        number of steps, and by evaluation the ``seconds`` spent in steps, training and test loss, and test accuracy; a
-        training that diverged ends early, with nan.
+        ``settings``, ``environment``; ``memory``, by network and method, the bytes of a step above the parameters;
+        ``chosen``, likewise, the power of the learning rate; and ``runs``: for each training its network, method,
+        learning rate, seed, purpose (``"tuning"``, ``"check"`` or ``"measured"``), number of steps, and by evaluation
+        the ``seconds`` spent in steps, training and test loss, and test accuracy; a training that diverged ends early,
+        with nan.
     """
     torch.set_num_threads(1)
     data, file = flat_images("MNIST", 2000), folder / BUDGET
     kept = {name: value for name, value in settings._asdict().items() if name not in ("seeds", "tuning_seed")}
-    found = reopen(file, kept | {"networks": NETWORKS, "data": data.source._asdict()}, runs=[], memory={})
+    found = reopen(file, kept | {"networks": NETWORKS, "data": data.source._asdict()}, runs=[], memory={}, chosen={})
     for network in NETWORKS:
         missing = [method for method in methods if method not in found["memory"].get(network, {})]
         if missing:
@@ -129,13 +131,21 @@ def measure(settings: Settings, folder: Path, methods: Sequence[str] = PARTS) ->
     for network, method in tqdm(list(itertools.product(NETWORKS, methods)), desc="budget", unit="method"):
 
         def cost(power: int, network: str = network, method: str = method) -> tuple[float, ...]:
-            loss = run(network, method, power, settings.tuning_seed, "tuning", settings.tuning_seconds)["train"][-1]
-            return (float("inf") if math.isnan(float(loss)) else float(loss),)
+            tuned = run(network, method, power, settings.tuning_seed, "tuning", settings.tuning_seconds)
+            return (math.inf if _diverged(tuned) else float(tuned["train"][-1]),)
 
         power = climb(cost, METHODS[method]) - 1
+        while _diverged(run(network, method, power, settings.tuning_seed, "check", settings.seconds)):
+            power -= 1
+        found["chosen"].setdefault(network, {})[method] = power
+        write_json(file, found)
         for seed in settings.seeds:
             run(network, method, power, seed, "measured", settings.seconds)
     return found
+
+
+def _diverged(run: dict[str, Any]) -> bool:
+    return math.isnan(float(run["train"][-1]))
 
 
 def _train(

@@ -38,6 +38,19 @@ def test_each_training_has_its_losses_by_the_time_of_its_steps(tmp_path):
     assert found["memory"] == {"MLP": {"in-backward": 5_000_000, "rank-one": 5_000_000}}
 
 
+def test_the_rate_is_halved_until_a_whole_training_does_not_diverge(tmp_path, monkeypatch):
+    def train(settings, data, network, method, power, seed, seconds):
+        loss = math.nan if power > 3 and seconds == settings.seconds else abs(power - 6.0)
+        return {"steps": 1, "seconds": [seconds], "train": [loss], "test": [loss], "accuracy": [0.5]}
+
+    monkeypatch.setattr(study, "_train", train)
+    found = study.measure(SETTINGS, tmp_path, ["rank-one"])
+    checked = [run["power"] for run in found["runs"] if run["purpose"] == "check"]
+    assert checked == [5, 4, 3]  # half of the best of the short trainings, 6
+    assert found["chosen"] == {"MLP": {"rank-one": 3}}
+    assert {run["power"] for run in found["runs"] if run["purpose"] == "measured"} == {3}
+
+
 def test_trainings_are_kept_and_not_run_twice(tmp_path, monkeypatch):
     first = study.measure(SETTINGS, tmp_path, ["two-point"])
     monkeypatch.setattr(study, "_train", lambda *_: pytest.fail("trained again"))

@@ -19,12 +19,20 @@ def made_up():
     for method, end in ENDS.items():
         for seed in SEEDS:
             test = [2.3 + (end + 0.001 * seed - 2.3) * i / 4 for i in range(5)]
-            run = {"network": "MLP", "method": method, "seed": seed, "purpose": "measured", "learning_rate": 0.1}
+            run = {
+                "network": "MLP",
+                "method": method,
+                "seed": seed,
+                "purpose": "measured",
+                "learning_rate": 0.1,
+                "power": 1,
+            }
             run |= {"steps": 1000, "seconds": [0, 15, 30, 45, 60], "train": test, "test": test}
             runs.append(run | {"accuracy": [0.1, 0.2, 0.3, 0.4, 1 - end / 2 - 0.0001 * seed]})
     memory = {"L checkpoints": 30_000_000, "rank-one": 3_000_000, "activity": 20_000_000, "two-point": 1_000_000}
     settings = {"seconds": 60.0, "tuning_seconds": 6.0}
-    return {"runs": runs, "memory": {"MLP": memory}, "settings": settings, "environment": {}}
+    chosen = {"MLP": dict.fromkeys(ENDS, 1)}
+    return {"runs": runs, "memory": {"MLP": memory}, "chosen": chosen, "settings": settings, "environment": {}}
 
 
 def test_rows_hold_the_best_loss_of_each_seed():
