@@ -51,7 +51,7 @@ class Settings(NamedTuple):
     """Length and settings of the trainings.
 
     The learning rate of a method is half of the one with the lowest training loss after ``tuning_seconds``, from a seed
-    of its own, and is halved again until a training of full length from that seed does not diverge. So for every
+    of its own, and is halved again until a training of full length from that seed does not diverge, which means that it ends below its start. So for every
     method, because the best rate of a short training may diverge in a longer one.
     """
 
@@ -145,7 +145,9 @@ def measure(settings: Settings, folder: Path, methods: Sequence[str] = PARTS) ->
 
 
 def _diverged(run: dict[str, Any]) -> bool:
-    return math.isnan(float(run["train"][-1]))
+    # Also one that ends above its start, though it may have been lower in between.
+    first, last = float(run["train"][0]), float(run["train"][-1])
+    return math.isnan(last) or last > first
 
 
 def _train(

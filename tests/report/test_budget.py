@@ -40,8 +40,9 @@ def test_each_training_has_its_losses_by_the_time_of_its_steps(tmp_path):
 
 def test_the_rate_is_halved_until_a_whole_training_does_not_diverge(tmp_path, monkeypatch):
     def train(settings, data, network, method, power, seed, seconds):
-        loss = math.nan if power > 3 and seconds == settings.seconds else abs(power - 6.0)
-        return {"steps": 1, "seconds": [seconds], "train": [loss], "test": [loss], "accuracy": [0.5]}
+        whole = seconds == settings.seconds
+        loss = math.nan if whole and power == 5 else 1e4 if whole and power == 4 else abs(power - 6.0)
+        return {"steps": 1, "seconds": [0, seconds], "train": [9.0, loss], "test": [9.0, loss], "accuracy": [0.5, 0.5]}
 
     monkeypatch.setattr(study, "_train", train)
     found = study.measure(SETTINGS, tmp_path, ["rank-one"])
