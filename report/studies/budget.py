@@ -51,8 +51,8 @@ class Settings(NamedTuple):
     """Length and settings of the trainings.
 
     The learning rate of a method is half of the one with the lowest training loss after ``tuning_seconds``, from a seed
-    of its own, and is halved again until a training of full length from that seed does not diverge, which means that it ends below its start. So for every
-    method, because the best rate of a short training may diverge in a longer one.
+    of its own, and is halved again until a training of full length from that seed does not diverge, which means that it
+    ends below its start. So for every method, because the best rate of a short training may diverge in a longer one.
     """
 
     seeds: tuple[int, ...] = tuple(range(1, 11))
