@@ -72,7 +72,9 @@ def test_a_training_that_diverged_counts_with_its_best_loss():
     for run in found["runs"]:
         if run["method"] == "two-point":
             run |= {"seconds": [0, 15], "train": [2.3, "nan"], "test": [2.3, "nan"], "accuracy": [0.1, 0.1]}
-    assert budget.context(found)["networks"]["MLP"]["two-point"]["test"].estimate == 2.3
+    row = budget.context(found)["networks"]["MLP"]["two-point"]
+    assert row["test"].estimate == 2.3
+    assert row["diverged"] == row["num_seeds"] == 10
 
 
 def test_without_the_study_there_is_no_context():
