@@ -37,6 +37,7 @@ SHOWN = {  # a result, and the sections that show it
     "bench-cpu-1-thread.json": {"cost"},
     "descent.json": {"cost", "scaling"},
     "scaling.json": {"scaling"},
+    "budget.json": {"claims", "cost"},
     "traffic.json": {"traffic"},
     "functions.json": {"functions", "claims"},
     "sensitivity.json": {"answer", "sensitivity", "claims"},
