@@ -262,9 +262,12 @@ def test_versions_names_every_package_and_those_that_are_missing(monkeypatch):
 
 
 def test_summary_shows_versions_device_threads_and_seeds(monkeypatch):
-    packages, _, rest = runtime.summary([4, 5, 6]).rpartition("\n")
+    packages = runtime.summary([4, 5, 6]).rpartition("\n")[0]
     assert packages.replace("\n", " ") == ", ".join(f"{name} {version}" for name, version in runtime.versions().items())
-    assert rest == f"cpu, {torch.get_num_threads()} threads; seeds 4 to 6"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert runtime.summary([4, 5, 6]).endswith("\ncpu, 2 threads; seeds 4 to 6")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert runtime.summary([4, 5, 6]).endswith("\ncpu, 1 thread; seeds 4 to 6")
     assert runtime.summary([4]).endswith("; seed 4")
     monkeypatch.setenv("FWDLIB_QUICK", "1")
     assert "quick mode" in runtime.summary([4])
