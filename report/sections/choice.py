@@ -155,8 +155,8 @@ def _links(context: dict[str, Any]) -> Row:
     )
     return Row(
         "several machines on a slow link",
-        "backprop that sends less, such as PowerSGD, or no exchange where each machine has enough data; derivatives along "
-        "tangents where neither will do",
+        "backprop that sends less, such as PowerSGD, or no exchange where each machine has enough data; derivatives "
+        "along tangents where neither will do",
         f"{count(found['most'][fewest])} bytes a step in place of {megabytes(found['gradient'])}: at "
         f"{slowest['megabits']} Mbit/s a step is {interval(slowest['ratios'][fewest])} times as fast{compressed}{but}",
         "scaling",
