@@ -453,7 +453,9 @@ def test_bad_arguments_are_named_with_what_is_allowed(train, options, message):
 def test_targets_that_are_no_class_indices_are_refused(data, wrong):
     data = data._replace(train_targets=wrong(data.train_targets))
     with pytest.raises(ValueError, match=r"train_targets must be class indices, integers of shape \(N,\), got torch"):
-        training.train(LogisticRegression, data, backprop_gradient, optimizer="SGD", max_iterations=1)
+        training.train(
+            LogisticRegression, data, backprop_gradient, optimizer="SGD", learning_rate=0.1, max_iterations=1
+        )
 
 
 def test_a_bar_is_drawn_only_where_it_has_a_name(train, capsys):
