@@ -97,27 +97,31 @@ class Dual(Tensor):
         """The derivatives, shape (R, ...)."""
         return self._parts[1] if self._parts else self._rows[1:]
 
+    @property
+    def constant(self) -> Tensor:
+        """The value without any derivative, also by autograd's tape."""
+        return self.primal.detach()
+
     def is_over(self) -> bool:
         """Return whether its pass has ended."""
         return not any(number <= self.since for number in tuple(Passes.alive))
 
     def __repr__(self) -> str:
         if self.is_over():
-            return repr(self.primal.detach())
+            return repr(self.constant)
         return f"Dual(shape={tuple(self.stack.shape[1:])}, num_tangents={len(self.stack) - 1})"
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         # Inside a pass torch calls Pass.__torch_function__ first, so this runs only outside.
         kwargs = kwargs or {}
-        is_over = all(x.is_over() for x in tree_leaves((args, kwargs)) if isinstance(x, Dual))
-        if func == REQUIRES_GRAD and is_over:
+        if func == REQUIRES_GRAD and args[0].is_over():
             return False
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if is_over:
-            return func(*tree_map(_constant, args), **tree_map(_constant, kwargs))
+        if (given := _as_constants(args, kwargs)) is not None:
+            return func(*given[0], **given[1])
         raise NotImplementedError(
             f"{function_name(func)} was called on a tensor with tangents outside its pass, in another thread. "
             f"{OTHER_ENGINE}"
@@ -125,16 +129,19 @@ class Dual(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if all(x.is_over() for x in tree_leaves((args, kwargs)) if isinstance(x, Dual)):
-            return func(*tree_map(_constant, args), **tree_map(_constant, kwargs or {}))
+        if (given := _as_constants(args, kwargs or {})) is not None:
+            return func(*given[0], **given[1])
         raise NotImplementedError(
             f"{func} reached a tensor with tangents from below torch's function overrides: by TorchScript, a "
             f"torch.func transform, or code in C++. The stacked engine cannot see such calls. {OTHER_ENGINE}"
         )
 
 
-def _constant(x: Any) -> Any:
-    return x.primal.detach() if isinstance(x, Dual) else x
+def _as_constants(args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    # The arguments with constants in place of duals; None if the pass of one goes on.
+    if not all(x.is_over() for x in tree_leaves((args, kwargs)) if isinstance(x, Dual)):
+        return None
+    return tree_map(lambda x: x.constant if isinstance(x, Dual) else x, (args, kwargs))
 
 
 OTHER_ENGINE = "Use fwdlib.forward_gradient(..., engine='torch')."

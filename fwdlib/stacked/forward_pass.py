@@ -350,7 +350,7 @@ class Pass(TorchFunctionMode):
         return isinstance(x, Dual) and x.since < self._number
 
     def _constant(self, x: Any) -> Any:
-        return x.primal.detach() if self._is_stale(x) else x
+        return x.constant if self._is_stale(x) else x
 
     def _is_filled(self, x: Any) -> bool:
         # Filled tensors have a tape, and the views of one that were made under torch.no_grad() have none.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fwdlib.statistics import Interval, difference_by_seed, median_interval
+from report.sections.seeds import losses_over
 
 CAP = 25e6
 """Bytes above the parameters."""
@@ -46,11 +47,7 @@ def curves(found: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
         for method in memory:
             if not (runs := _runs(found, network, method)):
                 continue
-            length = min(len(run["test"]) for run in runs)
-            losses = np.array([[float(loss) for loss in run["test"][:length]] for run in runs])
-            seconds = np.median([run["seconds"][:length] for run in runs], axis=0)
-            quartiles = np.quantile(losses, (0.25, 0.5, 0.75), axis=0)
-            drawn.setdefault(network, {})[method] = np.vstack([seconds, quartiles])
+            drawn.setdefault(network, {})[method] = np.vstack(losses_over(runs, "seconds"))
     return drawn
 
 

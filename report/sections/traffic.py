@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from fwdlib.bench.scaling_figures import plot_traffic
 from fwdlib.statistics import Interval, difference_by_seed, median_interval
 from report.names import TRAFFIC, read
+from report.sections.seeds import losses_over
 
 MEGABYTES = (1, 100)
 """The budgets, 10^6 bytes each."""
@@ -53,10 +53,7 @@ def figures(found: dict[str, Any] | None) -> dict[str, Figure]:
         return {}
     curves = {}
     for method, runs in by_method.items():
-        length = min(len(run["bytes"]) for run in runs)
-        sent = np.median([run["bytes"][:length] for run in runs], axis=0)
-        losses = np.array([[float(loss) for loss in run["test"][:length]] for run in runs])
-        curves[method] = {"bytes": sent, "quartiles": np.quantile(losses, (0.25, 0.5, 0.75), axis=0)}
+        curves[method] = dict(zip(("bytes", "quartiles"), losses_over(runs, "bytes"), strict=True))
     return {"traffic": plot_traffic(curves)}
 
 
