@@ -1,4 +1,4 @@
-"""Runs over a grid of learning rates, as ``tangents.json`` keeps them: a study extends the grid, a section reads it."""
+"""What a study and its section both ask of the runs between them: the best of a grid, and whether one diverged."""
 
 from __future__ import annotations
 
@@ -24,3 +24,14 @@ def best(runs: list[dict[str, Any]]) -> dict[str, Any]:
         return middle, abs(run["power"]) if math.isfinite(middle) else run["power"]
 
     return min(runs, key=cost)
+
+
+def diverged(losses: list[float | str]) -> bool:
+    """Return whether a training ends above its start, though it may have been lower in between, or is not a number.
+
+    Example:
+        >>> diverged([2.3, 0.4, 2.4]), diverged([2.3, 0.4, "nan"]), diverged([2.3, 0.4])
+        (True, True, False)
+    """
+    first, last = float(losses[0]), float(losses[-1])
+    return math.isnan(last) or last > first

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fwdlib.statistics import Interval, difference_by_seed, median_interval
+from report.grids import diverged
 from report.sections.seeds import losses_over
 
 CAP = 25e6
@@ -69,7 +70,7 @@ def _row(found: dict[str, Any], network: str, method: str, memory: int) -> dict[
     return {
         "learning_rate": runs[0]["learning_rate"],
         "num_seeds": len(runs),
-        "diverged": sum(math.isnan(float(run["train"][-1])) for run in runs),
+        "diverged": sum(diverged(run["train"]) for run in runs),
         "steps": float(np.median([run["steps"] for run in runs])),
         "train": median_interval([_least(run["train"]) for run in runs]),
         "test": median_interval(test),

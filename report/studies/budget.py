@@ -30,6 +30,7 @@ from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.results import write_json
 from fwdlib.stacked.step import SGDStep
+from report.grids import diverged
 from report.names import BUDGET
 from report.studies.common import climb, flat_images, losses_of, main, once, reopen
 
@@ -132,22 +133,16 @@ def measure(settings: Settings, folder: Path, methods: Sequence[str] = PARTS) ->
 
         def cost(power: int, network: str = network, method: str = method) -> tuple[float, ...]:
             tuned = run(network, method, power, settings.tuning_seed, "tuning", settings.tuning_seconds)
-            return (math.inf if _diverged(tuned) else float(tuned["train"][-1]),)
+            return (math.inf if diverged(tuned["train"]) else float(tuned["train"][-1]),)
 
         power = climb(cost, METHODS[method]) - 1
-        while _diverged(run(network, method, power, settings.tuning_seed, "check", settings.seconds)):
+        while diverged(run(network, method, power, settings.tuning_seed, "check", settings.seconds)["train"]):
             power -= 1
         found["chosen"].setdefault(network, {})[method] = power
         write_json(file, found)
         for seed in settings.seeds:
             run(network, method, power, seed, "measured", settings.seconds)
     return found
-
-
-def _diverged(run: dict[str, Any]) -> bool:
-    # Also one that ends above its start, though it may have been lower in between.
-    first, last = float(run["train"][0]), float(run["train"][-1])
-    return math.isnan(last) or last > first
 
 
 def _train(

@@ -77,6 +77,13 @@ def test_a_training_that_diverged_counts_with_its_best_loss():
     assert row["diverged"] == row["num_seeds"] == 10
 
 
+def test_a_training_that_ends_above_its_start_has_diverged_as_the_study_says():
+    found = made_up()
+    run = next(run for run in found["runs"] if run["method"] == "two-point" and run["purpose"] == "measured")
+    run |= {"train": [2.3, 0.4, 199_926.0]}
+    assert budget.context(found)["networks"]["MLP"]["two-point"]["diverged"] == 1
+
+
 def test_without_the_study_there_is_no_context():
     assert budget.context(None) is None
 
