@@ -18,6 +18,7 @@ PUBLIC = {
     "projected_gradient": "methods.projection",
     "backprop_gradient": "estimators",
     "forward_grad_": "estimators",
+    "forward_step_": "steps",
     "GradientEstimate": "estimators",
     "sample_tangents": "tangents",
     "SGDStep": "stacked.step",

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from tqdm.auto import tqdm
 
 from fwdlib import runtime
@@ -29,6 +28,7 @@ from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.seeds import keep_rows, replicated_estimate, single_estimate
 from fwdlib.session import Progress, Running, Session
+from fwdlib.steps import take_step
 from fwdlib.tangents import Params
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
@@ -337,7 +337,7 @@ def _train_group(
         if scheduler and is_due and iteration:
             _advance(scheduler)
         with clock:
-            _step(optimizer, params, estimate.grads)
+            take_step(optimizer, params, estimate.grads)
         seconds = clock.lap()
         if not many:
             runs[0].step_seconds.append(seconds)
@@ -407,33 +407,13 @@ class _Batches:
 
 def _advance(scheduler: LRScheduler) -> None:
     with warnings.catch_warnings():
-        # After a resume, and where _step updates from factors, the scheduler has seen no optimizer.step().
+        # After a resume the scheduler has seen no optimizer.step().
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)`", category=UserWarning)
         scheduler.step()
 
 
 def _has_state(estimator: Estimator) -> bool:
     return callable(getattr(estimator, "reset", None))
-
-
-def _step(optimizer: Optimizer, params: Params, grads: Params) -> None:
-    add_to_ = getattr(grads, "add_to_", None)  # gradients that are kept as factors offer it
-    if add_to_ and (learning_rate := _plain_sgd(optimizer)) is not None:
-        add_to_(params, -learning_rate)
-        return
-    for name, p in params.items():
-        p.grad = grads[name]
-    optimizer.step()
-
-
-def _plain_sgd(optimizer: Optimizer) -> float | None:
-    # The learning rate, if a step is p -= learning_rate * grad and nothing else.
-    group, *others = optimizer.param_groups
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-    if type(optimizer) is not torch.optim.SGD or others or hooks:
-        return None
-    return None if group["momentum"] or group["weight_decay"] or group["maximize"] else group["lr"]
 
 
 def _status(loss: float, threshold: float | None, is_last: bool) -> str:

@@ -20,10 +20,10 @@ from fwdlib import runtime
 from fwdlib.bench import networks, rivals
 from fwdlib.bench.rivals import CHECKPOINTS, OPTIMIZERS, Step
 from fwdlib.checks import check_choice, check_count
-from fwdlib.estimators import forward_gradient
 from fwdlib.models import CNN, MLP, LogisticRegression, initialise
-from fwdlib.objectives import BatchLoss, assign_gradients, params_of
+from fwdlib.objectives import params_of
 from fwdlib.stacked.step import SGDStep
+from fwdlib.steps import forward_step_
 
 LEARNING_RATE = 1e-9
 OURS = ("forward gradient", "rank-one", "per-example", "activity")
@@ -208,16 +208,12 @@ def make_step(variant: Variant, model: nn.Module, inputs: Tensor, targets: Tenso
 
 
 def _dropped_in(model: nn.Module, inputs: Tensor, targets: Tensor, tangents: str, optimizer_name: str) -> Step:
-    objective = BatchLoss(model, inputs, targets)
     optimizer = OPTIMIZERS[optimizer_name](model.parameters(), LEARNING_RATE)
 
-    def step() -> Tensor:
-        estimate = forward_gradient(objective, params_of(model), tangents=tangents)
-        assign_gradients(model, estimate.grads)
-        optimizer.step()
-        return estimate.loss
+    def closure() -> Tensor:
+        return F.cross_entropy(model(inputs), targets)
 
-    return step
+    return lambda: forward_step_(model, closure, optimizer, num_examples=len(inputs), tangents=tangents)
 
 
 def _backprop(model: nn.Module, inputs: Tensor, targets: Tensor, optimizer_name: str, *, compiled: bool) -> Step:

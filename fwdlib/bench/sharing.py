@@ -26,6 +26,7 @@ from fwdlib.bench.shared_steps import POWER_SGD, make_step
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.models import initialise, num_parameters
 from fwdlib.objectives import BatchLoss, params_of
+from fwdlib.steps import take_step
 from fwdlib.trainer.distributed import DataParallelGradient, joined, start
 from fwdlib.trainer.networks import fully_connected
 from fwdlib.trainer.processes import Processes
@@ -142,17 +143,7 @@ def _calls(processes: Processes, shared: BatchLoss) -> dict[Call, Callable[[], o
 def _step(objective: BatchLoss, estimator: Estimator) -> Callable[[], object]:
     params = params_of(objective.model)
     optimizer = torch.optim.SGD(list(params.values()), lr=LEARNING_RATE, fused=True)
-
-    def step() -> None:
-        grads = estimator(objective, params).grads
-        if add_to_ := getattr(grads, "add_to_", None):  # as train() takes a step of SGD
-            add_to_(params, -LEARNING_RATE)
-            return
-        for name, p in params.items():
-            p.grad = grads[name]
-        optimizer.step()
-
-    return step
+    return lambda: take_step(optimizer, params, estimator(objective, params).grads)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from fwdlib.objectives import (
     check_scalar,
     keep_buffers,
     loss_and_buffers,
+    modules_of,
     requiring_grad,
 )
 from fwdlib.tangents import AnyGenerator, Params, is_transformed
@@ -141,7 +142,7 @@ def derivatives_along(
 
     def by_torch() -> Derivatives:
         if isinstance(objective, ModelLoss):
-            check_followable(objective.model.modules())
+            check_followable(modules_of(objective.model))
         if is_transformed() or not isinstance(objective, ModelLoss):
             return _in_one_pass(objective, params, tangents, chunk_size)
         return _pass_by_pass(objective, params, tangents, chunk_size)

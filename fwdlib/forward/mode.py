@@ -25,6 +25,7 @@ from fwdlib.forward import by_backward
 from fwdlib.forward.by_backward import LACKS, OTHERS, fails_in_silence, is_differentiable, jvp_by_backward
 from fwdlib.forward.padding import Padding
 from fwdlib.forward.replacements import CONTEXTS, REPLACEMENTS
+from fwdlib.objectives import modules_of
 from fwdlib.tangents import AnyGenerator, Params, is_transformed
 
 REQUIRES_GRAD = Tensor.requires_grad.__get__
@@ -225,7 +226,7 @@ class Rewind:
         generators = [] if generator is None else getattr(generator, "generators", [generator])
         self._generators = [(one, one.get_state()) for one in generators]
         self._slots, self._kept = [], []
-        for module in model.modules():
+        for module in modules_of(model):
             for leaf, buffer in module._buffers.items():
                 self._slots.append((module._buffers, leaf, buffer, None if buffer is None else buffer.clone()))
             hooks = module._forward_hooks, module._forward_pre_hooks

@@ -27,6 +27,7 @@ from fwdlib.objectives import (
     check_depends,
     check_objective,
     check_scalar,
+    modules_of,
     requiring_grad,
     swapped,
 )
@@ -235,7 +236,7 @@ def run(
         NotImplementedError: if the pass cannot follow what the model does.
         RuntimeError: if the model itself raises it.
     """
-    modules = _modules_of(model)
+    modules = modules_of(model)
     check_followable(modules)
     if any(issubclass(kind, torch.jit.ScriptModule) for kind in set(map(type, modules))):
         _refuse_script(modules, params)
@@ -260,17 +261,6 @@ BELOW = "reached a tensor with tangents", "TorchScript interpreter", "Tensor tha
 
 NUM_DICTS = [*map(type, nn.Module().__dict__.values())].count(dict)
 """How many dicts every module has."""
-
-
-def _modules_of(model: nn.Module) -> list[nn.Module]:
-    # As model.modules(), in less time, which counts for small models.
-    found, seen = [model], {id(model)}
-    for module in found:  # grows
-        for child in module._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                found.append(child)
-    return found
 
 
 def _eager() -> AbstractContextManager:

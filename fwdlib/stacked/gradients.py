@@ -78,6 +78,24 @@ class Gradients(Mapping[str, Tensor]):
             for use in uses:
                 use.add_to(params[use.name], self._weights(use) * factor)
 
+    def write_to_(self, tensors: Params) -> None:
+        """Write the gradient over ``tensors``, which have the names and shapes of the parameters.
+
+        Cost: for one rank-one tangent one pass over each tensor that a single layer uses.
+        """
+        one_product, written = len(self._total) == 1, set()
+        for use in self._uses:
+            target = tensors[use.name]
+            if use.name in written:
+                use.add_to(target, self._weights(use))
+            elif one_product and use.factors:
+                _write_product(target, *use.factors(), self._total)
+            else:
+                use.add_to(target.zero_(), self._weights(use))
+            written.add(use.name)
+        for name in tensors.keys() - written:
+            tensors[name].zero_()
+
     def _weights(self, use: Use) -> Tensor:
         return self._total if self._of_examples is None or not use.is_per_example else self._of_examples
 
@@ -92,6 +110,14 @@ def _add_products(products: Sequence[tuple[Tensor, Tensor, Tensor | None]], weig
         torch._foreach_addcmul_(*map(list, zip(*matrices, strict=True)), value=weight)
     if vectors:
         torch._foreach_add_(*map(list, zip(*vectors, strict=True)), alpha=weight)
+
+
+def _write_product(target: Tensor, left: Tensor, right: Tensor | None, weight: Tensor) -> None:
+    # Write weight left right^T over the target, for one tangent.
+    if right is None:
+        torch.mul(left.reshape(target.shape), weight, out=target)
+    else:
+        torch.mul(_column(left * weight, target.dim()), right[0], out=target)
 
 
 def _column(left: Tensor, num_axes: int) -> Tensor:

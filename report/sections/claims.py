@@ -38,7 +38,8 @@ def findings(context: dict[str, Any]) -> list[Finding]:
 def _ratio(place: str, text: str, model: str, name: str, rule: Rule, reasons: dict[str, str]) -> Claim:
     # A claim on a ratio of the trainings at the published settings.
     measure = f"{RATIOS[name]}, {OVER}"
-    return Claim(f"{SEED}, {place}", text, measure, lookups.ratio(model, name), rule, reasons)
+    lookup = lookups.step(model) if name == "step" else lookups.ratio(model, name)
+    return Claim(f"{SEED}, {place}", text, measure, lookup, rule, reasons)
 
 
 def _fdfa(text: str, worse: str, rule: Rule, reasons: dict[str, str]) -> Claim:

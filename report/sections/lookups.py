@@ -18,9 +18,14 @@ Context = dict[str, Any]
 Lookup = Callable[[Context], Cases]
 
 
+def step(model: str) -> Lookup:
+    """Give the time of a step at the published settings over backprop's, as the course times it."""
+    return lambda c: {"": c["tasks"][model]["ratios"]["step"]}
+
+
 def ratio(model: str, name: str) -> Lookup:
-    """Return a ratio of the trainings at the published settings: ``"iterations"``, ``"step"`` or ``"total"``."""
-    return lambda c: {"": c["tasks"][model]["ratios"][name]}
+    """Give ``"iterations"`` or ``"total"``: a ratio of all the trainings at the published settings."""
+    return lambda c: {"": row_of(c, model, None)[name]}
 
 
 def model_of(context: Context, name: str) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def statements(name: str, models: tuple[str, ...]) -> Lookup:
 
 def apart(context: Context) -> Cases:
     """Give the factor between the times of a training, of the multilayer network over logistic regression."""
-    return {"": quotient(*(either_way(context["tasks"][model]["ratios"]["total"]) for model in ("mlp", "logistic")))}
+    return {"": quotient(*(either_way(row_of(context, model, None)["total"]) for model in ("mlp", "logistic")))}
 
 
 def behind_backprop(mode: str, titles: Sequence[str] | None = None) -> Lookup:

@@ -76,7 +76,10 @@ class Length(NamedTuple):
 
     max_iterations: int
     num_seeds: int
+    """Of the forms that methods are compared in."""
     num_tuning_seeds: int
+    num_departure_seeds: int
+    """Of the forms with a departure of the published code."""
 
 
 class Settings(NamedTuple):
@@ -95,9 +98,9 @@ class Settings(NamedTuple):
 
 FULL = Settings(
     {
-        "logistic": Length(2_000, 100, 20),
-        "mlp": Length(1_000, 100, 20),
-        "cnn": Length(PUBLISHED["cnn"]["num_iterations"], 20, 6),
+        "logistic": Length(2_000, 1_000, 20, 100),
+        "mlp": Length(1_000, 1_000, 20, 100),
+        "cnn": Length(PUBLISHED["cnn"]["num_iterations"], 20, 6, 20),
     },
     warm_up=PUBLISHED["cnn"]["warm_up"],
     num_adam_seeds=20,
@@ -105,7 +108,7 @@ FULL = Settings(
     num_rounds=(15, 9),
 )
 SHORT = Settings(
-    {"logistic": Length(2_000, 10, 3), "mlp": Length(1_000, 10, 3), "cnn": Length(30, 6, 1)},
+    {"logistic": Length(2_000, 10, 3, 10), "mlp": Length(1_000, 10, 3, 10), "cnn": Length(30, 6, 1, 6)},
     warm_up=20,
     num_adam_seeds=1,
     seconds=(4, 1),
@@ -119,7 +122,7 @@ class Training(NamedTuple):
     estimator: Callable[[Dataset], Estimator]
     learning_rate: float
     options: dict[str, Any] = {}  # noqa: RUF012 - of train()
-    num_seeds: int | None = None  # None for the model's
+    num_seeds: int | None = None  # None for as many as the model's other departures
     skipped: int = 0  # values at the start of the series that the published run does not show
 
 
@@ -232,7 +235,8 @@ def measure_model(settings: Settings, folder: Path, name: str) -> dict[str, Any]
 
     for method, forms in as_published(settings, name).items():
         for form, training in forms.items():
-            run("published", method, form, training, training.num_seeds or length.num_seeds, FIRST_SEED)
+            num_seeds = length.num_seeds if form == AS_PUBLISHED else training.num_seeds or length.num_departure_seeds
+            run("published", method, form, training, num_seeds, FIRST_SEED)
     found["statements"] = _statements(model, data)
     write_json(file, found)
     for method, estimator in tqdm(METHODS.items(), desc=name, unit="method"):
