@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fwdlib import runtime
 from fwdlib.checks import check_choice, check_count, check_positive
-from fwdlib.objectives import BatchLoss, ClosureLoss, ModelLoss, check_objective, params_of, swapped
+from fwdlib.objectives import BatchLoss, ClosureLoss, ModelLoss, check_objective, swapped
 from fwdlib.stacked.batches import count_examples, describe, flatten_batch, with_leaves
 from fwdlib.stacked.estimator import evaluate
 from fwdlib.stacked.graph import CompiledStep, CountedSigns, Refused, cause_of, how_large, record, write_assigned
@@ -213,8 +213,9 @@ class SGDStep:
         return step, loss_alone
 
     def _eager(self, batch: tuple, draw_signs: DrawSigns) -> Tensor:
-        _refuse_hooks(p for p in self.model.parameters() if p.requires_grad)
-        params = params_of(self.model)
+        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        _refuse_hooks(trainable.values())
+        params = {name: p.detach() for name, p in trainable.items()}
         objective = self._objective(batch)
         check_objective(objective, params)
         return self._step(objective, params, None, self.learning_rate, draw_signs)
