@@ -24,6 +24,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
@@ -33,6 +34,10 @@ from fwdlib.tangents import Params, RankOne, is_traced, is_transformed, rank_one
 
 DrawSigns = Callable[[Sequence[int], Tensor], Tensor]
 """Draws independent signs of a shape, with the dtype and device of a tensor."""
+
+
+FEW_PLACES = 8
+"""Of an image, for which one product of all images takes less time than a product for each."""
 
 
 class Convolution(NamedTuple):
@@ -48,9 +53,12 @@ class Convolution(NamedTuple):
     def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int | None = None) -> Tensor:
         """Convolve. With kernels of one place, that is a product of matrices, for which no entries are rearranged."""
         if groups is None and self._is_product(inputs, weight):
-            matrix = weight.flatten(1).expand(len(inputs), -1, -1)
-            rows = inputs.flatten(2)
-            product = matrix @ rows if bias is None else torch.baddbmm(bias.unsqueeze(1), matrix, rows)
+            matrix, rows = weight.flatten(1), inputs.flatten(2)
+            if rows.shape[2] < FEW_PLACES:
+                product = F.linear(rows.transpose(1, 2), matrix, bias).transpose(1, 2).contiguous()
+            else:
+                matrix = matrix.expand(len(inputs), -1, -1)
+                product = matrix @ rows if bias is None else torch.baddbmm(bias.unsqueeze(1), matrix, rows)
             return product.reshape(len(inputs), -1, *inputs.shape[2:])
         return self.function(
             inputs, weight, bias, self.stride, self.padding, self.dilation, self.groups if groups is None else groups

@@ -61,7 +61,8 @@ def batch_norm(
                 shift = (0 if shift is None else shift) - slope * mean
                 tangents = torch.addcmul(tangents, primal, slope.to(primal.dtype).reshape(len(slope), *channels))
             if shift is not None:
-                tangents = tangents + shift.to(primal.dtype).reshape(len(shift), *channels)
+                shift = shift.to(primal.dtype).reshape(len(shift), *channels)
+                tangents = tangents + shift if slope is None else tangents.add_(shift)
         return dual_of(y, tangents)
     if running_mean is None or running_var is None:
         return NotImplemented
@@ -170,7 +171,9 @@ def _affine(
 
 def _own_rows(run: Pass, x: Any) -> Tensor | None:
     # The tangents of a weight or a bias; None if it has none.
-    return run.stack(x)[1:] if run.has_tangents(x) else None
+    if not run.has_tangents(x):
+        return None
+    return x.tangents if isinstance(x, Dual) else run.perturbation.dense(run.name_of(x))
 
 
 @rule_of(F.softmax, torch.softmax, Tensor.softmax)

@@ -27,6 +27,16 @@ def flatten(run: Pass, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     return Dual(stack.flatten(row_axis(start_dim, stack), row_axis(end_dim, stack)))
 
 
+@rule_of(torch.unflatten, Tensor.unflatten)
+def unflatten(run: Pass, x: Any, dim: int, sizes: Any) -> Any:
+    """Cut an axis of each row into several."""
+    sizes = _sizes((sizes,), None)
+    if not _is_integer(dim) or not sizes:
+        return NotImplemented
+    stack = run.stack(x)
+    return Dual(stack.unflatten(row_axis(dim, stack), tuple(sizes)))
+
+
 @rule_of(torch.reshape, Tensor.reshape, Tensor.view, shape="size")
 def reshape(run: Pass, x: Any, *sizes: Any, size: Any = None) -> Any:
     """Reshape each row. An integer view of the memory is a constant."""

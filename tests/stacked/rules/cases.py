@@ -96,10 +96,12 @@ case(
     lambda f, q, k, v, w, b, *o: f(q, k, v, 4, 2, w, b, None, None, False, 0.0, *o, need_weights=False)[0],
 )
 case([F.conv2d], [image, (6, 4, 1, 1), (6,)])
+case([F.conv2d], [(3, 4, 2, 1), (6, 4, 1, 1), (6,)])
 
 case([torch.flatten, Tensor.flatten], [image])
 case([torch.flatten, Tensor.flatten], [image], lambda f, x: f(x, 1, -2))
 case([torch.flatten], [()])
+case([torch.unflatten, Tensor.unflatten], [matrix], lambda f, x: f(x, -1, (3, -1)))
 case([torch.reshape, Tensor.reshape], [matrix], lambda f, x: f(x, (2, -1)))
 case([Tensor.reshape, Tensor.view], [matrix], lambda f, x: f(x, -1, 2))
 case([torch.reshape], [matrix], lambda f, x: f(x, shape=(12,)))

@@ -129,7 +129,9 @@ x.flatten(1, 0); x.flatten(-3); x.sum().flatten(0, 0); x.sum().flatten(1); x.sum
 x.chunk(chunks=2, dim=-1); torch.chunk(x, 3, axis=0); x.chunk(2, -3); x.split([1, 2], 1)
 torch.split(x, split_size_or_sections=2, dim=-1); x.split(split_size=3)
 torch.split(tensor=x, split_size_or_sections=[1, 3]); x.split(2, dim=2); x.split([1, 1]); x.chunk(5); x[:0].chunk(2)
-x.split(np.int64(2)); x.split((2, 2))
+x.split(np.int64(2)); x.split((2, 2)); x.unflatten(0, (2, 2)); torch.unflatten(x, dim=-1, sizes=[3, -1])
+x.unflatten(1, [np.int64(1), 3]); x.unflatten(0, (2, 3)); x.unflatten(2, (1, 1)); x.sum().unflatten(0, (1,))
+x[:0].unflatten(0, (0, 2)); x[:0].unflatten(1, (-1, 1)); x.unflatten(0, ()); x.unflatten(-3, (1,))
 """
 
 INDICES = """
