@@ -30,6 +30,7 @@ from report.sections import (
     sensitivity,
     tangents,
     traffic,
+    verdicts,
 )
 
 METHODS = {"backprop": "backprop", "forward": "forward gradient"}  # key -> as records and timings call it
@@ -173,6 +174,7 @@ def build_context(results: Results) -> dict[str, Any]:
         "files": {key: [getattr(TASKS[key], method) for method in METHODS] for key in TASKS},
     }
     found["claims"] = claims.findings(found)
+    found["margins"] = {"points": verdicts.POINTS, "times": verdicts.TIMES}
     found["choice"] = choice.rows(found)
     return found
 

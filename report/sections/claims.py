@@ -12,8 +12,8 @@ from fwdlib.statistics import difference_by_seed
 from report import published
 from report.names import AS_PUBLISHED, MODELS
 from report.sections import claims_on_cost, lookups
-from report.sections.feedback import LARGE, MIXER
-from report.sections.verdicts import Claim, Finding, Rule, above, below, compatible, judge, made, within
+from report.sections.feedback import CONVOLUTIONAL, LARGE, MIXER
+from report.sections.verdicts import POINTS, TIMES, Claim, Finding, Rule, above, below, compatible, judge, made, within
 from report.wording import number
 
 
@@ -44,8 +44,8 @@ def _ratio(place: str, text: str, model: str, name: str, rule: Rule, reasons: di
 
 def _fdfa(text: str, worse: str, rule: Rule, reasons: dict[str, str]) -> Claim:
     # A claim that FDFA is more accurate than another mode.
-    measure = f"test accuracy, FDFA ahead of {worse} by [points], MNIST"
-    return Claim(f"{FDFA}, abstract", text, measure, lookups.accuracy_gap("FDFA", worse), rule, reasons)
+    measure = f"test accuracy, FDFA ahead of {worse} by [points]"
+    return Claim(f"{FDFA}, abstract", text, measure, lookups.accuracy_gap("FDFA", worse, MNIST), rule, reasons)
 
 
 # --- the claims ------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ ADAM = f"{CNN['steps_per_iteration']} steps"
 SEED, PAPER, FRAMEWORK = "[@predecessors2023]", "[@baydin2022]", "[@bouvet2019]"
 FDFA, SEVERAL, FRANK_WOLFE = "[@bacho2024]", "[@fluegel2024]", "[@rostami2024]"
 LOCAL, REN = "[@ren2022]", PUBLISHED["local_losses"]
-BOTH = (LARGE, MIXER)
+BOTH, MNIST = (LARGE, MIXER), (LARGE, CONVOLUTIONAL)
 SENSITIVITIES, HORIZONS = "[@ma2021]", "[@micaelli2021]"
 HYPERGRADIENTS, ONLINE = "[@franceschi2017]", "[@zucchet2023]"
 PROCESSES = PUBLISHED["processes"]
@@ -91,7 +91,7 @@ CLAIMS = [
         "It takes fewer iterations.",
         "logistic",
         "iterations",
-        below(1),
+        below(1, margin=TIMES),
         {"inconclusive": "they are equal up to the noise of the seeds", "fails": "they are not fewer"},
     ),
     _ratio(
@@ -107,7 +107,7 @@ CLAIMS = [
         "A training takes fewer iterations with forward gradients.",
         "mlp",
         "iterations",
-        below(1),
+        below(1, margin=TIMES),
         {
             "inconclusive": "one run each was compared; the seeds differ by more than the methods",
             "holds": "noise helps here, where the rate is small",
@@ -135,7 +135,7 @@ CLAIMS = [
         "The times of the two trainings differ less than for logistic regression.",
         "factor between the times, of the multilayer network over logistic regression",
         lookups.apart,
-        below(1),
+        below(1, margin=TIMES),
         {
             "fails": "their own numbers say the opposite, too: "
             f"{_published_apart('mlp')} times against {_published_apart('logistic')} times",
@@ -223,7 +223,7 @@ CLAIMS = [
         "They do worse as complexity increases.",
         "time of a training over backprop's, of the multilayer network over logistic regression",
         lookups.fair_quotient,
-        above(1),
+        above(1, margin=TIMES),
         {"holds": "the noise grows with the number of parameters", "fails": "not between these two"},
     ),
     Claim(
@@ -487,13 +487,13 @@ CLAIMS = [
     _fdfa(
         "FDFA is better than feedback that is random and fixed.",
         "DFA",
-        above(0),
+        above(0, POINTS),
         {"inconclusive": "on two hidden layers with BatchNorm DFA is as good", "fails": "not here"},
     ),
     _fdfa(
         "FDFA is better than the feedback of Kolen and Pollack.",
         "DKP",
-        above(0),
+        above(0, POINTS),
         {"inconclusive": "they do not differ on this network", "fails": "not here"},
     ),
     _fdfa(
@@ -513,7 +513,7 @@ CLAIMS = [
         "Perturbing the activities trains better than perturbing the weights.",
         "test accuracy, FG-A ahead of FG by [points], MNIST",
         lookups.accuracy_gap("FG-A", "FG"),
-        above(0),
+        above(0, POINTS),
         {"holds": "its noise is that of the units, and not of the weights"},
     ),
     Claim(
@@ -521,7 +521,7 @@ CLAIMS = [
         "Local losses with groups train better than a global loss with perturbed activities.",
         "test accuracy, LG-FG-A ahead of FG-A by [points]",
         lookups.accuracy_gap("LG-FG-A", "FG-A", BOTH),
-        above(0),
+        above(0, POINTS),
         {"holds": "each group has the noise of its own units"},
     ),
     Claim(
@@ -541,7 +541,7 @@ CLAIMS = [
         "Local losses in addition to backprop's improve on it.",
         "test accuracy, L-BP ahead of backprop by [points]",
         lookups.accuracy_gap("L-BP", "BP", (*BOTH, "KMNIST, 2 x 800", "Fashion-MNIST, 2 x 800")),
-        above(0),
+        above(0, POINTS),
         {"holds": "the heads regularise", "fails": "the heads do not help these networks"},
     ),
     Claim(
@@ -560,7 +560,7 @@ CLAIMS = [
         "Forward gradients of the local losses generalise better than their exact gradients.",
         "test accuracy, LG-FG-A ahead of LG-BP by [points]",
         lookups.accuracy_gap("LG-FG-A", "LG-BP", BOTH),
-        above(0),
+        above(0, POINTS),
         {"holds": "their noise regularises", "fails": "their noise does not pay here"},
     ),
     Claim(
@@ -568,7 +568,7 @@ CLAIMS = [
         "Forward gradients of local losses train better than direct feedback alignment.",
         "test accuracy, LG-FG-A ahead of DFA by [points], MNIST",
         lookups.accuracy_gap("LG-FG-A", "DFA"),
-        above(0),
+        above(0, POINTS),
         {"fails": "with BatchNorm and two hidden layers, fixed feedback is as good"},
     ),
     Claim(

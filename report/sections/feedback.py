@@ -38,7 +38,8 @@ NETWORKS = {
 }
 TITLES = {name: f"{DATASETS[task.dataset]}, {NETWORKS[task.network]}" for name, task in TASKS.items()}
 WIDTH = 800  # units of a hidden layer
-LARGE, MIXER = TITLES["MNIST-2x800"], TITLES["MNIST-M-1-16"]  # titles of the tasks that answer and claims rest on
+# titles of the tasks that answer and claims rest on
+LARGE, CONVOLUTIONAL, MIXER = (TITLES[f"MNIST-{network}"] for network in ("2x800", "cnn", "M-1-16"))
 NEAR = (
     "FDFA",
     "L-BP",

@@ -37,7 +37,7 @@ def context(found: dict[str, Any]) -> dict[str, Any] | None:
     return {
         "models": models,
         "missing": {name: title for name, title in TITLES.items() if name not in models},
-        "num_seeds": sorted({model["settings"]["num_seeds"] for model in models.values() if model["threshold"]}),
+        "num_seeds": sorted({r["num_seeds"] for m in models.values() if m["threshold"] for r in m["fair"].values()}),
         "environment": next(iter(found["models"].values()))["environment"],
         "timing_environment": found["steps"]["environment"],
         "culprits": [

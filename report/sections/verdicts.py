@@ -38,14 +38,30 @@ class Rule(NamedTuple):
     fails: Callable[[Interval], bool]
 
 
-def below(bound: float, words: str = "") -> Rule:
-    """Return the rule that the whole interval is below ``bound``."""
-    return Rule(words or f"below {bound:g}", lambda i: i.high < bound, lambda i: i.low >= bound)
+POINTS, TIMES = 0.2, 0.05
+"""Differences that do not matter: of accuracy, in points, and of a ratio of times or of iterations."""
 
 
-def above(bound: float) -> Rule:
-    """Return the rule that the whole interval is above ``bound``."""
-    return Rule(f"above {bound:g}", lambda i: i.low > bound, lambda i: i.high <= bound)
+def below(bound: float, words: str = "", margin: float = 0.0) -> Rule:
+    """Return the rule that the interval is below ``bound``. The claim also fails if all of it is within a margin."""
+
+    def fails(i: Interval) -> bool:
+        return i.low >= bound or (i.low >= bound - margin and i.high <= bound + margin)
+
+    return Rule(words or f"below {_with_margin(bound, margin)}", lambda i: i.high < bound, fails)
+
+
+def above(bound: float, margin: float = 0.0) -> Rule:
+    """Return the rule that the interval is above ``bound``. The claim also fails if all of it is within a margin."""
+
+    def fails(i: Interval) -> bool:
+        return i.high <= bound or (i.low >= bound - margin and i.high <= bound + margin)
+
+    return Rule(f"above {_with_margin(bound, margin)}", lambda i: i.low > bound, fails)
+
+
+def _with_margin(bound: float, margin: float) -> str:
+    return f"{bound:g} (±{margin:g} is equal)" if margin else f"{bound:g}"
 
 
 def within(low: float, high: float) -> Rule:
