@@ -17,6 +17,8 @@ from report.sections.seeds import losses_over
 MEGABYTES = (1, 100)
 """The budgets, 10^6 bytes each."""
 FORWARD, SILENT = "rank-one", "no exchange"
+LEARNED = 0.5
+"""Training loss, in nats, as in the descents."""
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -73,6 +75,7 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "num_seeds": len(runs),
         "bytes": last["bytes"][-1] / last["steps"][-1],
         "sent": last["bytes"][-1],
+        "arrival": median_interval([_arrival(run) for run in runs]),
         "steps": {budget: last["steps"][_index(last, budget)] for budget in MEGABYTES},
         "test": {budget: median_interval([loss for loss, _ in of.values()]) for budget, of in within.items()},
         "accuracy": {budget: median_interval([100 * a for _, a in of.values()]) for budget, of in within.items()},
@@ -82,6 +85,12 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _index(run: dict[str, Any], megabytes: float) -> int:
     return max(i for i, sent in enumerate(run["bytes"]) if sent <= 1e6 * megabytes)
+
+
+def _arrival(run: dict[str, Any]) -> float:
+    # The megabytes that had been sent when the training loss was low enough.
+    pairs = zip(run["bytes"], map(float, run["train"]), strict=True)
+    return min((sent / 1e6 for sent, loss in pairs if loss <= LEARNED), default=math.inf)
 
 
 def _within(run: dict[str, Any], megabytes: float) -> tuple[float, float]:

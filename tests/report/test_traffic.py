@@ -9,6 +9,8 @@ import torch
 
 from fwdlib.data import Dataset, Source
 from report.sections import traffic as section
+from report.sections.claims_on_cost import CLAIMS
+from report.sections.verdicts import judge
 from report.studies import traffic as study
 
 SETTINGS = study.SHORT._replace(methods=("DDP", "rank-one, K = 1"), seeds=(1,), num_steps=8, tuning_steps=3)
@@ -62,6 +64,21 @@ def test_a_rival_that_sends_nothing_comes_first_and_is_a_line_in_the_figure():
     (axes,) = section.figures(results(with_silent=True))["traffic"].axes
     (line,) = (line for line in axes.lines if line.get_label() == "no exchange")
     assert list(line.get_ydata()) == [pytest.approx(0.835)] * 2
+
+
+def test_bytes_until_a_net_has_learned_judge_the_claim_on_a_megabyte():
+    found = results()
+    found["runs"] += [run("rank-one, K = 16", seed, [2.0, 0.6, 0.5], [0, 500_000, 900_000]) for seed in range(1, 7)]
+    rows = section.context(found)["rows"]
+    assert rows["rank-one, K = 16"]["arrival"] == (0.9, 0.9, 0.9)
+    assert rows["rank-one, K = 1"]["arrival"].estimate == math.inf
+    claim = next(claim for claim in CLAIMS if "need exchange only" in claim.text)
+    verdict = judge(claim, {"traffic": {"rows": rows}})
+    assert {case: outcome for case, (_, outcome) in verdict.cases.items()} == {
+        "rank-one, K = 1": "inconclusive",
+        "rank-one, K = 16": "holds",
+    }
+    assert verdict.outcome == "partly"
 
 
 def test_a_training_that_diverged_has_learned_nothing():
