@@ -30,9 +30,10 @@ def plot_test_errors(studies: dict[str, dict[str, Sequence[Sequence[float]]]]) -
         A figure with a panel for each title, the error in percent on a logarithmic axis.
     """
     rows = -(-len(studies) // COLUMNS)
-    figure = Figure(figsize=(3.4 * min(COLUMNS, len(studies)), 0.6 + 3.2 * rows))
+    columns = -(-len(studies) // rows)
+    figure = Figure(figsize=(3.4 * columns, 0.6 + 3.2 * rows))
     labels: dict[str, Any] = {}  # one legend for the methods of all panels
-    for axes, title, methods in panels(figure, studies, columns=COLUMNS):
+    for axes, title, methods in panels(figure, studies, columns=columns):
         for name, seeds in methods.items():
             errors = 100 * np.array(seeds)[:, 1:]
             draw_mean(axes, np.arange(1, errors.shape[1] + 1), errors, style_of(name), label=name, marker=".")
@@ -41,7 +42,7 @@ def plot_test_errors(studies: dict[str, dict[str, Sequence[Sequence[float]]]]) -
         plain_ticks(axes)
         handles, names = axes.get_legend_handles_labels()
         labels = dict(zip(names, handles, strict=True)) | labels
-    legend_below(figure, labels.values(), labels, ncols=8, fontsize=8)
+    legend_below(figure, labels.values(), labels, ncols=2 * columns, fontsize=8)
     return figure
 
 
