@@ -36,6 +36,7 @@ CORE = (
     "history",
     "session",
     "seeds",
+    "steps",
     "training",
     "results",
     "plotting",

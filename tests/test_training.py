@@ -747,5 +747,5 @@ def test_plain_sgd_updates_from_the_factors_and_any_other_from_gradients(train, 
     assert written_out == []
     # the same steps, by an optimizer that is not plain and steps alike
     other = train(MLP, estimator, optimizer=lambda p: torch.optim.SGD(p, 1e-3, weight_decay=1e-30), together=False)
-    assert len(written_out) == 10 * 6
+    assert len(written_out) == 6  # in the first step; later ones are written over it
     assert_same_runs(plain, other)

@@ -92,10 +92,10 @@ def context_of(**changes):
     rival = {"memory": 20_000_000, "ratio": Interval(0.4, 0.5, 0.6), "name": "L checkpoints"}
     rivals = {"exact": rival, "rank-one": {"memory": 4_000_000, "ratio": Interval(1, 1, 1)}}
     rivals["two-point"] = {"memory": 15_000_000, "ratio": Interval(0.1, 0.2, 0.25)}
-    rows = [{"method": "rank-one", "steps": Interval(9000, 10000, 11000)}]
-    cost = {"budget": budget.context(made_up()), "depth": {"rivals": rivals}, "descent": {"rows": rows}}
+    cost = {"budget": budget.context(made_up()), "depth": {"rivals": rivals}}
     scaling = {"most": {"FG-RANK1, K = 1": 64, "FG-RANK1, K = 16": 128}, "gradient": 4_000_000}
-    return {"cost": cost, "scaling": scaling} | changes
+    traffic = {"rows": {"rank-one, K = 1": {"arrival": Interval(0.6, 0.64, 0.7)}, "DDP": {"arrival": None}}}
+    return {"cost": cost, "scaling": scaling, "traffic": traffic} | changes
 
 
 def test_claims_on_cost_are_decided_by_the_measured_numbers():
@@ -110,7 +110,7 @@ def test_claims_on_cost_are_decided_by_the_measured_numbers():
     assert in_a_step.outcome == "holds"
 
 
-@pytest.mark.parametrize("missing", ["cost", "scaling"])
-def test_claims_without_their_study_are_not_measured(missing):
+@pytest.mark.parametrize(("missing", "place"), [("cost", 0), ("scaling", -1), ("traffic", -2)])
+def test_claims_without_their_study_are_not_measured(missing, place):
     outcomes = [judge(claim, context_of(**{missing: None})).outcome for claim in claims_on_cost.CLAIMS]
-    assert outcomes[-1] == "not measured" if missing == "scaling" else outcomes[0] == "not measured"
+    assert outcomes[place] == "not measured"
