@@ -44,20 +44,18 @@ POINTS, TIMES = 0.2, 0.05
 
 def below(bound: float, words: str = "", margin: float = 0.0) -> Rule:
     """Return the rule that the interval is below ``bound``. The claim also fails if all of it is within a margin."""
-
-    def fails(i: Interval) -> bool:
-        return i.low >= bound or (i.low >= bound - margin and i.high <= bound + margin)
-
-    return Rule(words or f"below {_with_margin(bound, margin)}", lambda i: i.high < bound, fails)
+    words = words or f"below {_with_margin(bound, margin)}"
+    return Rule(words, lambda i: i.high < bound, lambda i: i.low >= bound or _is_equal(i, bound, margin))
 
 
 def above(bound: float, margin: float = 0.0) -> Rule:
     """Return the rule that the interval is above ``bound``. The claim also fails if all of it is within a margin."""
+    words = f"above {_with_margin(bound, margin)}"
+    return Rule(words, lambda i: i.low > bound, lambda i: i.high <= bound or _is_equal(i, bound, margin))
 
-    def fails(i: Interval) -> bool:
-        return i.high <= bound or (i.low >= bound - margin and i.high <= bound + margin)
 
-    return Rule(f"above {_with_margin(bound, margin)}", lambda i: i.low > bound, fails)
+def _is_equal(value: Interval, bound: float, margin: float) -> bool:
+    return bound - margin <= value.low and value.high <= bound + margin
 
 
 def _with_margin(bound: float, margin: float) -> str:
