@@ -258,6 +258,24 @@ def pushforward(function: Multiple, point: Params, tangents: Params) -> tuple[li
         return vmap(along, out_dims=(None, 0, None), randomness="same")(tangents)
 
 
+def repeated_pushforward(
+    function: Multiple, point: Params, tangents: Params
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Differentiate as :func:`pushforward` does, with the value computed anew for each tangent, for a compiler to fuse.
+
+    Values and tangents then have the same shape, so an element-wise function is one loop that keeps nothing in memory.
+
+    Args:
+        function: pure, and without random numbers.
+        point: tensor by name.
+        tangents: for each tensor of shape (...) one of shape (K, ...).
+    """
+    repeated = {name: x.expand(len(tangents[name]), *x.shape) for name, x in point.items()}
+    with named_refusal(), torch.enable_grad(), quiet_vmap():
+        values, slopes, others = vmap(partial(_push_one, function))(repeated, tangents)
+    return [x[0] for x in values], slopes, [x[0] for x in others]
+
+
 def unrolled_pushforward(
     function: Multiple, point: Params, tangents: Params, active: Sequence[Collection[str]]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

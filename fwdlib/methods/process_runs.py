@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_structure, tree_unflatten
 
 from fwdlib import runtime
-from fwdlib.forward.derivatives import either_engine, pushforward, unrolled_pushforward
+from fwdlib.forward.derivatives import either_engine, pushforward, repeated_pushforward, unrolled_pushforward
 from fwdlib.methods.process import ProcessLoss, Tree, is_inexact, parted
 from fwdlib.stacked.batches import describe
 from fwdlib.stacked.estimator import stacked_pushforward
@@ -27,6 +27,10 @@ MAX_CHUNK = 10
 EAGER_CHUNK = 50
 UNROLLED_CHUNK = 8
 """The tangents of an element-wise step are compiled one by one, into one loop, if so many steps fit into a chunk."""
+MAX_LANES = 8
+"""An element-wise step of numbers along at most so many tangents is computed once for each: in one vector register."""
+LARGE, LARGE_CHUNK = 2**16, 2
+"""The bytes of a state from which calls cost little beside the steps, and how many of these are compiled together."""
 COMPILED_FROM = 1_000
 """From so many steps on a process is compiled at its first use."""
 
@@ -138,7 +142,7 @@ class Run:
         gaps = [last - first for first, last in itertools.pairwise([0, *self._process.moments])]
         if key not in programs.plans:
             one, push = self._record_one()
-            programs.plans[key] = _chunk_size(gaps, one.num_operations), push
+            programs.plans[key] = _chunk_size(gaps, self._largest(one.num_operations, push)), push
         self._size, push = programs.plans[key]
         for num in {self._size} | ({1} if any(gap % self._size for gap in gaps) else set()):
             if (key, num) not in programs.known:  # the process that shares these programs may have other gaps
@@ -176,12 +180,23 @@ class Run:
             except NotImplementedError:
                 if push is stacked_pushforward:
                     raise
-        active = self._active()
+        if push is stacked_pushforward or not is_elementwise(recorded):
+            return recorded, push
+        active, state = self._active(), self.rows[2 * len(self.layout.names) :]
         is_small = UNROLLED_CHUNK * len(active) * recorded.num_operations <= MAX_OPERATIONS
-        if push is pushforward and is_small and is_elementwise(recorded):
+        if len(active) <= MAX_LANES and all(x.numel() <= len(active) for x in state):
+            push = repeated_pushforward
+        elif is_small:
             push = partial(unrolled_pushforward, active=active)
-            recorded = self._record(1, push)
-        return recorded, push
+        return (recorded if push is pushforward else self._record(1, push)), push
+
+    def _largest(self, num_operations: int, push: Callable) -> int:
+        # How many steps are compiled together at most.
+        size = sum(x.numel() * x.element_size() for x in self.rows[2 * len(self.layout.names) :])
+        is_one_loop = isinstance(push, partial)
+        return min(
+            LARGE_CHUNK if size >= LARGE and not is_one_loop else MAX_CHUNK, MAX_OPERATIONS // max(1, num_operations)
+        )
 
     def _active(self) -> list[tuple[str, ...]]:
         # The names along which each tangent may be other than zero.
@@ -211,9 +226,9 @@ def either(key: Any, function: Callable, point: Params, tangents: Params) -> tup
     return either_engine(key, stacked, partial(pushforward, function, point, tangents))
 
 
-def _chunk_size(gaps: list[int], num_operations: int) -> int:
+def _chunk_size(gaps: list[int], largest: int) -> int:
     # As many steps as a graph may have, a divisor of all gaps if there is a large one.
-    largest = max(1, min(MAX_CHUNK, MAX_OPERATIONS // max(1, num_operations), *(gap for gap in gaps if gap)))
+    largest = max(1, min(largest, *(gap for gap in gaps if gap)))
     common = math.gcd(*gaps)
     divisor = max(size for size in range(1, largest + 1) if common % size == 0)
     return divisor if 3 * divisor >= largest else largest

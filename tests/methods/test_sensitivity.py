@@ -108,6 +108,24 @@ def written_in_place(num_steps=10):
     return ProcessLoss(step, start, lambda z, p: z.sum(), num_steps), numbers(a=[0.1, 0.2, 0.3])
 
 
+def counted(num_steps=23):
+    """A number, with a count of the steps beside it."""
+
+    def step(state, p):
+        z, count = state
+        return z - 0.1 * p["a"] * z.sin() * count, count + 1
+
+    start = torch.ones((), dtype=DOUBLE), torch.zeros((), dtype=torch.long)
+    return ProcessLoss(step, start, lambda state, p: state[0] * state[1], num_steps), numbers(a=0.3)
+
+
+def large(num_steps=7):
+    """A state of so many numbers that few steps are compiled together."""
+    start = torch.linspace(0, 1, 5_000, dtype=DOUBLE)
+    step = lambda z, p: z + 0.1 * p["a"] * z.roll(1) - 0.1 * p["b"] * z  # noqa: E731
+    return ProcessLoss(step, start, lambda z, p: z.square().mean(), num_steps), numbers(a=1.0, b=0.5)
+
+
 PROCESSES = {
     "Lotka-Volterra": lotka_volterra,
     "several trajectories": partial(lotka_volterra, num=5),
@@ -115,6 +133,8 @@ PROCESSES = {
     "training": inner_training,
     "a PDE": heat,
     "in place": written_in_place,
+    "a number and a count": counted,
+    "a large state": large,
 }
 
 
