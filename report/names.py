@@ -84,6 +84,7 @@ TASKS = {
 }
 DEPTHS = {f"MNIST-depth-{n}": n for n in (1, 2, 5, 10)}  # task -> hidden layers of 800 units, trained for less long
 DEPTH_MODES = ("BP", "DFA", "FDFA", "LG-BP", "LG-FG-A")
+LEARNED = 0.5  # a training loss on MNIST, in nats: trainings are compared by when they reach it
 PLAIN = "loss.backward()"  # a step of backprop as everyone writes it
 RECORDED = "BP, recorded"
 

@@ -306,8 +306,9 @@ def fails_in_silence(func: Callable, args: tuple, kwargs: dict) -> bool:
         args: its arguments.
         kwargs: its arguments.
     """
-    if func in PRODUCTS:
-        return "prod" in (*filter(lambda x: isinstance(x, str), args), kwargs.get("reduce"))
+    if func in REDUCTIONS:
+        given = (*filter(lambda x: isinstance(x, str), args), kwargs.get("reduce"))
+        return "prod" in given or not kwargs.get("include_self", True)  # where ties count what is left out
     if func is CHUNKED:
         return kwargs.get("options") is not None
     return func in WRONG or is_custom_operator(func)
@@ -320,7 +321,7 @@ WRONG = {
 }
 """Functions of torch whose forward derivative is not the gradient along the tangent: torch's own samples show it."""
 CHUNKED = getattr(F, "linear_cross_entropy", torch)  # newer than torch 2.11
-PRODUCTS = {torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_}
+REDUCTIONS = {torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_}
 LACKS = "Trying to use forward AD with", "aten::_efficientzerotensor"
 """Words in torch's messages about a function without a forward derivative."""
 

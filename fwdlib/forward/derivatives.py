@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from fwdlib.forward.by_backward import OTHERS
-from fwdlib.forward.mode import ForwardMode, Rewind, quiet_vmap, tangents_on, without_tape
+from fwdlib.forward.mode import ONE_PASS, ForwardMode, NoTape, Rewind, quiet_vmap, tangents_on, without_tape
 from fwdlib.forward.padding import Padding, without_rows
 from fwdlib.objectives import (
     ModelLoss,
@@ -62,6 +62,11 @@ def check_followable(modules: Iterable[nn.Module]) -> None:
     Raises:
         NotImplementedError: if one has backward hooks, or exchanges gradients with other processes.
     """
+    if torch.nn.modules.module._global_backward_hooks or torch.nn.modules.module._global_backward_pre_hooks:
+        raise NotImplementedError(
+            "a backward hook is registered for all modules, and a forward gradient has no backward pass that would "
+            "call it. Remove it (handle.remove())."
+        )
     for module in modules:
         if module._backward_hooks or module._backward_pre_hooks:
             raise NotImplementedError(
@@ -162,7 +167,7 @@ def derivatives_along(
 def _pass_by_pass(objective: ModelLoss, params: Params, tangents: Params, chunk_size: int | None) -> Derivatives:
     # One pass for each tangent, on tensors that the model can use in every way it uses its parameters.
     model, num_tangents = objective.model, len(next(iter(tangents.values())))
-    rewind, jvps = Rewind(model, only_torch=num_tangents == 1), []
+    rewind, jvps, first = Rewind(model, only_torch=num_tangents == 1), [], None
     with objective.placed(params) as leaves:
         for row in range(num_tangents):
             if row:
@@ -178,11 +183,22 @@ def _pass_by_pass(objective: ModelLoss, params: Params, tangents: Params, chunk_
                 rewind()  # the model calls torch.autograd.grad by its own parameters, which takes a tape
                 one = _along(objective, leaves, tangent, requiring_grad(leaves.values()))
             check_depends(one.is_constant, objective, params)
+            first = one.loss if first is None else first
+            if not _is_same(first, one.loss):
+                raise NotImplementedError(
+                    f"the loss was {first.item():.9g} and then {one.loss.item():.9g}: the model or the closure has a "
+                    f"state that torch's engine, which runs it once for each tangent, cannot restore. {ONE_PASS}"
+                )
             jvps.append(one.jvps)
         else:
             return one._replace(jvps=torch.stack(jvps))
     rewind()
     return _in_one_pass(objective, params, tangents, chunk_size)
+
+
+def _is_same(loss: Tensor, other: Tensor) -> bool:
+    # Sums may be added up in another order.
+    return torch.allclose(loss, other, rtol=max(1e-7, 10 * torch.finfo(loss.dtype).eps), atol=0, equal_nan=True)
 
 
 def _along(objective: ModelLoss, leaves: Params, tangent: Params, tape: AbstractContextManager) -> Derivatives:
@@ -328,7 +344,11 @@ def named_refusal() -> Iterator[None]:
         yield
     except (NotImplementedError, RuntimeError) as error:
         first = str(error).partition("\n")[0]
-        if OTHERS in first or (not isinstance(error, NotImplementedError) and "jvp" not in first):
+        if (
+            isinstance(error, NoTape)
+            or OTHERS in first
+            or (not isinstance(error, NotImplementedError) and "jvp" not in first)
+        ):
             raise
         raise NotImplementedError(
             f"torch has no forward derivative for a function of this objective: {first} {OTHERS}"

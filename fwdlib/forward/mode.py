@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
@@ -28,7 +29,13 @@ from fwdlib.forward.replacements import CONTEXTS, REPLACEMENTS
 from fwdlib.objectives import modules_of
 from fwdlib.tangents import AnyGenerator, Params, is_transformed
 
-REQUIRES_GRAD = Tensor.requires_grad.__get__
+REQUIRES_GRAD, IS_LEAF, GRAD_FN = Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.grad_fn.__get__
+SET_REQUIRES_GRAD = (Tensor.requires_grad_, Tensor.requires_grad.__set__)
+ONE_PASS = "A single tangent needs one pass, and so does fwdlib.forward_gradient(..., engine='stacked')."
+NO_TAPE = (
+    "Forward mode keeps no tape, so nothing would come of it. To change gradients, use a hook of a parameter that is "
+    "registered before the pass, or change .grad afterwards."
+)
 
 
 @contextmanager
@@ -55,6 +62,30 @@ METADATA = {
 }
 
 
+class NoTape(NotImplementedError):
+    """A model does something with a tape that forward mode does not keep."""
+
+
+def check_tape(func: Callable, is_param: bool) -> None:
+    """Refuse functions that read or change the tape of a tensor with a tangent.
+
+    Raises:
+        NoTape: if ``func`` is one.
+    """
+    if func == GRAD_FN and not is_param:
+        raise NoTape(f"grad_fn of a tensor with tangents was read. {NO_TAPE}")
+
+
+def check_no_hook(cls: type[torch.autograd.Function]) -> None:
+    """Refuse the function by which a module calls its backward hooks.
+
+    Raises:
+        NoTape: if ``cls`` is it.
+    """
+    if cls is BackwardHookFunction:
+        raise NoTape(f"a module with backward hooks was called. {NO_TAPE}")
+
+
 class ForwardMode(TorchFunctionMode):
     """A context for a forward pass with tangents.
 
@@ -77,6 +108,7 @@ class ForwardMode(TorchFunctionMode):
         self.padding = Padding() if padding is None else padding
         self._names = {id(p): name for name, p in params.items()}
         self._cuts = False
+        self._is_inference = torch.is_inference_mode_enabled()
 
     def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Call ``func``, translated.
@@ -89,43 +121,83 @@ class ForwardMode(TorchFunctionMode):
             self._follow(*args)
             return func(*args, **kwargs)
         if func in METADATA:
-            is_asked = func == REQUIRES_GRAD and id(args[0]) in self._names
-            return True if is_asked else func(*args, **kwargs)
+            return self._asked(func, args, kwargs)
+        if func in OF_THE_TAPE and self._has_gradient(args[0]):
+            return self._on_tape(func, *args, **kwargs)
         self.padding.note(func, args, kwargs, self._names)
         if func in CONTEXTS and not self._cuts:
             with CONTEXTS[func]():
                 return func(*args, **kwargs)
         func = REPLACEMENTS.get(func, func)
-        if self._cuts:
+        if self._cuts or (torch.is_inference_mode_enabled() and not self._is_inference):
             return _without_tangents(func(*args, **kwargs), (args, kwargs))
+        if func is torch.autograd.grad and not _creates_graph(*args, **kwargs):
+            return tree_map(_constant, func(*args, **kwargs))
         if fails_in_silence(func, args, kwargs):
             return _by_backward(func, args, kwargs, self._names)
+        version = args[0]._version if args and isinstance(args[0], Tensor) and not args[0].is_inference() else None
         try:
             return func(*args, **kwargs)
         except (NotImplementedError, RuntimeError) as error:
             if is_transformed() or not any(words in str(error) for words in LACKS):
                 raise
+        if version is not None and args[0]._version != version:  # torch has written the value before it refused
+            raise NotImplementedError(
+                f"{_name_of(func)} writes into its argument and has no forward derivative. {OTHERS}"
+            )
         return _by_backward(func, args, kwargs, self._names)
 
     def __enter__(self) -> ForwardMode:
         """Begin."""
         by_backward.begin(self._apply_function)
+        self._level = torch._C._functorch.maybe_current_level()
         return super().__enter__()
+
+    def _has_gradient(self, x: Any) -> bool:
+        # Whether backprop would keep a tape for x, which has a tangent here.
+        return id(x) in self._names or (not is_transformed() and _tangent(x) is not None)
+
+    def _asked(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if func in (REQUIRES_GRAD, IS_LEAF, GRAD_FN) and self._has_gradient(args[0]):
+            check_tape(func, is_param=id(args[0]) in self._names)
+            return func == REQUIRES_GRAD or (id(args[0]) in self._names and func(*args, **kwargs))
+        if func == Tensor.retain_grad and self._has_gradient(args[0]):
+            return None  # there will be no gradient to retain
+        return func(*args, **kwargs)
+
+    def _on_tape(self, func: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        # What a model does to the tape of a tensor, of which there is none.
+        if func not in SET_REQUIRES_GRAD:
+            raise NoTape(f"{_name_of(func)} was called on a tensor with tangents. {NO_TAPE}")
+        if not (*args, *kwargs.values(), True)[0]:
+            name = self._names.get(id(x))
+            raise NoTape(
+                f"requires_grad of the parameter {name!r} was switched off inside the pass. Do so before, or use "
+                f"fwdlib.forward_gradient(..., engine='stacked')."
+                if name
+                else "requires_grad of an activation was switched off; use x.detach()."
+            )
+        return x if func is Tensor.requires_grad_ else None
 
     def _apply_function(self, cls: type[torch.autograd.Function], args: tuple) -> Any:
         if is_transformed() or all(_tangent(x) is None for x in args):
             return NotImplemented
+        check_no_hook(cls)
         if by_backward.is_checkpoint(cls):
             function, _, *rest = args
             return function(*rest)
-        return NotImplemented if by_backward.has_jvp(cls) else _by_backward(cls.apply, args, {}, self._names)
+        return (
+            NotImplemented if by_backward.has_jvp(cls) else _by_backward(cls.apply, args, {}, self._names, cls.__name__)
+        )
 
     def _follow(self, enabled: bool) -> None:
         # A torch.autograd.Function switches forward mode off by itself: only what we have cut is ours to join again.
-        if not enabled and torch._C._is_fwd_grad_enabled():
+        # Where C++ code has switched grad mode off, as around the hooks of saved tensors, torch.no_grad() changes
+        # nothing. Nor does torch.enable_grad() in a torch.func transform, whose level is not that of the tangents.
+        if not enabled and torch._C._is_fwd_grad_enabled() and torch.is_grad_enabled():
             self._cuts = True
             torch._C._set_fwd_grad_enabled(False)
-        elif enabled and self._cuts:
+        elif enabled and self._cuts and torch._C._functorch.maybe_current_level() == self._level:
             self._cuts = False
             torch._C._set_fwd_grad_enabled(True)
 
@@ -141,18 +213,39 @@ def _without_tangents(found: Any, given: Any) -> Any:
     known = {id(x) for x in tree_leaves(given)}
 
     def cut(x: Any) -> Any:
-        return x.detach() if isinstance(x, Tensor) and id(x) not in known and x._is_view() else x
+        return _constant(x) if isinstance(x, Tensor) and id(x) not in known and x._is_view() else x
 
     return tree_map(cut, found)
+
+
+def _constant(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    with forward_ad._set_fwd_grad_enabled(False):
+        return x.detach()
+
+
+def _creates_graph(
+    outputs: Any, inputs: Any, grad_outputs: Any = None, retain_graph: Any = None, create_graph: bool = False, **_: Any
+) -> bool:
+    return create_graph
+
+
+def _name_of(func: Callable) -> str:
+    return getattr(func, "__qualname__", None) or resolve_name(func) or str(func)
+
+
+OF_THE_TAPE = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, *SET_REQUIRES_GRAD}
+"""Functions that concern the tape of their first argument."""
 
 
 def _tangent(x: Any) -> Tensor | None:
     return forward_ad.unpack_dual(x).tangent if is_differentiable(x) else None
 
 
-def _by_backward(func: Callable, args: tuple, kwargs: dict, own: Collection[int]) -> Any:
+def _by_backward(func: Callable, args: tuple, kwargs: dict, own: Collection[int], name: str | None = None) -> Any:
     # The call with tangents, by means of the function's backward pass.
-    name = getattr(func, "__qualname__", None) or resolve_name(func) or str(func)
+    name = name or _name_of(func)
     call, leaves = by_backward.with_tree(func, args, kwargs)
     if any(isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves):
         raise NotImplementedError(f"inside torch.func's transforms {name} loses its tangents. {OTHERS}")
@@ -173,7 +266,8 @@ def _by_backward(func: Callable, args: tuple, kwargs: dict, own: Collection[int]
 
 
 def _has_tape(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad
+    with torch._C.DisableTorchFunction():  # in the mode, tensors with tangents say so, too
+        return isinstance(x, Tensor) and x.requires_grad
 
 
 @contextmanager
@@ -210,11 +304,16 @@ def tangents_on(own: Params, tangent: Params) -> Iterator[None]:
         yield
 
 
+def _place(p: Tensor) -> tuple[int, int]:
+    return p._version, p.data_ptr()
+
+
 class Rewind:
     """The state that a forward pass advances. :meth:`__call__` restores it.
 
     It is the random numbers of torch, numpy and Python, a model's buffers, and what its modules keep as attributes:
-    numbers, tensors, and lists or dicts, of which the entries count and not what is inside them.
+    numbers, tensors, and lists or dicts, of which the entries count and not what is inside them. Parameters are not
+    copied: where the pass changes a frozen one, as a momentum encoder does, restoring is refused.
 
     Args:
         model: the module.
@@ -234,6 +333,7 @@ class Rewind:
                 self._keep(module.__dict__)
             else:  # torch's own modules set no attributes in their forward
                 self._kept += [(held, ()) for held in hooks]
+        self._frozen = {name: (p, *_place(p)) for name, p in model.named_parameters() if not p.requires_grad}
         self._cpu, self._cuda = torch.get_rng_state(), []
         if torch.cuda.is_initialized():
             devices = {x.device for x in itertools.chain(model.parameters(), model.buffers()) if x.is_cuda}
@@ -252,7 +352,17 @@ class Rewind:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Restore."""
+        """Restore.
+
+        Raises:
+            NotImplementedError: if a frozen parameter was changed.
+        """
+        for name, (p, *place) in self._frozen.items():
+            if _place(p) != tuple(place):
+                raise NotImplementedError(
+                    f"the pass changes the parameter {name!r}, and was to run again, for another tangent or in another "
+                    f"engine. Change it before or after the pass, or make it a buffer. {ONE_PASS}"
+                )
         for holder, before in self._kept:
             holder.clear()
             holder.extend(before) if isinstance(holder, list) else holder.update(before)

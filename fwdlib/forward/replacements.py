@@ -6,6 +6,8 @@ Both engines call these in place of torch's. Under :data:`CONTEXTS` torch itself
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -118,6 +120,47 @@ def _of_symmetric(func: Callable) -> Callable:
     return call
 
 
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """Compute ``F.prelu``, whose forward derivative at 0 is not that of the backward pass."""
+    value = torch.prelu(input, weight)  # checks the shapes
+    if weight.numel() > 1:
+        weight = weight.reshape(-1, *[1] * (input.dim() - 2))
+    return torch.where(input > 0, input, weight.reshape(()) * input if weight.numel() == 1 else weight * input).to(
+        value.dtype
+    )
+
+
+def l1_loss(*args: Any, **kwargs: Any) -> Tensor:
+    """Compute ``F.l1_loss`` without a weight, which torch does not pass on to function overrides.
+
+    Raises:
+        NotImplementedError: if it was called with one.
+    """
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not F.l1_loss.__code__:
+        frame = frame.f_back
+    if frame is not None and frame.f_locals.get("weight") is not None:
+        raise NotImplementedError(
+            "torch.nn.functional.l1_loss loses its weight under function overrides, by which the engines work. Write "
+            "(weight * (x - y).abs()).sum() / weight.sum()."
+        )
+    return F.l1_loss(*args, **kwargs)
+
+
+def _unless_ignored(func: Callable) -> Callable:
+    # A loss whose mean is nan where all targets are ignored: its gradient is zero in backprop, and nan in forward mode.
+    @functools.wraps(func)
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        loss, given = func(*args, **kwargs), inspect.signature(func).bind(*args, **kwargs)
+        given.apply_defaults()
+        target = given.arguments["target"]
+        if given.arguments["reduction"] != "mean" or target.is_floating_point():
+            return loss
+        return torch.where((target == given.arguments["ignore_index"]).all(), loss.detach(), loss)
+
+    return call
+
+
 @contextmanager
 def _without_mkldnn() -> Iterator[None]:
     enabled = torch._C._get_mkldnn_enabled()
@@ -140,6 +183,9 @@ REPLACEMENTS: dict[Callable, Callable] = {
     F.embedding: embedding,
     torch.embedding: torch_embedding,
     F.embedding_bag: embedding_bag,
+    **dict.fromkeys([F.prelu, torch.prelu, Tensor.prelu], prelu),
+    F.l1_loss: l1_loss,
+    **{func: _unless_ignored(func) for func in (F.cross_entropy, F.nll_loss)},
     **{func: _of_symmetric(func) for func in (torch.linalg.cholesky, torch.linalg.cholesky_ex, torch.linalg.eigh)},
     **{func: _of_symmetric(func) for func in (torch.cholesky, Tensor.cholesky)},
 }

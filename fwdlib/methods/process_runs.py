@@ -228,7 +228,7 @@ def either(key: Any, function: Callable, point: Params, tangents: Params) -> tup
 
 def _chunk_size(gaps: list[int], largest: int) -> int:
     # As many steps as a graph may have, a divisor of all gaps if there is a large one.
-    largest = max(1, min(largest, *(gap for gap in gaps if gap)))
-    common = math.gcd(*gaps)
+    gaps = [gap for gap in gaps if gap] or [1]
+    largest, common = max(1, min(largest, *gaps)), math.gcd(*gaps)
     divisor = max(size for size in range(1, largest + 1) if common % size == 0)
     return divisor if 3 * divisor >= largest else largest

@@ -32,6 +32,11 @@ def memory_of(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
+def repeats(x: Tensor) -> bool:
+    """Return whether entries of a tensor share memory by a stride of 0, as after ``expand()``."""
+    return any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))
+
+
 class Filled:
     """The tangents of plain tensors that tangents have been written into.
 

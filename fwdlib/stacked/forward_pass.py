@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from fwdlib.forward import by_backward
 from fwdlib.forward.by_backward import jvp_by_backward
-from fwdlib.forward.mode import METADATA, REQUIRES_GRAD
-from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of
+from fwdlib.forward.mode import GRAD_FN, IS_LEAF, METADATA, REQUIRES_GRAD, SET_REQUIRES_GRAD, check_no_hook, check_tape
+from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of, repeats
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual, Passes, function_name, joined, pad_rows, primals_of
 from fwdlib.stacked.in_place import InPlace, in_place
 from fwdlib.stacked.perturbations import Perturbation
@@ -122,6 +122,7 @@ class Pass(TorchFunctionMode):
         super().__init__()
         self.perturbation = perturbation
         self.names = {id(p): name for name, p in params.items()}
+        self._frozen: dict[int, str] = {}  # parameters whose requires_grad the model has switched off
         self._calls = calls
         self._keeps_tape = keeps_tape
         self._filled: Filled | None = None  # made when a model first needs it
@@ -168,6 +169,8 @@ class Pass(TorchFunctionMode):
         if not is_concerned:
             if func is _set_grad_enabled and _is_fwd_grad_enabled():
                 self._grad_of_model = args[0]  # and not what a torch.autograd.Function sets for itself
+            if self._frozen and func in SET_REQUIRES_GRAD:
+                self.require_grad(args[0], (*args[1:], *kwargs.values(), True)[0])
             found = func(*args, **kwargs)
             if isinstance(found, Dual):
                 raise NotImplementedError(_nested(func))
@@ -177,8 +180,8 @@ class Pass(TorchFunctionMode):
         except KeyError:
             kind = _KINDS[func] = _kind_of(func)
         if kind is not None and kind.is_metadata:
-            if func == REQUIRES_GRAD:
-                return True
+            if func in (REQUIRES_GRAD, IS_LEAF, GRAD_FN) and self.has_tangents(args[0]):
+                return self._asked(func, args[0])
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if self._is_inside:
@@ -303,6 +306,24 @@ class Pass(TorchFunctionMode):
         if self._filled is not None:
             self._filled.forget(x)
 
+    def detach(self, x: Dual) -> None:
+        """Drop the tangents of a dual. Views that were made of it before keep theirs."""
+        before = Dual(x.stack)
+        x.stack = pad_rows(x.stack[:1], len(x.stack))
+        self._doubt(before, x, "detach_()")
+
+    def _asked(self, func: Callable, x: Tensor) -> Any:
+        # Whether x requires a gradient, is a leaf, and by what it was computed, which only parameters may say.
+        is_param = id(x) in self.names
+        check_tape(func, is_param)
+        return func == REQUIRES_GRAD or (is_param if func == IS_LEAF else None)
+
+    def require_grad(self, x: Tensor, requires_grad: bool) -> None:
+        """Note that the model switches a parameter's gradient off or on again."""
+        here, there = (self._frozen, self.names) if requires_grad else (self.names, self._frozen)
+        if (name := here.pop(id(x), None)) is not None:
+            there[id(x)] = name
+
     def _cuts(self, func: Callable) -> bool:
         # Whether the model has switched gradients off.
         if self._has_forward_ad and not torch._C._is_fwd_grad_enabled():
@@ -354,7 +375,9 @@ class Pass(TorchFunctionMode):
 
     def _is_filled(self, x: Any) -> bool:
         # Filled tensors have a tape, and the views of one that were made under torch.no_grad() have none.
-        return self._filled is not None and type(x) is Tensor and x.grad_fn is not None and x in self._filled
+        if self._filled is None or not isinstance(x, Tensor) or isinstance(x, Dual):
+            return False
+        return x.grad_fn is not None and x in self._filled
 
     def _tangents(self, x: Tensor) -> Tensor:
         # Those of a plain tensor, to write into.
@@ -391,6 +414,8 @@ class Pass(TorchFunctionMode):
     def _apply_function(self, cls: type[torch.autograd.Function], args: tuple) -> Any:
         # The call cls.apply(*args), which is no function that comes to __torch_function__.
         args = tuple(map(self._constant, args))
+        if any(map(self.has_tangents, args)):
+            check_no_hook(cls)
         if not any(self.has_tangents(x) or self._is_filled(x) for x in args) or _current_level() != self._level:
             return NotImplemented
         if by_backward.only_saves(cls):
@@ -451,6 +476,8 @@ class Pass(TorchFunctionMode):
                 self._follow_examples(found)
             is_doubtful = kind is not None or (kwargs and kwargs.get("memory_format") is not None)
             source = args[0] if args else None
+            if func is Tensor.contiguous and isinstance(source, Dual) and repeats(source.stack[0]):
+                is_doubtful = False  # torch copies, too
             if isinstance(source, Dual) and (is_doubtful or (func is Tensor.view and _is_copy(found, source))):
                 self._doubt(source, found, function_name(func))
         return found
@@ -567,12 +594,17 @@ class Pass(TorchFunctionMode):
     def _argument(self, x: Tensor) -> Argument:
         if isinstance(x, Dual):
             x.stack  # noqa: B018  (joins the parts)
-            return Argument(x.primal if self._keeps_tape else x.primal.detach(), x.tangents, x)
-        return Argument(x.detach(), self.perturbation.dense(self.names[id(x)]), None)
+            return Argument(_apart(x.primal if self._keeps_tape else x.primal.detach()), x.tangents, x)
+        return Argument(_apart(x.detach()), self.perturbation.dense(self.names[id(x)]), None)
 
     def _check_value(self, value: Tensor) -> None:
         if not self._keeps_tape and value.requires_grad:
             self._check_tape(value)
+
+
+def _apart(x: Tensor) -> Tensor:
+    # Torch gives a tangent the layout of its primal, which it cannot where entries share memory, as after expand().
+    return x.contiguous() if repeats(x) else x
 
 
 def _is_copy(y: Dual, x: Dual) -> bool:

@@ -7,10 +7,12 @@ reads the values of tensors, or changes values of its own.
 from __future__ import annotations
 
 import io
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, redirect_stdout
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from typing import Any, NamedTuple, NoReturn
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -155,7 +157,7 @@ def _recorded(
 ) -> Recorded:
     limit = nullcontext() if max_operations is None else _Limit(LOOSE * max_operations)
     as_written = torch.compiler.set_stance("force_eager")  # compile no part of the model to find that out
-    with state.kept() as changed, redirect_stdout(io.StringIO()) as printed, as_written:
+    with state.kept() as changed, redirect_stdout(io.StringIO()) as printed, as_written, _without_seeding():
         run_without_values()
         with limit:
             graph = trace()
@@ -171,6 +173,22 @@ def _recorded(
     if graph.code != again.code or not _are_equal(constants, constants_again):
         raise Refused("the forward pass does something else each time, as with a counter or a random number of Python")
     return Recorded(graph, constants, num_operations)
+
+
+SEEDING = ("manual_seed", "seed", "initial_seed", "set_rng_state")
+
+
+@contextmanager
+def _without_seeding() -> Iterator[None]:
+    # A record has random numbers, and not the calls that set or read where they come from.
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise Refused("the forward pass seeds torch's random numbers")
+
+    with ExitStack() as stack:
+        for home, name in itertools.product((torch, torch.random), SEEDING):
+            if hasattr(home, name):
+                stack.enter_context(patch.object(home, name, refuse))
+        yield
 
 
 CONSTANTS = ("zeros_like", "ones_like", "full_like", "full", "zeros", "ones", "new_zeros", "scalar_tensor", "_to_copy")

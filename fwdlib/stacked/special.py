@@ -22,6 +22,8 @@ def _refuse(run: Pass, func: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def _refuse_numpy(run: Pass, func: Callable, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("force"):  # which detaches
+        return func(*primals_of(args), **kwargs)
     raise RuntimeError(
         f"{function_name(func)} was called on a tensor with tangents, which numpy would lose. Torch refuses it for a "
         f"tensor that requires a gradient, too. Use x.detach().numpy() if x is to count as a constant."
@@ -41,8 +43,7 @@ def _require_grad(run: Pass, func: Callable, x: Tensor, requires_grad: bool = Tr
         if not requires_grad:
             raise RuntimeError("requires_grad of an activation cannot be switched off; use x.detach()")
         return x
-    if not requires_grad:
-        run.names.pop(id(x), None)
+    run.require_grad(x, requires_grad)
     return x.requires_grad_(requires_grad)
 
 
@@ -55,7 +56,7 @@ def _set_data(run: Pass, func: Callable, x: Tensor, value: Tensor) -> None:
 
 def _detach_in_place(run: Pass, func: Callable, x: Tensor) -> Tensor:
     if isinstance(x, Dual):
-        x.stack = x.stack[:1]
+        run.detach(x)
         return x
     run.forget(x)
     return x.detach_()

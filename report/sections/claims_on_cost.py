@@ -7,9 +7,10 @@ from typing import Any
 
 from fwdlib.statistics import Interval
 from report import published
+from report.names import LEARNED
 from report.sections import lookups
 from report.sections.lookups import Lookup
-from report.sections.traffic import FORWARD, LEARNED
+from report.sections.traffic import FORWARD
 from report.sections.verdicts import Cases, Claim, above, below, made, within
 
 Context = dict[str, Any]

@@ -11,14 +11,12 @@ from matplotlib.figure import Figure
 
 from fwdlib.bench.scaling_figures import plot_traffic
 from fwdlib.statistics import Interval, difference_by_seed, median_interval
-from report.names import TRAFFIC, read
+from report.names import LEARNED, TRAFFIC, read
 from report.sections.seeds import losses_over
 
 MEGABYTES = (1, 100)
 """The budgets, 10^6 bytes each."""
 FORWARD, SILENT = "rank-one", "no exchange"
-LEARNED = 0.5
-"""Training loss, in nats, as in the descents."""
 
 
 def load(folder: Path) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fwdlib.data import Dataset, load_images
 from fwdlib.estimators import Estimator, backprop_gradient, forward_gradient
 from fwdlib.training import train
-from report.names import DESCENT
+from report.names import DESCENT, LEARNED
 from report.studies.common import climb, main, once, reopen
 
 METHODS: dict[str, tuple[Estimator, int]] = {  # with the power of the first guess of the learning rate
@@ -44,7 +44,7 @@ class Settings(NamedTuple):
     max_iterations: int = 20_000
     tuning_iterations: int = 3_000
     tuning_seed: int = 100
-    threshold: float = 0.5
+    threshold: float = LEARNED
     batch_size: int = 64
     evaluate_every: int = 20
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fwdlib.stacked.aliases import repeats
 from fwdlib.stacked.dual import Dual, primals_of, same_rows
 from fwdlib.stacked.forward_pass import Pass, register_rule
 from fwdlib.stacked.rules.rows import row_axis, rows_along, with_axes
@@ -236,8 +237,13 @@ def clone(run: Pass, x: Any, *, memory_format: Any = None) -> Dual:
 
 @rule_of(Tensor.contiguous)
 def contiguous(run: Pass, x: Any, memory_format: Any = None) -> Dual:
-    """Do nothing: no rule depends on the order of the rows in memory."""
-    return Dual(run.stack(x))
+    """Do nothing where no entries share memory: no rule depends on the order of the rows in memory."""
+    stack = run.stack(x)
+    return Dual(stack.clone(memory_format=torch.contiguous_format) if _overlaps(stack) else stack)
+
+
+def _overlaps(stack: Tensor) -> bool:
+    return repeats(stack[0]) or (not stack.is_contiguous() and torch._debug_has_internal_overlap(stack) != 0)
 
 
 def _conversion(*functions: Callable) -> None:
