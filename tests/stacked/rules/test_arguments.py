@@ -177,6 +177,7 @@ F.elu(input=x, alpha=-1.0); torch.relu(x=x); F.hardtanh(x, min_val=0.0); F.relu(
 F.leaky_relu(x, 0.1, False); F.cross_entropy(x, labels, label_smoothing=0.1)
 F.cross_entropy(x, x.detach().softmax(1)); F.cross_entropy(x, x.softmax(1))
 F.cross_entropy(x, labels, weights, reduction="none"); F.cross_entropy(x, labels, ignore_index=2)
+F.cross_entropy(x[0], labels[0])
 F.cross_entropy(x, labels, reduction="bad"); F.cross_entropy(x, labels, weights, None, 2, None, "sum")
 F.cross_entropy(x, labels, size_average=False); F.cross_entropy(x, labels, reduce=False)
 F.cross_entropy(x, target=labels, weight=weights)
