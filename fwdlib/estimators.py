@@ -182,8 +182,9 @@ def forward_gradient(
             or does not go with the others, there are no parameters, the batch is empty, or the objective is not a
             scalar or, for the loss of a model, a constant.
         TypeError: if a parameter is not a real floating tensor, or the generator no generator.
-        NotImplementedError: if a function of the model has no forward derivative, or a module has backward hooks or
-            averages gradients over processes.
+        NotImplementedError: if a function of the model has no forward derivative, the model changes or reads a tape
+            that is not there (hooks of activations and modules, ``grad_fn``), averages gradients over processes, or has
+            a state that a second pass would advance again.
 
     Example:
         >>> objective = lambda p: (p["x"] ** 2).sum()

@@ -55,14 +55,14 @@ def cross_entropy(
     if reduction == "sum":
         return total
     mean = total.stack / count
-    return (
-        Dual(mean) if target.is_floating_point() else dual_of(mean[0], _unless_ignored(mean[1:], target, ignore_index))
-    )
+    if not target.is_floating_point():
+        _unless_ignored(mean[1:], target, ignore_index)
+    return Dual(mean)
 
 
-def _unless_ignored(tangents: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def _unless_ignored(tangents: Tensor, target: Tensor, ignore_index: int) -> None:
     # The mean over no target at all is nan, and its gradient zero.
-    return torch.where((target != ignore_index).any(), tangents, 0)
+    tangents.masked_fill_((target == ignore_index).all(), 0)
 
 
 def _fits(target: Tensor, logits: Tensor, ignore_index: int) -> bool:
@@ -95,8 +95,9 @@ def nll_loss(
     options = {"weight": weight, "ignore_index": ignore_index}
     if reduction != "none" and not run.perturbation.per_example:
         rows = torch.stack([F.nll_loss(row, target, reduction=reduction, **options) for row in stack.unbind()])
-        is_mean = reduction == "mean"
-        return dual_of(rows[0], _unless_ignored(rows[1:], target, ignore_index)) if is_mean else Dual(rows)
+        if reduction == "mean":
+            _unless_ignored(rows[1:], target, ignore_index)
+        return Dual(rows)
     value = F.nll_loss(stack[0], target, reduction=reduction, **options)
     rows = stack[1:].flatten(0, 1)
     pieces = F.nll_loss(rows, target.repeat(len(stack) - 1, *[1] * (target.dim() - 1)), reduction="none", **options)
@@ -107,7 +108,8 @@ def nll_loss(
         dtype = torch.float32 if is_half(stack) else stack.dtype  # the total weight may be large
         options["weight"] = None if weight is None else weight.to(dtype)
         ones = stack.new_full(stack.shape[1:], -1, dtype=dtype)
-        pieces = _unless_ignored(pieces / F.nll_loss(ones, target, reduction="sum", **options), target, ignore_index)
+        pieces = pieces / F.nll_loss(ones, target, reduction="sum", **options)
+        _unless_ignored(pieces, target, ignore_index)
     pieces = pieces.flatten(2).sum(2) if pieces.dim() > 2 else pieces
     return dual_of(value, run.split_examples(pieces) if run.is_batch(log_probs) else pieces.sum(1))
 
