@@ -179,6 +179,8 @@ class Programs:
     state: State | None = None
     known: dict[tuple, Callable] = dataclasses.field(default_factory=dict)
     plans: dict[tuple, tuple[int, Callable]] = dataclasses.field(default_factory=dict)
+    elementwise: set[tuple] = dataclasses.field(default_factory=set)
+    """The parameters for which the step was found to be element-wise, with all shapes."""
     is_used: bool = False
     is_refused: bool = False
 

@@ -72,6 +72,12 @@ class Layout(NamedTuple):
         return params, tree_unflatten([next(rest) if has else next(others) for has in self.has_tangents], self.spec)
 
 
+def is_current(process: ProcessLoss) -> bool:
+    """Return whether there are compiled steps of a process, made with the Python values that the step reads now."""
+    state = process.programs.state
+    return state is not None and state.is_current(EMPTY, process.step)
+
+
 class Run:
     """One run of a process and of its derivatives: by compiled chunks of steps, or as they are written.
 
@@ -136,8 +142,9 @@ class Run:
 
     def _compile(self) -> None:
         programs = self._process.programs
-        if programs.state is None or not programs.state.is_current(EMPTY, self._process.step):
+        if not is_current(self._process):
             programs.state, programs.known, programs.plans = State(EMPTY, self._process.step), {}, {}
+            programs.elementwise = set()
         key = (tuple(self.layout.names), str(self.layout.spec), *self._active(), *map(describe, self._arguments(1)))
         gaps = [last - first for first, last in itertools.pairwise([0, *self._process.moments])]
         if key not in programs.plans:

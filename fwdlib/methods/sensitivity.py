@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from fwdlib import runtime
 from fwdlib.estimators import GradientEstimate, combined
 from fwdlib.methods.process import ProcessLoss, is_inexact, parted
-from fwdlib.methods.process_runs import Layout, Moment, Run, either
+from fwdlib.methods.process_runs import Layout, Moment, Run, either, is_current
 from fwdlib.objectives import requiring_grad
 from fwdlib.tangents import AnyGenerator, Params, Sampler, check_params, count_tangents, divisor_of, sample_tangents
 
@@ -159,15 +159,19 @@ def online_gradient(
         The exact gradient; ``jvps`` is empty.
 
     Raises:
-        ValueError: if the step mixes units or uses another parameter; checked at the first steps of each call.
+        ValueError: if the step mixes units or uses another parameter; checked at the first steps of each call, or once
+            where steps are compiled.
         FloatingPointError: as :func:`sensitivity_gradient`.
     """
     check_params(params)
     params = {name: p.detach() for name, p in params.items()}
-    ones = _ones(params, elementwise)
-    _check_elementwise(objective, params, elementwise, ones)
+    ones, known = _ones(params, elementwise), objective.programs.elementwise
+    key = (*elementwise, *((name, p.shape) for name, p in params.items()))
+    if key not in known or not is_current(objective):
+        _check_elementwise(objective, params, elementwise, ones)
     grads, total = {name: torch.zeros_like(p) for name, p in params.items()}, 0
     for moment in sensitivities(objective, params, ones, compiled=compiled, progress=progress):
+        objective.programs.elementwise.add(key)
         leaves, spec = tree_flatten(moment.state)
         leaves = [x.detach().clone() for x in leaves]
         own = {name: p.clone() for name, p in params.items()}

@@ -416,3 +416,30 @@ def test_a_process_that_shares_programs_may_have_other_gaps_between_its_observat
     second.programs = first.programs
     for one in (first, second):
         assert_equal(sensitivity_gradient(one, numbers(a=1.0), compiled=True), backprop_gradient(one, numbers(a=1.0)))
+
+
+@NEEDS_COMPILER
+@pytest.mark.slow
+def test_compiled_steps_are_checked_again_when_a_value_that_they_read_changes():
+    mixes = {"on": False}
+    process = ProcessLoss(
+        lambda z, p: p["a"] * (z.flip(-1) if mixes["on"] else z), torch.rand(2, 3), lambda z, p: z.square().sum(), 6
+    )
+    params = {"a": torch.rand(3)}
+    for _ in range(2):
+        found = online_gradient(process, params, elementwise=("a",), compiled=True)
+        torch.testing.assert_close(found.grads, backprop_gradient(process, params).grads)
+    mixes["on"] = True
+    with pytest.raises(ValueError, match="not element-wise"):
+        online_gradient(process, params, elementwise=("a",), compiled=True)
+
+
+def test_an_observation_of_the_start_alone_takes_no_step():
+    process = ProcessLoss(
+        lambda z, p: z * p["k"], lambda p: p["k"] * 2, lambda z, p, seen: (z - seen) ** 2, 24, observations={0: 0.1}
+    )
+    for compiled in {False, runtime.has_compiler()}:
+        assert_equal(
+            sensitivity_gradient(process, numbers(k=0.5), compiled=compiled),
+            backprop_gradient(process, numbers(k=0.5)),
+        )
