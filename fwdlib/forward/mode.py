@@ -30,7 +30,10 @@ from fwdlib.objectives import modules_of
 from fwdlib.tangents import AnyGenerator, Params, is_transformed
 
 REQUIRES_GRAD, IS_LEAF, GRAD_FN = Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.grad_fn.__get__
-SET_REQUIRES_GRAD = (Tensor.requires_grad_, Tensor.requires_grad.__set__)
+OF_THE_TAPE = {REQUIRES_GRAD, IS_LEAF, GRAD_FN}
+"""Questions to a tensor that depend on its tape."""
+SET_REQUIRES_GRAD = {Tensor.requires_grad_, Tensor.requires_grad.__set__}
+HOOKS = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
 ONE_PASS = "A single tangent needs one pass, and so does fwdlib.forward_gradient(..., engine='stacked')."
 NO_TAPE = (
     "Forward mode keeps no tape, so nothing would come of it. To change gradients, use a hook of a parameter that is "
@@ -66,14 +69,15 @@ class NoTape(NotImplementedError):
     """A model does something with a tape that forward mode does not keep."""
 
 
-def check_tape(func: Callable, is_param: bool) -> None:
-    """Refuse functions that read or change the tape of a tensor with a tangent.
+def as_on_tape(func: Callable, is_param: bool) -> bool | None:
+    """Answer a question of :data:`OF_THE_TAPE` to a tensor with a tangent as backprop's tape would.
 
     Raises:
-        NoTape: if ``func`` is one.
+        NoTape: for the ``grad_fn`` of an activation.
     """
     if func == GRAD_FN and not is_param:
         raise NoTape(f"grad_fn of a tensor with tangents was read. {NO_TAPE}")
+    return {REQUIRES_GRAD: True, IS_LEAF: is_param, GRAD_FN: None}[func]
 
 
 def check_no_hook(cls: type[torch.autograd.Function]) -> None:
@@ -115,6 +119,7 @@ class ForwardMode(TorchFunctionMode):
 
         Raises:
             RuntimeError: if the function itself raises it.
+            NoTape: if it registers a hook of a tensor with a tangent, or switches its gradient off.
         """
         kwargs = kwargs or {}
         if func is torch._C._set_grad_enabled:
@@ -122,8 +127,10 @@ class ForwardMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in METADATA:
             return self._asked(func, args, kwargs)
-        if func in OF_THE_TAPE and self._has_gradient(args[0]):
-            return self._on_tape(func, *args, **kwargs)
+        if func in HOOKS and self._has_gradient(args[0]):
+            raise NoTape(f"{_name_of(func)} was called on a tensor with tangents. {NO_TAPE}")
+        if func in SET_REQUIRES_GRAD and self._has_gradient(args[0]):
+            return self._switch(*args, **kwargs)
         self.padding.note(func, args, kwargs, self._names)
         if func in CONTEXTS and not self._cuts:
             with CONTEXTS[func]():
@@ -158,18 +165,15 @@ class ForwardMode(TorchFunctionMode):
         return id(x) in self._names or (not is_transformed() and _tangent(x) is not None)
 
     def _asked(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        if func in (REQUIRES_GRAD, IS_LEAF, GRAD_FN) and self._has_gradient(args[0]):
-            check_tape(func, is_param=id(args[0]) in self._names)
-            return func == REQUIRES_GRAD or (id(args[0]) in self._names and func(*args, **kwargs))
+        if func in OF_THE_TAPE and self._has_gradient(args[0]):
+            return as_on_tape(func, is_param=id(args[0]) in self._names)
         if func == Tensor.retain_grad and self._has_gradient(args[0]):
             return None  # there will be no gradient to retain
         return func(*args, **kwargs)
 
-    def _on_tape(self, func: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        # What a model does to the tape of a tensor, of which there is none.
-        if func not in SET_REQUIRES_GRAD:
-            raise NoTape(f"{_name_of(func)} was called on a tensor with tangents. {NO_TAPE}")
-        if not (*args, *kwargs.values(), True)[0]:
+    def _switch(self, x: Tensor, requires_grad: bool = True) -> Tensor:
+        # Switch the gradient of a tensor that has one on, where nothing is to do, or off.
+        if not requires_grad:
             name = self._names.get(id(x))
             raise NoTape(
                 f"requires_grad of the parameter {name!r} was switched off inside the pass. Do so before, or use "
@@ -177,7 +181,7 @@ class ForwardMode(TorchFunctionMode):
                 if name
                 else "requires_grad of an activation was switched off; use x.detach()."
             )
-        return x if func is Tensor.requires_grad_ else None
+        return x
 
     def _apply_function(self, cls: type[torch.autograd.Function], args: tuple) -> Any:
         if is_transformed() or all(_tangent(x) is None for x in args):
@@ -233,10 +237,6 @@ def _creates_graph(
 
 def _name_of(func: Callable) -> str:
     return getattr(func, "__qualname__", None) or resolve_name(func) or str(func)
-
-
-OF_THE_TAPE = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, *SET_REQUIRES_GRAD}
-"""Functions that concern the tape of their first argument."""
 
 
 def _tangent(x: Any) -> Tensor | None:
@@ -324,8 +324,12 @@ class Rewind:
     def __init__(self, model: nn.Module, generator: AnyGenerator = None, *, only_torch: bool = False) -> None:
         generators = [] if generator is None else getattr(generator, "generators", [generator])
         self._generators = [(one, one.get_state()) for one in generators]
+        self._model, self._frozen = model, []
         self._slots, self._kept = [], []
         for module in modules_of(model):
+            self._frozen += [
+                (p, _place(p)) for p in module._parameters.values() if p is not None and not p.requires_grad
+            ]
             for leaf, buffer in module._buffers.items():
                 self._slots.append((module._buffers, leaf, buffer, None if buffer is None else buffer.clone()))
             hooks = module._forward_hooks, module._forward_pre_hooks
@@ -333,7 +337,6 @@ class Rewind:
                 self._keep(module.__dict__)
             else:  # torch's own modules set no attributes in their forward
                 self._kept += [(held, ()) for held in hooks]
-        self._frozen = {name: (p, *_place(p)) for name, p in model.named_parameters() if not p.requires_grad}
         self._cpu, self._cuda = torch.get_rng_state(), []
         if torch.cuda.is_initialized():
             devices = {x.device for x in itertools.chain(model.parameters(), model.buffers()) if x.is_cuda}
@@ -357,8 +360,9 @@ class Rewind:
         Raises:
             NotImplementedError: if a frozen parameter was changed.
         """
-        for name, (p, *place) in self._frozen.items():
-            if _place(p) != tuple(place):
+        for p, place in self._frozen:
+            if _place(p) != place:
+                name = next((name for name, own in self._model.named_parameters() if own is p), "that it had")
                 raise NotImplementedError(
                     f"the pass changes the parameter {name!r}, and was to run again, for another tangent or in another "
                     f"engine. Change it before or after the pass, or make it a buffer. {ONE_PASS}"

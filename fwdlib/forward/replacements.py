@@ -123,11 +123,8 @@ def _of_symmetric(func: Callable) -> Callable:
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """Compute ``F.prelu``, whose forward derivative at 0 is not that of the backward pass."""
     value = torch.prelu(input, weight)  # checks the shapes
-    if weight.numel() > 1:
-        weight = weight.reshape(-1, *[1] * (input.dim() - 2))
-    return torch.where(input > 0, input, weight.reshape(()) * input if weight.numel() == 1 else weight * input).to(
-        value.dtype
-    )
+    weight = weight.reshape((-1, *[1] * (input.dim() - 2)) if weight.numel() > 1 else ())
+    return torch.where(input > 0, input, weight * input).to(value.dtype)
 
 
 def l1_loss(*args: Any, **kwargs: Any) -> Tensor:
@@ -149,9 +146,11 @@ def l1_loss(*args: Any, **kwargs: Any) -> Tensor:
 
 def _unless_ignored(func: Callable) -> Callable:
     # A loss whose mean is nan where all targets are ignored: its gradient is zero in backprop, and nan in forward mode.
+    signature = inspect.signature(func)
+
     @functools.wraps(func)
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        loss, given = func(*args, **kwargs), inspect.signature(func).bind(*args, **kwargs)
+        loss, given = func(*args, **kwargs), signature.bind(*args, **kwargs)
         given.apply_defaults()
         target = given.arguments["target"]
         if given.arguments["reduction"] != "mean" or target.is_floating_point():

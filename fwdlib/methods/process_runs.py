@@ -189,9 +189,9 @@ class Run:
                     raise
         if push is stacked_pushforward or not is_elementwise(recorded):
             return recorded, push
-        active, state = self._active(), self.rows[2 * len(self.layout.names) :]
+        active = self._active()
         is_small = UNROLLED_CHUNK * len(active) * recorded.num_operations <= MAX_OPERATIONS
-        if len(active) <= MAX_LANES and all(x.numel() <= len(active) for x in state):
+        if len(active) <= MAX_LANES and all(x.numel() <= len(active) for x in self._state):
             push = repeated_pushforward
         elif is_small:
             push = partial(unrolled_pushforward, active=active)
@@ -199,11 +199,15 @@ class Run:
 
     def _largest(self, num_operations: int, push: Callable) -> int:
         # How many steps are compiled together at most.
-        size = sum(x.numel() * x.element_size() for x in self.rows[2 * len(self.layout.names) :])
-        is_one_loop = isinstance(push, partial)
-        return min(
-            LARGE_CHUNK if size >= LARGE and not is_one_loop else MAX_CHUNK, MAX_OPERATIONS // max(1, num_operations)
-        )
+        size = sum(x.numel() * x.element_size() for x in self._state)
+        is_one_loop = push not in (pushforward, stacked_pushforward)
+        largest = LARGE_CHUNK if size >= LARGE and not is_one_loop else MAX_CHUNK
+        return min(largest, MAX_OPERATIONS // max(1, num_operations))
+
+    @property
+    def _state(self) -> list[Tensor]:
+        # The state with its tangents: the rows that a step replaces.
+        return self.rows[2 * len(self.layout.names) :]
 
     def _active(self) -> list[tuple[str, ...]]:
         # The names along which each tangent may be other than zero.

@@ -171,7 +171,6 @@ def online_gradient(
         _check_elementwise(objective, params, elementwise, ones)
     grads, total = {name: torch.zeros_like(p) for name, p in params.items()}, 0
     for moment in sensitivities(objective, params, ones, compiled=compiled, progress=progress):
-        objective.programs.elementwise.add(key)
         leaves, spec = tree_flatten(moment.state)
         leaves = [x.detach().clone() for x in leaves]
         own = {name: p.clone() for name, p in params.items()}
@@ -188,6 +187,7 @@ def online_gradient(
         for k, name in enumerate(elementwise):
             for g, e in zip(by_loss, eligibility, strict=False):
                 grads[name] += (g.conj() * e[k]).real.sum_to_size(params[name].shape)
+    objective.programs.elementwise.add(key)
     return GradientEstimate(total, grads, total.new_empty(0))
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from fwdlib.forward import by_backward
 from fwdlib.forward.by_backward import jvp_by_backward
-from fwdlib.forward.mode import GRAD_FN, IS_LEAF, METADATA, REQUIRES_GRAD, SET_REQUIRES_GRAD, check_no_hook, check_tape
+from fwdlib.forward.mode import METADATA, OF_THE_TAPE, SET_REQUIRES_GRAD, as_on_tape, check_no_hook
 from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of, repeats
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual, Passes, function_name, joined, pad_rows, primals_of
 from fwdlib.stacked.in_place import InPlace, in_place
@@ -170,7 +170,7 @@ class Pass(TorchFunctionMode):
             if func is _set_grad_enabled and _is_fwd_grad_enabled():
                 self._grad_of_model = args[0]  # and not what a torch.autograd.Function sets for itself
             if self._frozen and func in SET_REQUIRES_GRAD:
-                self.require_grad(args[0], (*args[1:], *kwargs.values(), True)[0])
+                return SPECIAL[func](self, func, *args, **kwargs)
             found = func(*args, **kwargs)
             if isinstance(found, Dual):
                 raise NotImplementedError(_nested(func))
@@ -180,8 +180,8 @@ class Pass(TorchFunctionMode):
         except KeyError:
             kind = _KINDS[func] = _kind_of(func)
         if kind is not None and kind.is_metadata:
-            if func in (REQUIRES_GRAD, IS_LEAF, GRAD_FN) and self.has_tangents(args[0]):
-                return self._asked(func, args[0])
+            if func in OF_THE_TAPE and self.has_tangents(args[0]):
+                return as_on_tape(func, is_param=id(args[0]) in self.names)
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if self._is_inside:
@@ -312,12 +312,6 @@ class Pass(TorchFunctionMode):
         x.stack = pad_rows(x.stack[:1], len(x.stack))
         self._doubt(before, x, "detach_()")
 
-    def _asked(self, func: Callable, x: Tensor) -> Any:
-        # Whether x requires a gradient, is a leaf, and by what it was computed, which only parameters may say.
-        is_param = id(x) in self.names
-        check_tape(func, is_param)
-        return func == REQUIRES_GRAD or (is_param if func == IS_LEAF else None)
-
     def require_grad(self, x: Tensor, requires_grad: bool) -> None:
         """Note that the model switches a parameter's gradient off or on again."""
         here, there = (self._frozen, self.names) if requires_grad else (self.names, self._frozen)
@@ -414,10 +408,9 @@ class Pass(TorchFunctionMode):
     def _apply_function(self, cls: type[torch.autograd.Function], args: tuple) -> Any:
         # The call cls.apply(*args), which is no function that comes to __torch_function__.
         args = tuple(map(self._constant, args))
-        if any(map(self.has_tangents, args)):
-            check_no_hook(cls)
         if not any(self.has_tangents(x) or self._is_filled(x) for x in args) or _current_level() != self._level:
             return NotImplemented
+        check_no_hook(cls)
         if by_backward.only_saves(cls):
             return NotImplemented
         if by_backward.is_checkpoint(cls):
@@ -476,7 +469,7 @@ class Pass(TorchFunctionMode):
                 self._follow_examples(found)
             is_doubtful = kind is not None or (kwargs and kwargs.get("memory_format") is not None)
             source = args[0] if args else None
-            if func is Tensor.contiguous and isinstance(source, Dual) and repeats(source.stack[0]):
+            if is_doubtful and func is Tensor.contiguous and isinstance(source, Dual) and repeats(source.stack[0]):
                 is_doubtful = False  # torch copies, too
             if isinstance(source, Dual) and (is_doubtful or (func is Tensor.view and _is_copy(found, source))):
                 self._doubt(source, found, function_name(func))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fwdlib.forward.mode import HOOKS, SET_REQUIRES_GRAD
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual, function_name, primal_of, primals_of
 
 if TYPE_CHECKING:
@@ -63,14 +64,13 @@ def _detach_in_place(run: Pass, func: Callable, x: Tensor) -> Tensor:
 
 
 SPECIAL: dict[Callable, Callable] = {
-    **dict.fromkeys([torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.register_hook], _refuse),
-    **dict.fromkeys([Tensor.register_post_accumulate_grad_hook], _refuse),
+    **dict.fromkeys([torch.autograd.grad, torch.autograd.backward, Tensor.backward, *HOOKS], _refuse),
     **dict.fromkeys([Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage, Tensor.storage_offset], _on_primals),
     **dict.fromkeys([Tensor.is_set_to, Tensor.is_shared, Tensor.is_pinned], _on_primals),
     **dict.fromkeys([Tensor.numpy, Tensor.__array__], _refuse_numpy),
     **dict.fromkeys([Tensor.__deepcopy__, nn.Parameter.__deepcopy__, Tensor.__reduce_ex__], _on_primals),
     **dict.fromkeys([Tensor.grad.__set__, Tensor.grad.__delete__], _on_primals),
-    **dict.fromkeys([Tensor.requires_grad_, Tensor.requires_grad.__set__], _require_grad),
+    **dict.fromkeys(SET_REQUIRES_GRAD, _require_grad),
     **dict.fromkeys([f for name, f in vars(nn.init).items() if name.endswith("_") and callable(f)], _in_no_grad),
     Tensor.data.__set__: _set_data,
     Tensor.detach_: _detach_in_place,
