@@ -125,7 +125,7 @@ class Traffic(NamedTuple):
     """What this process has sent over TCP, as the kernel counts it."""
 
     num_bytes: int
-    """Bytes of data, with the headers of the exchange library. Data that was sent again counts again."""
+    """Bytes of data, with the headers of the exchange library, once each: also those that wait to be sent."""
     num_segments: int
     """Packets, acknowledgements included. Each also has 52 bytes of headers with IPv4, and those of the link."""
 
@@ -153,6 +153,9 @@ def traffic() -> Traffic:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         except FileNotFoundError:  # closed after it was listed
             continue
-        num_segments += struct.unpack_from("=I", info, 136)[0]  # tcpi_segs_out and tcpi_bytes_sent of <linux/tcp.h>
-        num_bytes += struct.unpack_from("=Q", info, 200)[0]
+        # tcpi_segs_out, tcpi_notsent_bytes, tcpi_bytes_sent and tcpi_bytes_retrans of <linux/tcp.h>
+        segments, waiting = struct.unpack_from("=I4xI", info, 136)
+        sent, again = struct.unpack_from("=QQ", info, 200)
+        num_segments += segments
+        num_bytes += sent - again + waiting
     return Traffic(num_bytes, num_segments)

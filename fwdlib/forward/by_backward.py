@@ -7,6 +7,7 @@ J v: a backward pass through the backward pass. Both engines use it where torch 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,10 @@ class Found(NamedTuple):
     """For each leaf its derivatives (K, ...); None for constants."""
     written: list[int | None]
     """For each leaf the place of the argument that it is, written into; else None."""
+
+
+class NoTape(NotImplementedError):
+    """A model does something with a tape that forward mode does not keep."""
 
 
 def is_differentiable(x: Any) -> bool:
@@ -255,10 +260,49 @@ def _handled_apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     return _apply.__get__(None, cls)(*args, **kwargs)
 
 
+def _checked_call(kind: type) -> Callable:
+    # The call of a script, refused where a grad mode that it sets would go unnoticed.
+    call = kind.__call__
+
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _handlers.stack:
+            switch = next((word for word in OF_GRAD_MODE if word in _inlined(self)), None)
+            if switch:
+                raise NoTape(
+                    f"{getattr(self, 'name', 'a function')} is in TorchScript and uses {OF_GRAD_MODE[switch]}, which "
+                    f"acts on a tape that forward mode does not keep. Call the function in Python, without "
+                    f"torch.jit, or use backprop_gradient."
+                )
+        return call(self, *args, **kwargs)
+
+    return checked
+
+
+@functools.lru_cache(maxsize=64)
+def _inlined(script: Any) -> str:
+    graph = script.graph.copy()
+    torch._C._jit_pass_inline(graph)
+    return str(graph)
+
+
+OF_GRAD_MODE = {
+    "autograd.grad_mode.no_grad": "torch.no_grad",
+    "aten::is_grad_enabled": "torch.is_grad_enabled",
+    "prim::requires_grad": "requires_grad",
+    "aten::requires_grad_": "requires_grad_",
+    "aten::is_leaf": "is_leaf",
+    "aten::grad(": "grad",
+}
+"""What the graph of a script shows where it depends on grad mode or on a tape, and the word for it in the source."""
+_SCRIPTS = torch._C.ScriptFunction, torch._C.ScriptMethod
+_CALLS = [(kind, kind.__call__, _checked_call(kind)) for kind in _SCRIPTS]
+
+
 def begin(handler: Callable[[type[Function], tuple], Any]) -> None:
     """Let ``handler(cls, args)`` answer the calls of ``cls.apply(*args)`` in this thread until :func:`end`.
 
-    Torch has no override for them, so ``Function.apply`` is replaced for as long as there is a handler.
+    Torch has no override for them, nor for the call of a script, so both are replaced for as long as there is a
+    handler.
 
     Args:
         handler: returns the result, or NotImplemented for what is not its business.
@@ -267,7 +311,10 @@ def begin(handler: Callable[[type[Function], tuple], Any]) -> None:
     _handlers.stack.append(handler)
     with _lock:
         _num_handlers += 1
-        Function.apply = classmethod(_handled_apply)
+        if _num_handlers == 1:
+            Function.apply = classmethod(_handled_apply)
+            for kind, _, checked in _CALLS:
+                kind.__call__ = checked
 
 
 def end() -> None:
@@ -278,6 +325,8 @@ def end() -> None:
         _num_handlers -= 1
         if not _num_handlers:
             Function.apply = _apply
+            for kind, call, _ in _CALLS:
+                kind.__call__ = call
 
 
 def with_tree(func: Callable, args: tuple, kwargs: dict) -> tuple[Callable, list[Any]]:

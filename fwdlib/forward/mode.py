@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from fwdlib.forward import by_backward
-from fwdlib.forward.by_backward import LACKS, OTHERS, fails_in_silence, is_differentiable, jvp_by_backward
+from fwdlib.forward.by_backward import LACKS, OTHERS, NoTape, fails_in_silence, is_differentiable, jvp_by_backward
 from fwdlib.forward.padding import Padding
 from fwdlib.forward.replacements import CONTEXTS, REPLACEMENTS
 from fwdlib.objectives import modules_of
@@ -63,10 +63,6 @@ METADATA = {
     *(Tensor.element_size, Tensor.is_contiguous),
     *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor),
 }
-
-
-class NoTape(NotImplementedError):
-    """A model does something with a tape that forward mode does not keep."""
 
 
 def as_on_tape(func: Callable, is_param: bool) -> bool | None:
