@@ -7,8 +7,6 @@ J v: a backward pass through the backward pass. Both engines use it where torch 
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fwdlib.forward.passes import Refusal
 from fwdlib.objectives import requiring_grad
 
 Rows = Tensor | None
@@ -40,10 +39,6 @@ class Found(NamedTuple):
     """For each leaf its derivatives (K, ...); None for constants."""
     written: list[int | None]
     """For each leaf the place of the argument that it is, written into; else None."""
-
-
-class NoTape(NotImplementedError):
-    """A model does something with a tape that forward mode does not keep."""
 
 
 def is_differentiable(x: Any) -> bool:
@@ -87,7 +82,7 @@ def jvp_by_backward(
         results, structure = tree_flatten(call(*given))
         found = [y for y in results if isinstance(y, Tensor) and y.requires_grad]
         if not all(map(is_differentiable, found)):
-            raise NotImplementedError(
+            raise Refusal(
                 f"{name} returns a sparse or nested tensor and has no forward derivative. {OTHERS}"
             )
         rows = _rows(found, leaves, tangents, name) if found else iter(())
@@ -95,7 +90,7 @@ def jvp_by_backward(
         places = {key: i for key, (i, version) in versions.items() if given[i]._version != version}
     written = [places.get(id(y)) for y in results]
     if len({*places.values()} - {*written}):
-        raise NotImplementedError(f"{name} writes into an argument that it does not return. {OTHERS}")
+        raise Refusal(f"{name} writes into an argument that it does not return. {OTHERS}")
     plain = [y.detach() if isinstance(y, Tensor) else y for y in results]
     return Found(plain, structure, derivatives, written)
 
@@ -117,7 +112,7 @@ def _rows(found: list[Tensor], leaves: dict[int, Tensor], tangents: Sequence[Row
         if isinstance(error, NotImplementedError) and OTHERS in str(error):
             raise
         why = str(error).partition("\n")[0]
-    raise NotImplementedError(
+    raise Refusal(
         f"{name} has a derivative for the backward pass and none for forward mode, and its backward pass cannot be "
         f"differentiated. {why} {OTHERS}"
     )
@@ -166,7 +161,7 @@ def _checked(found: list[Tensor], leaves: dict[int, Tensor], seeds: list[Tensor]
     pulled = _pull(found, leaves, seeds)
     far = _pull(found, leaves, [SCALE * r for r in seeds])
     if not all(_agree(g * SCALE, other) for g, other in zip(pulled, far, strict=True)):
-        raise NotImplementedError(
+        raise Refusal(
             f"the backward pass of {name} is not linear in the gradient that it gets (it clips or cuts it, say), so "
             f"backprop's gradient has no counterpart in forward mode. {OTHERS}"
         )
@@ -222,7 +217,7 @@ class _Watched(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in LEAVES_GRADIENTS:
-            raise NotImplementedError(f"the backward pass of {self.name} runs another one, as if by itself. {OTHERS}")
+            raise Refusal(f"the backward pass of {self.name} runs another one, as if by itself. {OTHERS}")
         with torch._C.DisableTorchFunction():
             return func(*args, **(kwargs or {}))
 
@@ -240,93 +235,6 @@ def _plain(name: str) -> Iterator[None]:
             yield
     finally:
         torch._C._set_fwd_grad_enabled(enabled)
-
-
-class _Handlers(threading.local):
-    def __init__(self) -> None:
-        self.stack: list[Callable] = []
-
-
-_handlers = _Handlers()
-_lock, _num_handlers = threading.Lock(), 0
-_apply = Function.__dict__["apply"]
-
-
-def _handled_apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-    if _handlers.stack and torch._C._is_fwd_grad_enabled() and torch.is_grad_enabled() and not kwargs:
-        found = _handlers.stack[-1](cls, args)
-        if found is not NotImplemented:
-            return found
-    return _apply.__get__(None, cls)(*args, **kwargs)
-
-
-def _checked_call(kind: type) -> Callable:
-    # The call of a script, refused where a grad mode that it sets would go unnoticed.
-    call = kind.__call__
-
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _handlers.stack:
-            switch = next((word for word in OF_GRAD_MODE if word in _inlined(self)), None)
-            if switch:
-                raise NoTape(
-                    f"{getattr(self, 'name', 'a function')} is in TorchScript and uses {OF_GRAD_MODE[switch]}, which "
-                    f"acts on a tape that forward mode does not keep. Call the function in Python, without "
-                    f"torch.jit, or use backprop_gradient."
-                )
-        return call(self, *args, **kwargs)
-
-    return checked
-
-
-@functools.lru_cache(maxsize=64)
-def _inlined(script: Any) -> str:
-    graph = script.graph.copy()
-    torch._C._jit_pass_inline(graph)
-    return str(graph)
-
-
-OF_GRAD_MODE = {
-    "autograd.grad_mode.no_grad": "torch.no_grad",
-    "aten::is_grad_enabled": "torch.is_grad_enabled",
-    "prim::requires_grad": "requires_grad",
-    "aten::requires_grad_": "requires_grad_",
-    "aten::is_leaf": "is_leaf",
-    "aten::grad(": "grad",
-}
-"""What the graph of a script shows where it depends on grad mode or on a tape, and the word for it in the source."""
-_SCRIPTS = torch._C.ScriptFunction, torch._C.ScriptMethod
-_CALLS = [(kind, kind.__call__, _checked_call(kind)) for kind in _SCRIPTS]
-
-
-def begin(handler: Callable[[type[Function], tuple], Any]) -> None:
-    """Let ``handler(cls, args)`` answer the calls of ``cls.apply(*args)`` in this thread until :func:`end`.
-
-    Torch has no override for them, nor for the call of a script, so both are replaced for as long as there is a
-    handler.
-
-    Args:
-        handler: returns the result, or NotImplemented for what is not its business.
-    """
-    global _num_handlers
-    _handlers.stack.append(handler)
-    with _lock:
-        _num_handlers += 1
-        if _num_handlers == 1:
-            Function.apply = classmethod(_handled_apply)
-            for kind, _, checked in _CALLS:
-                kind.__call__ = checked
-
-
-def end() -> None:
-    """Undo the last :func:`begin`."""
-    global _num_handlers
-    _handlers.stack.pop()
-    with _lock:
-        _num_handlers -= 1
-        if not _num_handlers:
-            Function.apply = _apply
-            for kind, call, _ in _CALLS:
-                kind.__call__ = call
 
 
 def with_tree(func: Callable, args: tuple, kwargs: dict) -> tuple[Callable, list[Any]]:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from fwdlib.forward.by_backward import OTHERS
-from fwdlib.forward.mode import ONE_PASS, ForwardMode, NoTape, Rewind, quiet_vmap, tangents_on, without_tape
+from fwdlib.forward.mode import ForwardMode, quiet_vmap, tangents_on, without_tape
 from fwdlib.forward.padding import Padding, without_rows
+from fwdlib.forward.passes import Refusal
+from fwdlib.forward.rewind import ONE_PASS, Rewind
 from fwdlib.objectives import (
     ModelLoss,
     Objective,
@@ -36,6 +38,7 @@ from fwdlib.tangents import AnyGenerator, Params, is_transformed
 T = TypeVar("T")
 
 _REFUSED: weakref.WeakSet = weakref.WeakSet()  # models and functions that the stacked engine has refused
+_TAKEN: weakref.WeakSet = weakref.WeakSet()  # models that it has taken before
 
 
 class Derivatives(NamedTuple):
@@ -116,9 +119,11 @@ def either_engine(
     except TypeError:  # an object without weak references, or without a hash
         is_refused, refused = False, model
     if not is_refused:
-        rewind = Rewind(model, generator, only_torch=True)
+        rewind = Rewind(model, generator, only_torch=model in _TAKEN)
         try:
-            return stacked()
+            found = stacked()
+            _TAKEN.add(model)
+            return found
         except NotImplementedError:
             rewind()
             _REFUSED.add(refused)
@@ -165,40 +170,50 @@ def derivatives_along(
 
 
 def _pass_by_pass(objective: ModelLoss, params: Params, tangents: Params, chunk_size: int | None) -> Derivatives:
-    # One pass for each tangent, on tensors that the model can use in every way it uses its parameters.
+    # One pass for each tangent, on tensors that the model can use in every way it uses its parameters. Where there are
+    # several, the first is made again at the end: its numbers show whether all began alike.
     model, num_tangents = objective.model, len(next(iter(tangents.values())))
-    rewind, jvps, first = Rewind(model, only_torch=num_tangents == 1), [], None
     with objective.placed(params) as leaves:
-        for row in range(num_tangents):
-            if row:
+        rewind = Rewind(model, written=leaves.values(), only_torch=num_tangents == 1)
+        jvps, first = [], None
+        for row in [*range(num_tangents), 0] if num_tangents > 1 else [0]:
+            if jvps:
                 rewind()
             tangent = {name: v[row] for name, v in tangents.items()}
             try:
                 one = _along(objective, leaves, tangent, without_tape(model.parameters()))
             except RuntimeError as error:
-                if "Nested forward mode" in str(error):
+                if NESTED in str(error):
                     break  # the model calls torch.func.jvp, which nests in another torch.func.jvp alone
-                if "does not require grad" not in str(error):
+                if NO_TAPE_OF not in str(error):
                     raise
                 rewind()  # the model calls torch.autograd.grad by its own parameters, which takes a tape
                 one = _along(objective, leaves, tangent, requiring_grad(leaves.values()))
             check_depends(one.is_constant, objective, params)
-            first = one.loss if first is None else first
-            if not _is_same(first, one.loss):
-                raise NotImplementedError(
-                    f"the loss was {first.item():.9g} and then {one.loss.item():.9g}: the model or the closure has a "
-                    f"state that torch's engine, which runs it once for each tangent, cannot restore. {ONE_PASS}"
-                )
+            first = one if first is None else first
+            _check_same("loss", first.loss, one.loss, first.loss.abs(), 1e-7)
             jvps.append(one.jvps)
         else:
+            if num_tangents > 1:
+                _check_same("derivative along the first tangent", jvps[0], jvps.pop(), max(map(abs, jvps)), 1e-5)
             return one._replace(jvps=torch.stack(jvps))
-    rewind()
+        rewind()
     return _in_one_pass(objective, params, tangents, chunk_size)
 
 
-def _is_same(loss: Tensor, other: Tensor) -> bool:
+NESTED = "Nested forward mode"
+NO_TAPE_OF = "does not require grad"
+"""Words in torch's messages about a dual level inside another, and about a gradient by what has no tape."""
+
+
+def _check_same(what: str, one: Tensor, other: Tensor, size: Tensor, tolerance: float) -> None:
     # Sums may be added up in another order.
-    return torch.allclose(loss, other, rtol=max(1e-7, 10 * torch.finfo(loss.dtype).eps), atol=0, equal_nan=True)
+    tolerance = max(tolerance, 10 * torch.finfo(one.dtype).eps)
+    if not torch.allclose(one, other, rtol=0, atol=float(tolerance * size), equal_nan=True):
+        raise NotImplementedError(
+            f"the {what} was {one.item():.9g} and then {other.item():.9g}: the model or the closure has a state that "
+            f"torch's engine, which runs it once for each tangent, cannot restore. {ONE_PASS}"
+        )
 
 
 def _along(objective: ModelLoss, leaves: Params, tangent: Params, tape: AbstractContextManager) -> Derivatives:
@@ -326,10 +341,31 @@ def _evaluated(evaluate: Callable[[], Any], duals: Params) -> Derivatives:
     # Along the one tangent that the parameters have in the current dual level; the derivative is a scalar.
     with ForwardMode(duals) as mode:
         loss = check_scalar(evaluate())
+    if loss.requires_grad:
+        _check_tape(loss, duals)
     loss, derivative = forward_ad.unpack_dual(loss)
     is_constant = derivative is None
     derivative = torch.zeros_like(loss) if is_constant else derivative.detach()
     return Derivatives(loss.detach(), derivative, mode.padding, is_constant)
+
+
+def _check_tape(loss: Tensor, params: Params) -> None:
+    # What was computed from the parameters before the pass has a tape, and no tangent.
+    if any(p.requires_grad for p in params.values()):
+        return  # the pass itself keeps a tape
+    ids, seen, queue = {id(p): name for name, p in params.items()}, set(), [loss.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = ids.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            raise NotImplementedError(
+                f"the loss depends on a tensor that was computed from the parameter {name!r} before the pass. Compute "
+                f"it in the forward pass, or use x.detach() if it is to count as a constant."
+            )
+        queue += [following for following, _ in node.next_functions]
 
 
 @contextmanager
@@ -345,7 +381,7 @@ def named_refusal() -> Iterator[None]:
     except (NotImplementedError, RuntimeError) as error:
         first = str(error).partition("\n")[0]
         if (
-            isinstance(error, NoTape)
+            isinstance(error, Refusal)
             or OTHERS in first
             or (not isinstance(error, NotImplementedError) and "jvp" not in first)
         ):

@@ -8,33 +8,30 @@ for both engines, so that a directional derivative is backprop's gradient along 
 from __future__ import annotations
 
 import inspect
-import itertools
-import random
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
-from fwdlib.forward import by_backward
-from fwdlib.forward.by_backward import LACKS, OTHERS, NoTape, fails_in_silence, is_differentiable, jvp_by_backward
+from fwdlib.forward import by_backward, passes
+from fwdlib.forward.by_backward import LACKS, OTHERS, fails_in_silence, is_differentiable, jvp_by_backward
 from fwdlib.forward.padding import Padding
+from fwdlib.forward.passes import NoTape, Refusal
 from fwdlib.forward.replacements import CONTEXTS, REPLACEMENTS
-from fwdlib.objectives import modules_of
-from fwdlib.tangents import AnyGenerator, Params, is_transformed
+from fwdlib.tangents import Params, is_transformed
 
 REQUIRES_GRAD, IS_LEAF, GRAD_FN = Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.grad_fn.__get__
 OF_THE_TAPE = {REQUIRES_GRAD, IS_LEAF, GRAD_FN}
 """Questions to a tensor that depend on its tape."""
 SET_REQUIRES_GRAD = {Tensor.requires_grad_, Tensor.requires_grad.__set__}
 HOOKS = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
-ONE_PASS = "A single tangent needs one pass, and so does fwdlib.forward_gradient(..., engine='stacked')."
 NO_TAPE = (
     "Forward mode keeps no tape, so nothing would come of it. To change gradients, use a hook of a parameter that is "
     "registered before the pass, or change .grad afterwards."
@@ -145,14 +142,14 @@ class ForwardMode(TorchFunctionMode):
             if is_transformed() or not any(words in str(error) for words in LACKS):
                 raise
         if version is not None and args[0]._version != version:  # torch has written the value before it refused
-            raise NotImplementedError(
+            raise Refusal(
                 f"{_name_of(func)} writes into its argument and has no forward derivative. {OTHERS}"
             )
         return _by_backward(func, args, kwargs, self._names)
 
     def __enter__(self) -> ForwardMode:
         """Begin."""
-        by_backward.begin(self._apply_function)
+        passes.begin(self._apply_function)
         self._level = torch._C._functorch.maybe_current_level()
         return super().__enter__()
 
@@ -201,11 +198,16 @@ class ForwardMode(TorchFunctionMode):
             self._cuts = False
             torch._C._set_fwd_grad_enabled(True)
 
-    def __exit__(self, *exc: object) -> None:
-        """Leave the context."""
-        super().__exit__(*exc)
-        by_backward.end()
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        """Leave the context.
+
+        Raises:
+            Refusal: that the model has caught.
+        """
+        super().__exit__(kind, error, where)
+        refusals = passes.end()
         self._follow(True)
+        passes.raise_hidden(refusals, error)
 
 
 def _without_tangents(found: Any, given: Any) -> Any:
@@ -244,12 +246,12 @@ def _by_backward(func: Callable, args: tuple, kwargs: dict, own: Collection[int]
     name = name or _name_of(func)
     call, leaves = by_backward.with_tree(func, args, kwargs)
     if any(isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves):
-        raise NotImplementedError(f"inside torch.func's transforms {name} loses its tangents. {OTHERS}")
+        raise Refusal(f"inside torch.func's transforms {name} loses its tangents. {OTHERS}")
     tangents = [_tangent(x) for x in leaves]
     if all(v is None for v in tangents):
         return func(*args, **kwargs)
     if any(_has_tape(x) for x in leaves if id(x) not in own):
-        raise NotImplementedError(
+        raise Refusal(
             f"{name} has no forward derivative, and the model differentiates it backward. {OTHERS}"
         )
     rows = [None if v is None else v.unsqueeze(0) for v in tangents]
@@ -298,83 +300,3 @@ def tangents_on(own: Params, tangent: Params) -> Iterator[None]:
             for name, p in own.items():
                 p.copy_(forward_ad.make_dual(p.detach(), tangent[name]))
         yield
-
-
-def _place(p: Tensor) -> tuple[int, int]:
-    return p._version, p.data_ptr()
-
-
-class Rewind:
-    """The state that a forward pass advances. :meth:`__call__` restores it.
-
-    It is the random numbers of torch, numpy and Python, a model's buffers, and what its modules keep as attributes:
-    numbers, tensors, and lists or dicts, of which the entries count and not what is inside them. Parameters are not
-    copied: where the pass changes a frozen one, as a momentum encoder does, restoring is refused.
-
-    Args:
-        model: the module.
-        generator: where the tangents come from, beside torch's global generators.
-        only_torch: leave the random numbers of numpy and Python alone, of which a copy takes 50 microseconds.
-    """
-
-    def __init__(self, model: nn.Module, generator: AnyGenerator = None, *, only_torch: bool = False) -> None:
-        generators = [] if generator is None else getattr(generator, "generators", [generator])
-        self._generators = [(one, one.get_state()) for one in generators]
-        self._model, self._frozen = model, []
-        self._slots, self._kept = [], []
-        for module in modules_of(model):
-            self._frozen += [
-                (p, _place(p)) for p in module._parameters.values() if p is not None and not p.requires_grad
-            ]
-            for leaf, buffer in module._buffers.items():
-                self._slots.append((module._buffers, leaf, buffer, None if buffer is None else buffer.clone()))
-            hooks = module._forward_hooks, module._forward_pre_hooks
-            if any(hooks) or not type(module).__module__.startswith("torch.nn."):
-                self._keep(module.__dict__)
-            else:  # torch's own modules set no attributes in their forward
-                self._kept += [(held, ()) for held in hooks]
-        self._cpu, self._cuda = torch.get_rng_state(), []
-        if torch.cuda.is_initialized():
-            devices = {x.device for x in itertools.chain(model.parameters(), model.buffers()) if x.is_cuda}
-            self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
-        self._others = None if only_torch else (random.getstate(), np.random.get_state())
-
-    def _keep(self, attributes: dict[str, Any]) -> None:
-        self._kept.append((attributes, attributes.copy()))
-        for name, value in attributes.items():
-            if name in ("_parameters", "_buffers", "_modules"):
-                continue
-            if isinstance(value, (list, dict)):  # hooks, too, which some models add in their first pass
-                self._kept.append((value, value.copy() if value else ()))
-            elif type(value) is Tensor and not value.requires_grad:
-                self._slots.append((attributes, name, value, value.clone()))
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        """Restore.
-
-        Raises:
-            NotImplementedError: if a frozen parameter was changed.
-        """
-        for p, place in self._frozen:
-            if _place(p) != place:
-                name = next((name for name, own in self._model.named_parameters() if own is p), "that it had")
-                raise NotImplementedError(
-                    f"the pass changes the parameter {name!r}, and was to run again, for another tangent or in another "
-                    f"engine. Change it before or after the pass, or make it a buffer. {ONE_PASS}"
-                )
-        for holder, before in self._kept:
-            holder.clear()
-            holder.extend(before) if isinstance(holder, list) else holder.update(before)
-        for buffers, leaf, buffer, value in self._slots:
-            buffers[leaf] = buffer
-            if buffer is not None:
-                buffer.copy_(value)
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda:
-            torch.cuda.set_rng_state(state, device)
-        for one, state in self._generators:
-            one.set_state(state)
-        if self._others:
-            random.setstate(self._others[0])
-            np.random.set_state(self._others[1])

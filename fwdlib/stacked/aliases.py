@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fwdlib.forward.passes import Refusal
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual
 from fwdlib.tangents import is_transformed
 
@@ -63,7 +64,7 @@ class Filled:
         buffer = self._buffers[root]
         size = x.untyped_storage().nbytes() // buffer.element_size()
         if x.dtype != buffer.dtype or x.is_conj() or x.is_neg() or size != buffer.shape[1]:
-            raise NotImplementedError(
+            raise Refusal(
                 f"a tensor with tangents, of {buffer.dtype}, was resized or is viewed as {x.dtype} or conjugated: the "
                 f"stacked engine cannot follow it. {OTHER_ENGINE}"
             )
@@ -71,7 +72,7 @@ class Filled:
 
     def _begin(self, root: Tensor) -> None:
         if is_transformed() or root.layout is not torch.strided:
-            raise NotImplementedError(
+            raise Refusal(
                 f"tangents were written into a tensor that had none, and inside torch.func.vmap or for sparse tensors "
                 f"the stacked engine cannot keep them. Use torch.cat or torch.stack, train one seed at a time "
                 f"(stacked=False), or use another engine. {OTHER_ENGINE}"
@@ -132,7 +133,7 @@ class Doubtful:
             NotImplementedError: if they are.
         """
         if (name := self._stale.get(root_of(x.stack))) is not None:
-            raise NotImplementedError(
+            raise Refusal(
                 f"a tensor was used after its {name} was written into in place, or the other way round. Whether both "
                 f"share memory depends on their layout, which the stacked engine does not always keep as torch does. "
                 f"Use .view(...) to share memory or .clone() not to, or write out of place. {OTHER_ENGINE}"

@@ -16,6 +16,7 @@ from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fwdlib.forward.mode import METADATA, REQUIRES_GRAD
+from fwdlib.forward.passes import Refusal
 
 
 class Passes:
@@ -122,7 +123,7 @@ class Dual(Tensor):
                 return func(*args, **kwargs)
         if (given := _as_constants(args, kwargs)) is not None:
             return func(*given[0], **given[1])
-        raise NotImplementedError(
+        raise Refusal(
             f"{function_name(func)} was called on a tensor with tangents outside its pass, in another thread. "
             f"{OTHER_ENGINE}"
         )
@@ -131,7 +132,7 @@ class Dual(Tensor):
     def __torch_dispatch__(cls, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         if (given := _as_constants(args, kwargs or {})) is not None:
             return func(*given[0], **given[1])
-        raise NotImplementedError(
+        raise Refusal(
             f"{func} reached a tensor with tangents from below torch's function overrides: by TorchScript, a "
             f"torch.func transform, or code in C++. The stacked engine cannot see such calls. {OTHER_ENGINE}"
         )

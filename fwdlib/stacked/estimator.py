@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from fwdlib.checks import check_choice
 from fwdlib.estimators import GradientEstimate
 from fwdlib.forward.derivatives import Derivatives, check_followable
+from fwdlib.forward.passes import Refusal
 from fwdlib.objectives import (
     ModelLoss,
     Objective,
@@ -247,7 +248,7 @@ def run(
     except RuntimeError as error:
         if isinstance(error, NotImplementedError) or not any(words in str(error) for words in BELOW):
             raise
-        raise NotImplementedError(f"a tensor with tangents reached TorchScript or C++ code. {OTHER_ENGINE}") from error
+        raise Refusal(f"a tensor with tangents reached TorchScript or C++ code. {OTHER_ENGINE}") from error
     finally:
         for module in modules:
             kinds = [*map(type, module.__dict__.values())]
@@ -274,7 +275,7 @@ def _refuse_script(modules: Sequence[nn.Module], params: Params) -> None:
     ids = {id(p) for p in params.values()}
     for module in modules:
         if isinstance(module, torch.jit.ScriptModule) and any(id(p) in ids for p in module.parameters()):
-            raise NotImplementedError(
+            raise Refusal(
                 f"the model has a part in TorchScript with parameters of its own, {type(module).__name__}, into which "
                 f"the stacked engine cannot see. Use the module that was scripted or traced. {OTHER_ENGINE}"
             )

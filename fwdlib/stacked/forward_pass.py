@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
-from fwdlib.forward import by_backward
+from fwdlib.forward import by_backward, passes
 from fwdlib.forward.by_backward import jvp_by_backward
 from fwdlib.forward.mode import METADATA, OF_THE_TAPE, SET_REQUIRES_GRAD, as_on_tape, check_no_hook
+from fwdlib.forward.passes import Refusal
 from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of, repeats
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual, Passes, function_name, joined, pad_rows, primals_of
 from fwdlib.stacked.in_place import InPlace, in_place
@@ -141,20 +143,25 @@ class Pass(TorchFunctionMode):
             self._grad_of_model = True
             self._is_inference = torch.is_inference_mode_enabled()
             self._level = _current_level()
-            by_backward.begin(self._apply_function)
+            passes.begin(self._apply_function)
             self._number = Passes.begin()
         return super().__enter__()
 
-    def __exit__(self, *exc: object) -> None:
-        """End: the settings are as before, and tensors that were filled with tangents are plain."""
-        super().__exit__(*exc)
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        """End: the settings are as before, and tensors that were filled with tangents are plain.
+
+        Raises:
+            Refusal: that the model has caught.
+        """
+        super().__exit__(kind, error, where)
         if not self._is_inside:
-            by_backward.end()
+            refusals = passes.end()
             Passes.end(self._number)
             if self._filled is not None:
                 self._filled.release()
                 self._filled = None
             torch._C._set_grad_enabled(self._grad_before)
+            passes.raise_hidden(refusals, error)
 
     def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Apply the rule of ``func``."""
@@ -173,7 +180,7 @@ class Pass(TorchFunctionMode):
                 return SPECIAL[func](self, func, *args, **kwargs)
             found = func(*args, **kwargs)
             if isinstance(found, Dual):
-                raise NotImplementedError(_nested(func))
+                raise Refusal(_nested(func))
             return found
         try:
             kind = _KINDS[func]
@@ -189,7 +196,7 @@ class Pass(TorchFunctionMode):
         if kind is not None and kind.special is not None:
             return kind.special(self, func, *args, **kwargs)
         if _current_level() != self._level:
-            raise NotImplementedError(
+            raise Refusal(
                 f"{function_name(func)} was called on a tensor with tangents inside a torch.func transform (grad, jvp, "
                 f"vmap, ...) of the model's own, which the stacked engine cannot follow. {OTHER_ENGINE}"
             )
@@ -218,7 +225,7 @@ class Pass(TorchFunctionMode):
         if id(x) in self.names:
             return self._rows_of_parameter(x)
         if x.layout is not torch.strided:
-            raise NotImplementedError(
+            raise Refusal(
                 f"a sparse tensor met a tensor with tangents in a function's rule. {OTHER_ENGINE}"
             )
         return x.unsqueeze(0)
@@ -273,10 +280,10 @@ class Pass(TorchFunctionMode):
         args, kwargs = tree_map(primal_of, (args, kwargs))
         found = func(*args, **kwargs)
         if any(primal.shape != x.shape for x, primal in given.values()):
-            raise NotImplementedError(_moved(func))
+            raise Refusal(_moved(func))
         same = {id(primal): x for x, primal in given.values()}  # a function in place returns its argument
         if id(found) in same and (func is Tensor.contiguous or kwargs.get("memory_format") is not None):
-            raise NotImplementedError(
+            raise Refusal(
                 f"{function_name(func)} was called under torch.no_grad(). Whether it returns its argument, which has a "
                 f"gradient, depends on the layout, which the stacked engine does not always keep as torch does. Use "
                 f".detach(). {OTHER_ENGINE}"
@@ -324,7 +331,7 @@ class Pass(TorchFunctionMode):
             if torch.is_inference_mode_enabled() and not self._is_inference:
                 return True
             if self._grad_of_model:
-                raise NotImplementedError(
+                raise Refusal(
                     f"{function_name(func)} was called in the forward of a torch.autograd.Function, whose own "
                     f"derivative the stacked pass cannot see (reentrant checkpoints and backward hooks of modules are "
                     f"such functions, too). Write the function as a plain one, with a rule by "
@@ -353,12 +360,12 @@ class Pass(TorchFunctionMode):
     def _without_stale(self, func: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         # What a closure has kept of an earlier pass is a constant in this one, as in torch's forward mode.
         if self._is_stale(args[0] if args else None) and in_place(func) is not None:
-            raise NotImplementedError(
+            raise Refusal(
                 f"{function_name(func)} was called on a tensor that an earlier pass has computed. Let the closure keep "
                 f"x.detach() from one call to the next."
             )
         if not all(x.is_over() for x in tree_leaves((args, kwargs)) if self._is_stale(x)):
-            raise NotImplementedError(_nested(func))
+            raise Refusal(_nested(func))
         return tree_map(self._constant, (args, kwargs))
 
     def _is_stale(self, x: Any) -> bool:
@@ -398,7 +405,7 @@ class Pass(TorchFunctionMode):
             leaf = getattr(node, "variable", None)
             if leaf is not None and (self.has_tangents(leaf) or leaf is FILLED):
                 name = self.name_of(leaf)
-                raise NotImplementedError(
+                raise Refusal(
                     f"a tensor was computed from {f'the parameter {name!r}' if name else 'a tensor with tangents'} "
                     f"below torch's function overrides: by TorchScript, a torch.func transform, a "
                     f"torch.autograd.Function, or code in C++. The stacked engine cannot see such calls. {OTHER_ENGINE}"
@@ -446,7 +453,7 @@ class Pass(TorchFunctionMode):
                 if kwargs.pop("inplace"):
                     return self._in_place(func, InPlace(func), args, kwargs)
             if kwargs.get("out") is not None:
-                raise NotImplementedError(
+                raise Refusal(
                     f"{function_name(func)}(out=...) has no derivative in torch. Leave out= away."
                 )
         if kind is not None and kind.in_place is not None:
@@ -512,10 +519,10 @@ class Pass(TorchFunctionMode):
         # Write the result of the counterpart into the memory of the first argument. Views of a dual are views of its
         # stack, so they see the change.
         if not args:  # every name but `input`, as torch.nn.init's `tensor`
-            raise NotImplementedError(f"{function_name(func)}: pass the tensor that it writes into as first argument.")
+            raise Refusal(f"{function_name(func)}: pass the tensor that it writes into as first argument.")
         target, *rest = args
         if not kind.is_known or not isinstance(target, Tensor):
-            raise NotImplementedError(
+            raise Refusal(
                 f"{function_name(func)} writes into its arguments, and the stacked engine does not know how. Write the "
                 f"model without the function. {OTHER_ENGINE}"
             )
@@ -528,7 +535,7 @@ class Pass(TorchFunctionMode):
             return func(*primals_of(args), **primals_of(kwargs))
         if kind.moves:
             if isinstance(target, Dual):
-                raise NotImplementedError(_moved(func))
+                raise Refusal(_moved(func))
             return func(*args, **kwargs)
         if isinstance(target, Dual) and self._doubtful is not None:
             self._doubtful.write(target)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fwdlib.forward.mode import HOOKS, SET_REQUIRES_GRAD
+from fwdlib.forward.passes import Refusal
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual, function_name, primal_of, primals_of
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _refuse(run: Pass, func: Callable, *args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError(
+    raise Refusal(
         f"{function_name(func)} was called on a tensor with tangents, and the stacked engine keeps no tape. "
         f"{OTHER_ENGINE}"
     )

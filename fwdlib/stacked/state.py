@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fwdlib.forward.mode import REQUIRES_GRAD, Rewind
+from fwdlib.forward.mode import REQUIRES_GRAD
+from fwdlib.forward.rewind import Rewind
 from fwdlib.stacked.places import find_places, is_alike, is_same
 from fwdlib.tangents import Params
 

@@ -115,7 +115,8 @@ def call_without_rule(
     for (value, tangents), is_lost in zip(rows, lost or [False], strict=False):
         check(value)
         source = next((a.dual for a in arguments.values() if memory_of(value) == memory_of(a.primal)), None)
-        view = None if source is None or is_lost else _view(value, source.stack)
+        is_view = source is not None and not is_lost and memory_of(value) == memory_of(source.stack)
+        view = _view(value, source.stack) if is_view else None  # of expanded tensors the function got a copy
         duals.append(Dual(joined(value, tangents)) if view is None else view)
         if source is not None and view is None:
             doubt(source, duals[-1], name)

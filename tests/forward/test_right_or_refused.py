@@ -63,6 +63,14 @@ def expanded(write):
     return body
 
 
+def write_into_expanded(model, h):
+    y = h[:1].clone().expand(2, 6).select(0, 1)
+    first = h[:1] * 1
+    row = first.expand(2, 6).select(0, 1)
+    row.mul_(2)
+    return h + y + first
+
+
 def detached_in_place(model, h):
     y = h * 1
     y.detach_()
@@ -142,6 +150,13 @@ BODIES = {
     "an expanded tensor's copy": expanded(lambda y: y.mul_(2)),
     "a copy of overlapping windows": lambda model, h: F.pad(h.unfold(1, 2, 1).contiguous().mul_(2).sum(2), (1, 0)),
     "a function without a rule of an expanded tensor": lambda model, h: h + h[:1].expand(6, 6).erf().cumsum(0),
+    "views of an expanded tensor": lambda model, h: (
+        h * h[:1].expand(6, 6).expand_as(h) + h[:, 1:2].expand(6, 6).movedim(0, 1).adjoint().narrow(0, 1, 1)
+    ),
+    "more views of an expanded tensor": lambda model, h: h[:1].expand(6, 6).select(0, 3) + h * (
+        torch.einsum("ij->ji", h[:1].broadcast_to(6, 6)).diagonal() + model.w[:1].expand(6, 6).swapdims(0, 1)
+    ),
+    "a view of an expanded tensor, written into": write_into_expanded,
     "a product of an expanded tensor": lambda model, h: torch.einsum("bi,ci->bc", model.w[:1].expand(6, 6), h),
     "detach_, then a view": detached_in_place,
     "a view after detach_": written_after_detach,
@@ -179,6 +194,7 @@ REFUSED = {
         "a weighted l1_loss",
     },
     "stacked": {
+        "a view of an expanded tensor, written into",
         "autograd.grad without a graph",
         "autograd.grad with a graph",
         "torch.func.grad under no_grad",

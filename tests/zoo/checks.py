@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fwdlib.estimators import ENGINES, GradientEstimate, forward_gradient
-from fwdlib.forward.mode import Rewind
+from fwdlib.forward.rewind import Rewind
 from fwdlib.objectives import ClosureLoss, params_of
 from fwdlib.tangents import Params, random_signs, rank_one_factors
 from tests.zoo.case import Builder, Case, seed_all

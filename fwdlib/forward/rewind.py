@@ -1,0 +1,163 @@
+"""Undo what a forward pass did to a model, where it has to run again: for another tangent, or in the other engine."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fwdlib.objectives import modules_of
+from fwdlib.tangents import AnyGenerator
+
+ONE_PASS = "A single tangent needs one pass, and so does fwdlib.forward_gradient(..., engine='stacked')."
+UNCHANGED = {type(None), bool, int, float, complex, str, bytes, type, FunctionType, MethodType, BuiltinFunctionType}
+UNCHANGED |= {ModuleType, nn.Parameter, torch.dtype, torch.device, torch.Size}
+DEPTH = 5
+"""How far inside one another attributes, containers and objects are kept."""
+MOST_OBJECTS, MOST_ENTRIES, MOST_BYTES = 5_000, 10_000, 2**20
+"""Beyond these numbers of objects in all and in one container, and bytes of one array inside another object, what a
+module holds is taken for data, and not for state."""
+
+
+class Rewind:
+    """The state that a forward pass advances. :meth:`__call__` restores it.
+
+    It is the random numbers of torch, numpy and Python, a model's buffers, and what its modules keep as attributes:
+    numbers, tensors, arrays, generators, containers and objects, also inside one another. What a closure keeps outside
+    the model is not among it. Parameters are not copied: where the pass changes one, as a momentum encoder does,
+    restoring is refused.
+
+    Args:
+        model: the module.
+        generator: where the tangents come from, beside torch's global generators.
+        written: parameters that the pass itself writes into, and not the model.
+        only_torch: leave the global random numbers of numpy and Python alone, of which a copy takes 50 microseconds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        generator: AnyGenerator = None,
+        *,
+        written: Iterable[Tensor] = (),
+        only_torch: bool = False,
+    ) -> None:
+        self._model, self._seen = model, {id(p) for p in written}
+        self._places = []  # of parameters
+        self._containers: list[tuple[Any, Collection]] = []
+        self._values: list[tuple[Any, Any]] = []  # tensors and arrays
+        self._states: list[tuple[Callable, Any]] = []  # of random generators
+        for one in [] if generator is None else getattr(generator, "generators", [generator]):
+            self._keep(one, 1)
+        for module in modules_of(model):
+            self._keep_module(module)
+        self._keep_random(only_torch)
+
+    def _keep_random(self, only_torch: bool) -> None:
+        self._states.append((torch.set_rng_state, torch.get_rng_state()))
+        if torch.cuda.is_initialized():
+            tensors = itertools.chain(self._model.parameters(), self._model.buffers())
+            for device in {x.device for x in tensors if x.is_cuda}:
+                self._states.append((lambda state, at=device: torch.cuda.set_rng_state(state, at), _cuda_state(device)))
+        if not only_torch:
+            self._states += [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state())]
+
+    def _keep_module(self, module: nn.Module) -> None:
+        held = module.__dict__
+        self._seen.add(id(module))
+        self._containers.append((held, held.copy()))
+        for name, value in held.items():
+            if name in OWN:
+                if name in CHANGING and isinstance(value, dict):  # in TorchScript they are none
+                    self._containers.append((value, value.copy() if value else ()))
+            elif type(value) not in UNCHANGED:
+                self._keep(value, DEPTH)
+        for p in module._parameters.values():
+            if p is not None and id(p) not in self._seen:
+                self._places.append((p, _place(p)))
+        for x in module._buffers.values():
+            self._keep(x, DEPTH)
+
+    def _keep(self, value: Any, depth: int) -> None:
+        kind = type(value)
+        if kind in UNCHANGED or not depth or id(value) in self._seen or len(self._seen) > MOST_OBJECTS:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, Tensor):
+            if not value.requires_grad and not isinstance(value, nn.Parameter) and _is_state(value, depth):
+                self._values.append((value, value.clone()))
+        elif isinstance(value, (dict, list, deque, set)):
+            self._containers.append((value, (dict if isinstance(value, dict) else list)(value) if value else ()))
+            self._keep_all(value.values() if isinstance(value, dict) else value, depth)
+        elif isinstance(value, tuple):
+            self._keep_all(value, depth)
+        elif isinstance(value, np.ndarray):
+            if value.flags.writeable and _is_state(value, depth):
+                self._values.append((value, value.copy()))
+        elif isinstance(value, torch.Generator):
+            self._states.append((value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            self._states.append((value.setstate, value.getstate()))
+        elif isinstance(value, np.random.RandomState):
+            self._states.append((value.set_state, value.get_state()))
+        elif isinstance(value, np.random.Generator):
+            bits = value.bit_generator
+            self._states.append((lambda state: setattr(bits, "state", state), bits.state))
+        elif isinstance(value, nn.Module):
+            self._keep_module(value)
+        elif isinstance(getattr(value, "__dict__", None), dict):
+            self._keep(value.__dict__, depth)
+
+    def _keep_all(self, values: Collection, depth: int) -> None:
+        if len(values) <= MOST_ENTRIES:
+            for each in values:
+                self._keep(each, depth - 1)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Restore.
+
+        Raises:
+            NotImplementedError: if a parameter was changed.
+        """
+        for holder, before in self._containers:
+            holder.clear()
+            (holder.extend if isinstance(holder, (list, deque)) else holder.update)(before)
+        for p, place in self._places:
+            if _place(p) != place:
+                name = next((name for name, own in self._model.named_parameters() if own is p), "that it had")
+                raise NotImplementedError(
+                    f"the pass changes the parameter {name!r}, and was to run again, for another tangent or in another "
+                    f"engine. Change it before or after the pass, or make it a buffer. {ONE_PASS}"
+                )
+        for value, before in self._values:
+            if isinstance(value, Tensor):
+                value.copy_(before)
+            else:
+                value[...] = before
+        for restore, state in self._states:
+            restore(state)
+
+
+OWN = frozenset(nn.Module().__dict__)
+CHANGING = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}
+"""What every module has, and those of it that a pass changes."""
+
+
+def _is_state(value: Tensor | np.ndarray, depth: int) -> bool:
+    return depth == DEPTH or value.nbytes <= MOST_BYTES
+
+
+def _place(p: Tensor) -> tuple[int, int]:
+    return p._version, p.data_ptr()
+
+
+def _cuda_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device)
