@@ -18,7 +18,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fwdlib.forward.passes import Refusal
 from fwdlib.objectives import requiring_grad
@@ -65,7 +65,7 @@ def jvp_by_backward(
         The results and their derivatives: what ``loss.backward()`` would give along the tangents.
 
     Raises:
-        NotImplementedError: if the backward pass cannot be differentiated, or is not linear in the gradient.
+        Refusal: if the backward pass cannot be differentiated, or is not linear in the gradient.
     """
     with _plain(name), requiring_grad(x for x in arguments if id(x) in own):
         leaves, given, seen = {}, list(arguments), set()
@@ -81,12 +81,12 @@ def jvp_by_backward(
         versions = {id(x): (i, x._version) for i, x in enumerate(given) if is_differentiable(x)}
         results, structure = tree_flatten(call(*given))
         found = [y for y in results if isinstance(y, Tensor) and y.requires_grad]
+        random_state = torch.get_rng_state()
         if not all(map(is_differentiable, found)):
-            raise Refusal(
-                f"{name} returns a sparse or nested tensor and has no forward derivative. {OTHERS}"
-            )
+            raise Refusal(f"{name} returns a sparse or nested tensor and has no forward derivative. {OTHERS}")
         rows = _rows(found, leaves, tangents, name) if found else iter(())
         derivatives = [next(rows) if isinstance(y, Tensor) and y.requires_grad else None for y in results]
+        torch.set_rng_state(random_state)  # a backward pass that draws does so after the forward pass
         places = {key: i for key, (i, version) in versions.items() if given[i]._version != version}
     written = [places.get(id(y)) for y in results]
     if len({*places.values()} - {*written}):
@@ -239,13 +239,18 @@ def _plain(name: str) -> Iterator[None]:
 
 def with_tree(func: Callable, args: tuple, kwargs: dict) -> tuple[Callable, list[Any]]:
     """Return ``func`` as a function of the leaves of its arguments, and the leaves."""
-    leaves, structure = tree_flatten((args, kwargs))
+    leaves, structure = tree_flatten((args, kwargs), is_leaf=_has_no_tensor)
 
     def call(*values: Any) -> Any:
         inner_args, inner_kwargs = tree_unflatten(values, structure)
         return func(*inner_args, **inner_kwargs)
 
     return call, leaves
+
+
+def _has_no_tensor(x: Any) -> bool:
+    # Such a list or dict is passed on as it is, since the function may write into it.
+    return isinstance(x, (list, dict)) and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(x))
 
 
 def is_custom_operator(func: Callable) -> bool:

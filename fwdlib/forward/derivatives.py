@@ -203,7 +203,7 @@ def _pass_by_pass(objective: ModelLoss, params: Params, tangents: Params, chunk_
 
 NESTED = "Nested forward mode"
 NO_TAPE_OF = "does not require grad"
-"""Words in torch's messages about a dual level inside another, and about a gradient by what has no tape."""
+"""Words in torch's messages about a dual level inside another one, and about a gradient by what has no tape."""
 
 
 def _check_same(what: str, one: Tensor, other: Tensor, size: Tensor, tolerance: float) -> None:
@@ -223,7 +223,27 @@ def _along(objective: ModelLoss, leaves: Params, tangent: Params, tape: Abstract
 
 def _in_one_pass(objective: Objective, params: Params, tangents: Params, chunk_size: int | None) -> Derivatives:
     # All tangents in one vmapped pass, or in as few as chunk_size allows.
-    params, padding = {name: p.detach() for name, p in params.items()}, Padding()
+    params, num_tangents = {name: p.detach() for name, p in params.items()}, len(next(iter(tangents.values())))
+    one = _by_transforms if is_transformed() or isinstance(objective, ModelLoss) else _on_duals
+    if num_tangents == 1:
+        return one(objective, params, tangents)
+    rewind = Rewind(objective.model if isinstance(objective, ModelLoss) else nn.Module())
+    try:
+        return _by_transforms(objective, params, tangents, chunk_size)
+    except RuntimeError:  # vmap lets nothing with a row for each tangent be written into what has one for all, say
+        if is_transformed():
+            raise
+    found = []
+    for row in range(num_tangents):
+        rewind()
+        found.append(one(objective, params, {name: v[row : row + 1] for name, v in tangents.items()}))
+    return found[0]._replace(jvps=torch.cat([each.jvps for each in found]))
+
+
+def _by_transforms(
+    objective: Objective, params: Params, tangents: Params, chunk_size: int | None = None
+) -> Derivatives:
+    padding = Padding()
 
     def evaluate(params: Params) -> tuple[Tensor, Params]:
         with ForwardMode(params, padding):
@@ -232,38 +252,31 @@ def _in_one_pass(objective: Objective, params: Params, tangents: Params, chunk_s
     def along(tangent: Params) -> tuple[Tensor, Tensor, Params]:
         return jvp(evaluate, (params,), (tangent,), has_aux=True)
 
-    with named_refusal(), torch.enable_grad():
+    with named_refusal(), torch.enable_grad(), quiet_vmap():
         if len(next(iter(tangents.values()))) > 1:  # randomness="same": one Dropout mask for all tangents and chunks
-            try:
-                with quiet_vmap():
-                    losses, jvps, buffers = vmap(along, randomness="same", chunk_size=chunk_size)(tangents)
-                loss, buffers = losses[0], {name: buffer[0] for name, buffer in buffers.items()}
-            except RuntimeError as error:
-                if is_transformed() or "vmap: inplace" not in str(error):
-                    raise
-                loss, jvps, buffers = _one_by_one(along, tangents)
+            losses, jvps, buffers = vmap(along, randomness="same", chunk_size=chunk_size)(tangents)
+            loss, buffers = losses[0], {name: buffer[0] for name, buffer in buffers.items()}
         else:
-            tangent = {name: v[0] for name, v in tangents.items()}
-            if not is_transformed() and not isinstance(objective, ModelLoss):
-                # torch.func.jvp without the overhead of its wrappers: half the time of a step on small objectives
-                with forward_ad.dual_level():
-                    duals = {name: forward_ad.make_dual(p, tangent[name]) for name, p in params.items()}
-                    one = _evaluated(lambda: objective(duals), duals)
-                return one._replace(jvps=one.jvps.reshape(1))
-            loss, jvps, buffers = along(tangent)
+            loss, jvps, buffers = along({name: v[0] for name, v in tangents.items()})
             jvps = jvps.reshape(1)
     keep_buffers(objective, buffers)
     return Derivatives(loss, jvps, padding)
 
 
-def _one_by_one(along: Callable, tangents: Params) -> tuple[Tensor, Tensor, Params]:
-    # Where vmap refuses: it lets nothing with a row for each tangent be written into what has one for all.
-    found, rewind = [], Rewind(nn.Module())
-    for row in zip(*tangents.values(), strict=True):
-        rewind()
-        found.append(along(dict(zip(tangents, row, strict=True))))
-    loss, _, buffers = found[0]
-    return loss, torch.stack([one[1] for one in found]), buffers
+def _on_duals(objective: Objective, params: Params, tangents: Params, *, with_tape: bool = False) -> Derivatives:
+    # torch.func.jvp without the overhead of its wrappers: half the time of a step on small objectives
+    try:
+        with named_refusal(), torch.enable_grad(), forward_ad.dual_level():
+            point = {name: p.requires_grad_() for name, p in params.items()} if with_tape else params
+            duals = {name: forward_ad.make_dual(p, tangents[name][0]) for name, p in point.items()}
+            one = _evaluated(lambda: objective(duals), duals)
+        return one._replace(jvps=one.jvps.reshape(1))
+    except RuntimeError as error:
+        if NESTED in str(error):
+            return _by_transforms(objective, params, tangents)
+        if NO_TAPE_OF not in str(error) or with_tape:
+            raise
+    return _on_duals(objective, {name: p.detach() for name, p in params.items()}, tangents, with_tape=True)
 
 
 Multiple = Callable[[Params], tuple[list[Tensor], list[Tensor]]]
@@ -374,18 +387,22 @@ def named_refusal() -> Iterator[None]:
 
     Raises:
         NotImplementedError: in its place.
-        RuntimeError: any other of torch's, unchanged.
+        Exception: any other, unchanged.
     """
     try:
         yield
-    except (NotImplementedError, RuntimeError) as error:
+    except Exception as error:
         first = str(error).partition("\n")[0]
-        if (
-            isinstance(error, Refusal)
-            or OTHERS in first
-            or (not isinstance(error, NotImplementedError) and "jvp" not in first)
-        ):
+        if isinstance(error, Refusal) or OTHERS in first:
             raise
-        raise NotImplementedError(
-            f"torch has no forward derivative for a function of this objective: {first} {OTHERS}"
-        ) from error
+        if isinstance(error, NotImplementedError) or (isinstance(error, RuntimeError) and "jvp" in first):
+            bound = "custom autograd.Function" in first
+            raise NotImplementedError(
+                f"torch has no forward derivative for a function of this objective: {first} {OTHERS}{bound * BOUND}"
+            ) from error
+        if type(error).__module__.startswith("torch._dynamo") or "Multiple dispatch failed" in first:
+            raise NotImplementedError(f"torch's forward mode cannot follow this objective: {first} {OTHERS}") from error
+        raise
+
+
+BOUND = " If the function was bound before the pass (f = F.apply), call F.apply(...) in its place."

@@ -113,6 +113,7 @@ class ForwardMode(TorchFunctionMode):
         Raises:
             RuntimeError: if the function itself raises it.
             NoTape: if it registers a hook of a tensor with a tangent, or switches its gradient off.
+            Refusal: if it writes before it turns out to have no forward derivative.
         """
         kwargs = kwargs or {}
         if func is torch._C._set_grad_enabled:
@@ -142,9 +143,7 @@ class ForwardMode(TorchFunctionMode):
             if is_transformed() or not any(words in str(error) for words in LACKS):
                 raise
         if version is not None and args[0]._version != version:  # torch has written the value before it refused
-            raise Refusal(
-                f"{_name_of(func)} writes into its argument and has no forward derivative. {OTHERS}"
-            )
+            raise Refusal(f"{_name_of(func)} writes into its argument and has no forward derivative. {OTHERS}")
         return _by_backward(func, args, kwargs, self._names)
 
     def __enter__(self) -> ForwardMode:
@@ -155,7 +154,8 @@ class ForwardMode(TorchFunctionMode):
 
     def _has_gradient(self, x: Any) -> bool:
         # Whether backprop would keep a tape for x, which has a tangent here.
-        return id(x) in self._names or (not is_transformed() and _tangent(x) is not None)
+        is_inside = torch._C._functorch.maybe_current_level() != self._level  # a transform of the model's own
+        return id(x) in self._names or (not is_inside and _tangent(x) is not None)
 
     def _asked(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         if func in OF_THE_TAPE and self._has_gradient(args[0]):
@@ -251,9 +251,7 @@ def _by_backward(func: Callable, args: tuple, kwargs: dict, own: Collection[int]
     if all(v is None for v in tangents):
         return func(*args, **kwargs)
     if any(_has_tape(x) for x in leaves if id(x) not in own):
-        raise Refusal(
-            f"{name} has no forward derivative, and the model differentiates it backward. {OTHERS}"
-        )
+        raise Refusal(f"{name} has no forward derivative, and the model differentiates it backward. {OTHERS}")
     rows = [None if v is None else v.unsqueeze(0) for v in tangents]
     found = jvp_by_backward(call, leaves, rows, name, own)
     results = []
@@ -285,6 +283,11 @@ def without_tape(parameters: Iterable[Tensor]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def repeats(x: Tensor) -> bool:
+    """Return whether entries of a tensor share memory by a stride of 0, as after ``expand()``."""
+    return any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))
+
+
 @contextmanager
 def tangents_on(own: Params, tangent: Params) -> Iterator[None]:
     """Give a model's own parameters a tangent, for as long as the context lasts.
@@ -294,7 +297,16 @@ def tangents_on(own: Params, tangent: Params) -> Iterator[None]:
     Args:
         own: the model's parameters.
         tangent: a tensor of the same shape for each.
+
+    Raises:
+        NotImplementedError: if entries of a parameter share memory.
     """
+    for name, p in own.items():
+        if repeats(p):
+            raise NotImplementedError(
+                f"entries of the parameter {name!r} share memory, as after expand(), so no optimizer can change it. "
+                f"Make it a tensor of its own: nn.Parameter(p.clone())."
+            )
     with forward_ad.dual_level():
         with torch.no_grad():
             for name, p in own.items():

@@ -33,11 +33,6 @@ def memory_of(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def repeats(x: Tensor) -> bool:
-    """Return whether entries of a tensor share memory by a stride of 0, as after ``expand()``."""
-    return any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))
-
-
 class Filled:
     """The tangents of plain tensors that tangents have been written into.
 
@@ -56,7 +51,7 @@ class Filled:
         """Return the tangents (R, ...) of ``x`` (...), to read and to write; zero if it had none so far.
 
         Raises:
-            NotImplementedError: if its tangents cannot be kept.
+            Refusal: if its tangents cannot be kept.
         """
         root = root_of(x)
         if root not in self._buffers:
@@ -130,7 +125,7 @@ class Doubtful:
         """Refuse to read a dual whose values are in doubt.
 
         Raises:
-            NotImplementedError: if they are.
+            Refusal: if they are.
         """
         if (name := self._stale.get(root_of(x.stack))) is not None:
             raise Refusal(

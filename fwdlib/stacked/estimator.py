@@ -9,6 +9,7 @@ calls.
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -234,7 +235,7 @@ def run(
         What the function returns, with duals in place of the tensors that have tangents.
 
     Raises:
-        NotImplementedError: if the pass cannot follow what the model does.
+        Refusal: if the pass cannot follow what the model does.
         RuntimeError: if the model itself raises it.
     """
     modules = modules_of(model)
@@ -252,11 +253,14 @@ def run(
     finally:
         for module in modules:
             kinds = [*map(type, module.__dict__.values())]
-            if Dual in kinds or list in kinds or kinds.count(dict) > NUM_DICTS or module._buffers:
+            if Dual in kinds or list in kinds or deque in kinds or kinds.count(dict) > NUM_DICTS or module._buffers:
                 _keep_primals(module.__dict__)
 
 
-BELOW = "reached a tensor with tangents", "TorchScript interpreter", "Tensor that doesn't have storage"
+BELOW = (
+    *("reached a tensor with tangents", "TorchScript interpreter", "Tensor that doesn't have storage"),
+    "Creating a Parameter from an instance of type Dual",
+)
 """Words in the errors of code below torch's function overrides that meets a dual."""
 
 
@@ -281,12 +285,12 @@ def _refuse_script(modules: Sequence[nn.Module], params: Params) -> None:
             )
 
 
-def _keep_primals(kept: dict | list, depth: int = 3) -> None:
+def _keep_primals(kept: dict | list | deque, depth: int = 3) -> None:
     for key, value in kept.items() if type(kept) is dict else enumerate(kept):
         kind = type(value)
         if kind is Dual:
             kept[key] = value.primal.detach()
-        elif (kind is dict or kind is list) and value and depth and key != "_parameters" and key != "_modules":
+        elif kind in (dict, list, deque) and value and depth and key != "_parameters" and key != "_modules":
             _keep_primals(value, depth - 1)
 
 

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from fwdlib.forward import by_backward, passes
 from fwdlib.forward.by_backward import jvp_by_backward
-from fwdlib.forward.mode import METADATA, OF_THE_TAPE, SET_REQUIRES_GRAD, as_on_tape, check_no_hook
+from fwdlib.forward.mode import METADATA, OF_THE_TAPE, SET_REQUIRES_GRAD, as_on_tape, check_no_hook, repeats
 from fwdlib.forward.passes import Refusal
-from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of, repeats
+from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual, Passes, function_name, joined, pad_rows, primals_of
 from fwdlib.stacked.in_place import InPlace, in_place
 from fwdlib.stacked.perturbations import Perturbation
@@ -164,7 +164,11 @@ class Pass(TorchFunctionMode):
             passes.raise_hidden(refusals, error)
 
     def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Apply the rule of ``func``."""
+        """Apply the rule of ``func``.
+
+        Raises:
+            Refusal: if the pass cannot follow it here.
+        """
         kwargs = kwargs or {}
         is_concerned = self._concerns(args)
         if kwargs:
@@ -219,15 +223,17 @@ class Pass(TorchFunctionMode):
                 _set_grad_enabled(True)
 
     def stack(self, x: Any) -> Tensor:
-        """Return the rows of ``x``, shape (1 + R, ...). A plain tensor has one row, itself."""
+        """Return the rows of ``x``, shape (1 + R, ...). A plain tensor has one row, itself.
+
+        Raises:
+            Refusal: if ``x`` is sparse.
+        """
         if isinstance(x, Dual):
             return x.stack
         if id(x) in self.names:
             return self._rows_of_parameter(x)
         if x.layout is not torch.strided:
-            raise Refusal(
-                f"a sparse tensor met a tensor with tangents in a function's rule. {OTHER_ENGINE}"
-            )
+            raise Refusal(f"a sparse tensor met a tensor with tangents in a function's rule. {OTHER_ENGINE}")
         return x.unsqueeze(0)
 
     def _rows_of_parameter(self, x: Tensor) -> Tensor:
@@ -266,7 +272,11 @@ class Pass(TorchFunctionMode):
         return total
 
     def on_primals(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """Call ``func`` on the primals. What it writes changes the values of the duals and not their tangents."""
+        """Call ``func`` on the primals. What it writes changes the values of the duals and not their tangents.
+
+        Raises:
+            Refusal: if it changes a shape, or may return its argument or not.
+        """
         given: dict[int, tuple[Dual, Tensor]] = {}
 
         def primal_of(x: Any) -> Any:
@@ -294,7 +304,7 @@ class Pass(TorchFunctionMode):
         """Return a plain tensor that was filled with tangents as a dual, and anything else unchanged.
 
         Raises:
-            NotImplementedError: if ``x`` was computed from parameters, and not by functions that came here.
+            Refusal: if ``x`` was computed from parameters, and not by functions that came here.
         """
         self._check_visible((x,))
         if not self._is_filled(x):
@@ -453,9 +463,7 @@ class Pass(TorchFunctionMode):
                 if kwargs.pop("inplace"):
                     return self._in_place(func, InPlace(func), args, kwargs)
             if kwargs.get("out") is not None:
-                raise Refusal(
-                    f"{function_name(func)}(out=...) has no derivative in torch. Leave out= away."
-                )
+                raise Refusal(f"{function_name(func)}(out=...) has no derivative in torch. Leave out= away.")
         if kind is not None and kind.in_place is not None:
             return self._in_place(func, kind.in_place, args, kwargs)
         if self._filled is not None:

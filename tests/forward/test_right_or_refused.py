@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import random
+import threading
+import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fwdlib.estimators import forward_grad_, forward_gradient
 from fwdlib.objectives import ClosureLoss, params_of
-from tests.stacked.against_backprop import Net, loss_of, tangents_of
+from tests.stacked.against_backprop import Net, loss_of, seed_all, tangents_of
 
 HELD = torch.zeros(6, 6, dtype=torch.float64, requires_grad=True)
 
@@ -135,7 +140,139 @@ def retained(model, h):
     return h
 
 
+def memo(model, h):
+    """What a model computes once, and keeps where a later pass finds it."""
+    if not hasattr(model, "position"):
+        model.register_buffer("position", model.w * 2)
+    if "k" not in model.state.kept["inner"]:
+        model.state.kept["inner"]["k"] = model.w * 3
+    if not hasattr(model.c, "length"):
+        model.c.length = model.c.weight.norm()
+    return h @ model.position + h @ model.state.kept["inner"]["k"] / model.c.length
+
+
+KEPT = weakref.WeakKeyDictionary()
+
+
+def memo_outside(model, h):
+    if model not in KEPT:
+        KEPT[model] = model.w * 2
+    return h @ KEPT[model]
+
+
+def states(model, h):
+    """Everything that a model may count or draw from."""
+    state = model.state
+    state.n += 1
+    state.kept["list"].append(state.n)
+    model.queue.append(state.n)
+    state.array += 1
+    model.drop.p *= 0.5
+    model.add_module(f"l{len(model._modules)}", nn.Identity())
+    drawn = torch.rand((), generator=state.generator, dtype=h.dtype) + state.numbers.random() + state.python.random()
+    return h * drawn * state.n * float(state.array.sum()) * random.random() * np.random.rand() + model.drop.p
+
+
+def refused_by_stacked(body):
+    """After a body, what the stacked engine refuses, so that ``auto`` runs the model again."""
+    return lambda model, h: torch.func.vmap(lambda row: row * 2)(body(model, h))
+
+
+def caught(model, h):
+    try:
+        return h * 2 if h.grad_fn is not None else h
+    except RuntimeError:
+        return h * 5
+
+
+def caught_hook(model, h):
+    y = h + HELD
+    with contextlib.suppress(Exception):
+        y.register_hook(lambda g: 2 * g)
+    return y
+
+
+def caught_transform(model, h):
+    try:
+        return torch.func.vmap(lambda row: row * 2)(h)
+    except Exception:
+        return h
+
+
+def in_thread(model, h):
+    found = {}
+    thread = threading.Thread(target=lambda: found.update(y=h.tanh() * 2))
+    thread.start()
+    thread.join()
+    return found["y"] + 1
+
+
+class Logged(torch.autograd.Function):
+    """Writes into a list, and draws random numbers in its backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, log):
+        log.append(1)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2 + 0 * torch.rand_like(g), None
+
+
+def logged(model, h):
+    return Logged.apply(h, model.state.kept["list"]) * len(model.state.kept["list"]) * torch.rand(())
+
+
+bound = Logged.apply
+
+
+@torch.jit.script
+def script(x: torch.Tensor):
+    with torch.no_grad():
+        y = x * 2
+    return y * x
+
+
+@torch.jit.script
+def asking_script(x: torch.Tensor):
+    if x.requires_grad:
+        return x * 2
+    return x
+
+
+class State:
+    """What a module may hold that is no tensor."""
+
+    def __init__(self):
+        self.n = 1
+        self.kept = {"inner": {}, "list": []}
+        self.array = np.ones(2)
+        self.generator = torch.Generator().manual_seed(5)
+        self.numbers = np.random.default_rng(5)
+        self.python = random.Random(5)
+
+    def __eq__(self, other):
+        return (self.n, self.kept["list"], self.array.tolist()) == (other.n, other.kept["list"], other.array.tolist())
+
+    __hash__ = None
+
+
 BODIES = {
+    "kept from the first pass": memo,
+    "kept outside the model": memo_outside,
+    "states": states,
+    "states, and the other engine": refused_by_stacked(states),
+    "a refusal that the model catches": caught,
+    "a hook that the model tries": caught_hook,
+    "a transform that the model tries": caught_transform,
+    "a thread": in_thread,
+    "a function that writes into a list, and draws in its backward pass": logged,
+    "a bound function": lambda model, h: bound(h, []),
+    "a script with no_grad": lambda model, h: script(h),
+    "a script that asks for a tape": lambda model, h: asking_script(h),
+    "a Parameter of an activation": lambda model, h: h * nn.Parameter(h),
+    "torch.cond": lambda model, h: torch.cond(h.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (h,)),
     "autograd.grad without a graph": by_gradient,
     "autograd.grad with a graph": with_graph,
     "torch.func.grad under no_grad": under_no_grad,
@@ -153,8 +290,9 @@ BODIES = {
     "views of an expanded tensor": lambda model, h: (
         h * h[:1].expand(6, 6).expand_as(h) + h[:, 1:2].expand(6, 6).movedim(0, 1).adjoint().narrow(0, 1, 1)
     ),
-    "more views of an expanded tensor": lambda model, h: h[:1].expand(6, 6).select(0, 3) + h * (
-        torch.einsum("ij->ji", h[:1].broadcast_to(6, 6)).diagonal() + model.w[:1].expand(6, 6).swapdims(0, 1)
+    "more views of an expanded tensor": lambda model, h: (
+        h[:1].expand(6, 6).select(0, 3)
+        + h * (torch.einsum("ij->ji", h[:1].broadcast_to(6, 6)).diagonal() + model.w[:1].expand(6, 6).swapdims(0, 1))
     ),
     "a view of an expanded tensor, written into": write_into_expanded,
     "a product of an expanded tensor": lambda model, h: torch.einsum("bi,ci->bc", model.w[:1].expand(6, 6), h),
@@ -187,6 +325,13 @@ REFUSED = {
         "asks whether an activation has a tape",
         "parameters frozen for a while",
         "a momentum encoder",
+        "kept outside the model",
+        "a refusal that the model catches",
+        "a hook that the model tries",
+        "a bound function",
+        "a script with no_grad",
+        "a script that asks for a tape",
+        "torch.cond",
         "a state that is no tensor",
         "a hook of an activation",
         "a hook of a module, for a while",
@@ -194,6 +339,16 @@ REFUSED = {
         "a weighted l1_loss",
     },
     "stacked": {
+        "a refusal that the model catches",
+        "a hook that the model tries",
+        "a transform that the model tries",
+        "states, and the other engine",
+        "a thread",
+        "a bound function",
+        "a script with no_grad",
+        "a script that asks for a tape",
+        "a Parameter of an activation",
+        "torch.cond",
         "a view of an expanded tensor, written into",
         "autograd.grad without a graph",
         "autograd.grad with a graph",
@@ -212,12 +367,14 @@ def make(name):
     model = Net(BODIES[name])
     model.frozen = nn.Parameter(torch.randn(6, 6), requires_grad=False)
     model.queue = collections.deque([1.0])
+    model.state, model.drop = State(), nn.Dropout(0.5)
     if name == "parameters frozen before":
         model.c.requires_grad_(False)
     return model.double()
 
 
-@pytest.mark.filterwarnings("ignore:index_reduce")
+@pytest.mark.filterwarnings("ignore:index_reduce", "ignore:The .grad attribute")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("num_tangents", [1, 3])
 @pytest.mark.parametrize("engine", ["torch", "stacked", "auto"])
 @pytest.mark.parametrize("name", BODIES)
@@ -225,11 +382,14 @@ def test_the_derivative_is_backprops_or_refused(name, engine, num_tangents):
     other, model = make(name), make(name)
     params = params_of(model)
     tangents = tangents_of(params, num_tangents)
+    seed_all(3)
     loss = loss_of(other)
+    following = torch.rand(3), random.random(), np.random.rand()
     loss.backward()
     own = dict(other.named_parameters())
     expected = sum((v * own[n].grad).flatten(1).sum(1) for n, v in tangents.items() if own[n].grad is not None)
     refusal = None
+    seed_all(3)
     try:
         found = forward_gradient(
             ClosureLoss(model, lambda: loss_of(model)),
@@ -248,7 +408,9 @@ def test_the_derivative_is_backprops_or_refused(name, engine, num_tangents):
     assert_close(found.jvps, expected, rtol=1e-9, atol=1e-10)
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in other.parameters()]
     assert_close(dict(model.named_parameters()), own)
-    assert model.queue == other.queue
+    assert (model.queue, model.state) == (other.queue, other.state)
+    assert [*dict(model.named_modules())] == [*dict(other.named_modules())]
+    assert_close((torch.rand(3), random.random(), np.random.rand()), following)
 
 
 def test_a_hook_of_all_modules_is_refused():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fwdlib.stacked.aliases import repeats
+from fwdlib.forward.mode import repeats
 from fwdlib.stacked.dual import Dual, primals_of, same_rows
 from fwdlib.stacked.forward_pass import Pass, register_rule
 from fwdlib.stacked.rules.rows import row_axis, rows_along, with_axes
