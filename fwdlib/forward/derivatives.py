@@ -104,7 +104,7 @@ def suits_stacked(
 def either_engine(
     objective: Objective, stacked: Callable[[], T], torch_engine: Callable[[], T], generator: AnyGenerator = None
 ) -> T:
-    """Return ``stacked()``, or ``torch_engine()`` where the stacked engine refuses, or has refused, the objective.
+    """Return ``stacked()``, or ``torch_engine()`` where the stacked engine fails, or has failed, on the objective.
 
     Args:
         objective: the loss of a model, or a plain function.
@@ -118,16 +118,19 @@ def either_engine(
         is_refused = refused in _REFUSED
     except TypeError:  # an object without weak references, or without a hash
         is_refused, refused = False, model
-    if not is_refused:
-        rewind = Rewind(model, generator, only_torch=model in _TAKEN)
-        try:
-            found = stacked()
-            _TAKEN.add(model)
-            return found
-        except NotImplementedError:
-            rewind()
-            _REFUSED.add(refused)
-    return torch_engine()
+    if is_refused:
+        return torch_engine()
+    rewind = Rewind(model, generator, only_torch=model in _TAKEN)
+    try:
+        found = stacked()
+    except (NotImplementedError, RuntimeError, TypeError, LookupError, AttributeError, AssertionError):
+        rewind()  # an error of the model's own comes again in torch's engine; any other is the stacked engine's fault
+    else:
+        _TAKEN.add(model)
+        return found
+    found = torch_engine()
+    _REFUSED.add(refused)
+    return found
 
 
 def derivatives_along(
@@ -400,7 +403,8 @@ def named_refusal() -> Iterator[None]:
             raise NotImplementedError(
                 f"torch has no forward derivative for a function of this objective: {first} {OTHERS}{bound * BOUND}"
             ) from error
-        if type(error).__module__.startswith("torch._dynamo") or "Multiple dispatch failed" in first:
+        is_torchs = type(error).__module__.startswith("torch._dynamo")
+        if is_torchs or any(words in first for words in (NESTED, "Multiple dispatch failed")):
             raise NotImplementedError(f"torch's forward mode cannot follow this objective: {first} {OTHERS}") from error
         raise
 

@@ -246,7 +246,7 @@ def run(
         with _eager(), Pass(perturbation, params, calls) as stacked_pass:
             found = call()
             return stacked_pass.result(found) if isinstance(found, Tensor) else tree_map(stacked_pass.result, found)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AssertionError) as error:
         if isinstance(error, NotImplementedError) or not any(words in str(error) for words in BELOW):
             raise
         raise Refusal(f"a tensor with tangents reached TorchScript or C++ code. {OTHER_ENGINE}") from error
@@ -259,7 +259,7 @@ def run(
 
 BELOW = (
     *("reached a tensor with tangents", "TorchScript interpreter", "Tensor that doesn't have storage"),
-    "Creating a Parameter from an instance of type Dual",
+    *("instance of type Dual", "Got Dual", "to FakeTensors first"),
 )
 """Words in the errors of code below torch's function overrides that meets a dual."""
 

@@ -11,6 +11,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
@@ -207,6 +208,11 @@ def in_thread(model, h):
     return found["y"] + 1
 
 
+def own_dual_level(model, h):
+    with forward_ad.dual_level():
+        return h * forward_ad.unpack_dual(forward_ad.make_dual(h.detach(), h.detach()).sin()).tangent
+
+
 class Logged(torch.autograd.Function):
     """Writes into a list, and draws random numbers in its backward pass."""
 
@@ -272,6 +278,8 @@ BODIES = {
     "a script with no_grad": lambda model, h: script(h),
     "a script that asks for a tape": lambda model, h: asking_script(h),
     "a Parameter of an activation": lambda model, h: h * nn.Parameter(h),
+    "torch.func.linearize": lambda model, h: torch.func.linearize(torch.sin, h)[1](h),
+    "forward AD of its own": own_dual_level,
     "torch.cond": lambda model, h: torch.cond(h.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (h,)),
     "autograd.grad without a graph": by_gradient,
     "autograd.grad with a graph": with_graph,
@@ -332,6 +340,8 @@ REFUSED = {
         "a script with no_grad",
         "a script that asks for a tape",
         "torch.cond",
+        "torch.func.linearize",
+        "forward AD of its own",
         "a state that is no tensor",
         "a hook of an activation",
         "a hook of a module, for a while",
@@ -349,6 +359,8 @@ REFUSED = {
         "a script that asks for a tape",
         "a Parameter of an activation",
         "torch.cond",
+        "torch.func.linearize",
+        "forward AD of its own",
         "a view of an expanded tensor, written into",
         "autograd.grad without a graph",
         "autograd.grad with a graph",
@@ -373,7 +385,7 @@ def make(name):
     return model.double()
 
 
-@pytest.mark.filterwarnings("ignore:index_reduce", "ignore:The .grad attribute")
+@pytest.mark.filterwarnings("ignore:index_reduce", "ignore:The .grad attribute", "ignore:Attempted to insert")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("num_tangents", [1, 3])
 @pytest.mark.parametrize("engine", ["torch", "stacked", "auto"])
