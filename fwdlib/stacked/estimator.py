@@ -236,7 +236,7 @@ def run(
 
     Raises:
         Refusal: if the pass cannot follow what the model does.
-        RuntimeError: if the model itself raises it.
+        Exception: if the model itself raises it.
     """
     modules = modules_of(model)
     check_followable(modules)
@@ -246,7 +246,7 @@ def run(
         with _eager(), Pass(perturbation, params, calls) as stacked_pass:
             found = call()
             return stacked_pass.result(found) if isinstance(found, Tensor) else tree_map(stacked_pass.result, found)
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except Exception as error:
         if isinstance(error, NotImplementedError) or not any(words in str(error) for words in BELOW):
             raise
         raise Refusal(f"a tensor with tangents reached TorchScript or C++ code. {OTHER_ENGINE}") from error
