@@ -25,9 +25,9 @@ SMALL = study.SHORT._replace(
     rounds=6,
     horizons=(10, 20),
     parameters=(1,),
-    steps=(10, 20),
+    steps=(2, 4),  # so few that the compiler is done soon
     stored=(1,),
-    stored_steps=(20,),
+    stored_steps=(4,),
 )
 
 
@@ -215,7 +215,7 @@ def test_the_solver_computes_about_the_same_gradient():
 @NEEDS_COMPILER
 @pytest.mark.slow
 def test_study_keeps_what_is_done(tmp_path, monkeypatch):
-    monkeypatch.setitem(study.CASES, "Lotka-Volterra, 1 trajectory", study.Case(study.populations, (1,), 1000, (5,)))
+    monkeypatch.setitem(study.CASES, "Lotka-Volterra, 1 trajectory", study.Case(study.populations, (1,), 1000, (2,)))
     monkeypatch.setattr(
         study,
         "MEMORIES",
@@ -227,7 +227,7 @@ def test_study_keeps_what_is_done(tmp_path, monkeypatch):
     assert measured["skipped"] == {}
     assert max(measured["errors"].values()) < 1e-12
     assert {len(seconds) for seconds in measured["seconds"].values()} == {6}
-    assert set(found["map"]["1"]) == {"10", "20"}
+    assert set(found["map"]["1"]) == {"2", "4"}
     assert found["memory"][f"hypergradients of an MLP: {study.REVERSE}"]["stopped"] is None
 
     def measured_again(*_):
