@@ -45,7 +45,7 @@ def assign_gradients(model: nn.Module, grads: Params) -> None:
 
     What was there is replaced, and a parameter that ``grads`` does not name has no ``.grad`` afterwards. So
     ``zero_grad()`` is not needed, and to accumulate over batches you sum the estimates yourself. The tensors are not
-    copied: clipping ``.grad`` in place clips ``grads`` as well. Functions that
+    copied: clipping ``.grad`` in place clips ``grads`` as well, those of either engine. Functions that
     ``Tensor.register_post_accumulate_grad_hook`` has registered are called, as in a backward pass.
 
     Args:
