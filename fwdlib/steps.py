@@ -117,12 +117,18 @@ def _needs_closure(kind: type[Optimizer]) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
+def has_hooks(optimizer: Optimizer) -> bool:
+    """Return whether functions are called before or after each step of an optimizer."""
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
+
 def _plain_sgd(optimizer: Optimizer, params: Params) -> float | None:
     # The learning rate, if a step is p -= learning_rate * grad for these parameters and nothing else.
     group, *others = optimizer.param_groups
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-    if type(optimizer) is not torch.optim.SGD or others or hooks or group["momentum"] or group["weight_decay"]:
+    if type(optimizer) is not torch.optim.SGD or others or group["momentum"] or group["weight_decay"]:
+        return None
+    if has_hooks(optimizer):
         return None
     if group["maximize"] or {id(p) for p in params.values()} != {id(p) for p in group["params"]}:
         return None
