@@ -246,7 +246,8 @@ def combined(loss: Tensor, jvps: Tensor, tangents: Params, divisor: int) -> Grad
     num_tangents = len(next(iter(tangents.values())))
     jvps = jvps if len(jvps) == num_tangents else jvps.reshape(num_tangents, len(tangents))
     of_tensors = [jvps] * len(tangents) if jvps.dim() == 1 else jvps.unbind(1)
-    grads = {name: weighted_sum(jvp, v) / divisor for jvp, (name, v) in zip(of_tensors, tangents.items(), strict=True)}
+    pairs = zip(of_tensors, tangents.items(), strict=True)
+    grads = {name: weighted_sum(jvp / divisor, v) for jvp, (name, v) in pairs}  # in half precision the sum overflows
     return GradientEstimate(loss, grads, jvps)
 
 

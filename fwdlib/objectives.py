@@ -15,6 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fwdlib.checks import check_count
 from fwdlib.tangents import Params, check_params
 
 Objective = Callable[[Params], Tensor]
@@ -44,7 +45,7 @@ def assign_gradients(model: nn.Module, grads: Params) -> None:
 
     What was there is replaced, and a parameter that ``grads`` does not name has no ``.grad`` afterwards. So
     ``zero_grad()`` is not needed, and to accumulate over batches you sum the estimates yourself. The tensors are not
-    copied: clipping ``.grad`` in place clips ``grads`` as well. Functions that
+    copied: clipping ``.grad`` in place clips ``grads`` as well, those of either engine. Functions that
     ``Tensor.register_post_accumulate_grad_hook`` has registered are called, as in a backward pass.
 
     Args:
@@ -135,6 +136,8 @@ class ModelLoss(ABC):
         Raises:
             ValueError: if a name in ``params`` is not a parameter of the model.
         """
+        if not params.keys() <= self._names:
+            del self._names  # the model may have a new layer
         if unknown := params.keys() - self._names:
             raise ValueError(
                 f"params has {min(unknown)!r}, which is not a parameter of the model; it has {', '.join(self._names)}"
@@ -161,7 +164,7 @@ class BatchLoss(ModelLoss):
         loss: ``(logits, targets) -> scalar``; the mean cross entropy by default.
 
     Raises:
-        TypeError: if the model is no module.
+        TypeError: if the model is no module, or the inputs are no tensor.
 
     Example:
         >>> import torch
@@ -179,6 +182,11 @@ class BatchLoss(ModelLoss):
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> None:
         self.model = _check_model(model)
+        if not isinstance(inputs, Tensor):
+            raise TypeError(
+                f"inputs must be a tensor, got {type(inputs).__name__}; for a model that takes anything else use "
+                f"ClosureLoss(model, lambda: loss(model(...), targets)), or step(batch) of an SGDStep"
+            )
         self.inputs = inputs
         self.targets = targets
         self.loss = loss
@@ -203,6 +211,7 @@ class ClosureLoss(ModelLoss):
 
     Raises:
         TypeError: if the model is no module, or the closure no function.
+        ValueError: if ``num_examples`` is no whole number.
 
     Example:
         >>> import torch
@@ -219,7 +228,7 @@ class ClosureLoss(ModelLoss):
             kind = type(closure).__name__
             raise TypeError(f"closure must be a function that computes the loss, such as lambda: loss(...), got {kind}")
         self.closure = closure
-        self.num_examples = num_examples
+        self.num_examples = num_examples if num_examples is None else check_count("num_examples", num_examples, 0)
 
     def run(self) -> Tensor:
         """Return the loss of the model as it is, a scalar."""
@@ -292,7 +301,7 @@ def check_objective(objective: Objective, params: Params) -> None:
 
 
 def check_scalar(loss: Any) -> Tensor:
-    """Return what an objective returned, if it is a scalar tensor.
+    """Return what an objective returned, if it is a real scalar tensor.
 
     Raises:
         ValueError: if it is not.
@@ -305,6 +314,11 @@ def check_scalar(loss: Any) -> Tensor:
     if loss.dim() != 0:
         raise ValueError(
             f"the objective must return a scalar tensor, got {tuple(loss.shape)}; reduce it with .mean() or .sum()"
+        )
+    if loss.is_complex():
+        raise ValueError(
+            f"the objective must return a real number, got {loss.dtype}, which has no gradient; return its .real or "
+            f".abs()"
         )
     return loss
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +28,11 @@ def forward_step_(
 ) -> Tensor:
     """Take a step with a forward gradient, in place of ``zero_grad()``, ``loss.backward()`` and ``optimizer.step()``.
 
-    It does what :func:`fwdlib.forward_grad_` and ``optimizer.step()`` do, and is faster where the gradient is kept as
-    factors, as rank-one tangents give it: plain SGD adds these to the parameters and no gradient is written out; for
-    any other optimizer the gradient is written over the last one, without new memory. A tensor in ``.grad`` that you
-    want to keep must therefore be copied, and after a step of plain SGD ``.grad`` is None.
+    It does what ``optimizer.zero_grad()``, :func:`fwdlib.forward_grad_` and ``optimizer.step()`` do, and is faster
+    where the gradient is kept as factors, as rank-one tangents give it: plain SGD adds these to the parameters and no
+    gradient is written out; for any other optimizer the gradient is written over the last one, without new memory. A
+    tensor in ``.grad`` that you want to keep must therefore be copied, and after a step of plain SGD ``.grad`` is None.
+    So is that of the optimizer's other parameters, which stand still.
 
     Args:
         model: as for :func:`fwdlib.forward_grad_`.
@@ -41,8 +45,9 @@ def forward_step_(
         The loss before the step, a scalar without a graph.
 
     Raises:
-        ValueError: as :func:`fwdlib.forward_gradient`.
+        ValueError: if the step of the optimizer needs a closure, or as :func:`fwdlib.forward_gradient`.
         TypeError: if the optimizer is none, or as :func:`fwdlib.forward_gradient`.
+        NotImplementedError: inside ``torch.inference_mode()``, or as :func:`fwdlib.forward_gradient`.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -54,16 +59,27 @@ def forward_step_(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be one of torch.optim, got {type(optimizer).__name__}")
+    if _needs_closure(type(optimizer)):
+        raise ValueError(
+            f"{type(optimizer).__name__} evaluates the loss several times a step, and a random gradient does not suit "
+            f"that: take another optimizer, such as torch.optim.Adam"
+        )
+    if torch.is_inference_mode_enabled():
+        raise NotImplementedError(
+            "forward_step_ was called inside torch.inference_mode(), which leaves tensors in the optimizer that no "
+            "later step can change: call it outside, or inside torch.no_grad()"
+        )
     objective, named = ClosureLoss(model, closure, num_examples), dict(model.named_parameters())
     params = {name: p for name, p in named.items() if p.requires_grad}
     estimate = forward_gradient(objective, {name: p.detach() for name, p in params.items()}, **options)
+    trained = {*map(id, params.values())}
+    for p in itertools.chain(named.values(), *[group["params"] for group in optimizer.param_groups]):
+        if id(p) not in trained:
+            p.grad = None  # as by zero_grad(): or a layer that was frozen since the last step would move on
     if any(p._post_accumulate_grad_hooks for p in params.values()):
         assign_gradients(model, estimate.grads)
         optimizer.step()
     else:
-        for p in named.values():
-            if not p.requires_grad:
-                p.grad = None  # or a layer that was frozen since the last step would move on
         take_step(optimizer, params, estimate.grads)
     return estimate.loss
 
@@ -95,12 +111,24 @@ def take_step(optimizer: Optimizer, params: Params, grads: Params) -> None:
     optimizer.step()
 
 
+@functools.cache
+def _needs_closure(kind: type[Optimizer]) -> bool:
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def has_hooks(optimizer: Optimizer) -> bool:
+    """Return whether functions are called before or after each step of an optimizer."""
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
+
 def _plain_sgd(optimizer: Optimizer, params: Params) -> float | None:
     # The learning rate, if a step is p -= learning_rate * grad for these parameters and nothing else.
     group, *others = optimizer.param_groups
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-    if type(optimizer) is not torch.optim.SGD or others or hooks or group["momentum"] or group["weight_decay"]:
+    if type(optimizer) is not torch.optim.SGD or others or group["momentum"] or group["weight_decay"]:
+        return None
+    if has_hooks(optimizer):
         return None
     if group["maximize"] or {id(p) for p in params.values()} != {id(p) for p in group["params"]}:
         return None

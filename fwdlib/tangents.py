@@ -235,7 +235,7 @@ def sample_tangents(
     Raises:
         ValueError: if ``num_tangents`` is below 1, or above the number of parameters for ``"orthonormal"``,
             ``tangents`` is unknown, there are no parameters, or a sampler of your own returns other names or shapes.
-        TypeError: if a parameter is an integer or complex tensor, which has no tangent here.
+        TypeError: if a parameter is an integer or complex tensor, which has no tangent here, or the generator is none.
 
     Example:
         >>> params = {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
@@ -245,8 +245,13 @@ def sample_tangents(
     """
     check_count("num_tangents", num_tangents)
     check_params(params)
+    check_generator(generator)
     sampler = tangents if callable(tangents) else NAMED[check_choice("tangents", tangents, NAMED)]
     sampled = sampler(params, num_tangents, generator)
+    if not isinstance(sampled, Mapping):
+        raise ValueError(
+            f"the sampler {sampler!r} must return a dict with a tensor for each parameter, got {type(sampled).__name__}"
+        )
     for name, p in params.items():
         v, expected = sampled.get(name), (num_tangents, *p.shape)
         given = tuple(v.shape) if isinstance(v, Tensor) else None if v is None else type(v).__name__
@@ -261,8 +266,8 @@ def check_params(params: Params) -> None:
     """Refuse parameters that have no tangent.
 
     Raises:
-        ValueError: if there are none.
-        TypeError: if they are no dict, or one is an integer or complex tensor.
+        ValueError: if there are none, or none has an element.
+        TypeError: if they are no dict, or one is no tensor, or an integer or complex one.
     """
     if not isinstance(params, Mapping):
         raise TypeError(
@@ -273,8 +278,11 @@ def check_params(params: Params) -> None:
             "params is empty: there is nothing to differentiate. Does the model have trainable parameters?"
         )
     for name, value in params.items():
-        if not value.is_floating_point():
-            raise TypeError(f"params[{name!r}] must be a real floating tensor, got {value.dtype}")
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            given = value.dtype if isinstance(value, Tensor) else f"{type(value).__name__}; torch.tensor(...) makes one"
+            raise TypeError(f"params[{name!r}] must be a real floating tensor, got {given}")
+    if not any(p.numel() for p in params.values()):
+        raise ValueError(f"params has only empty tensors, {', '.join(params)}: there is nothing to differentiate")
 
 
 def check_generator(generator: AnyGenerator) -> None:

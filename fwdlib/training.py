@@ -6,9 +6,11 @@ import inspect
 import math
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Number
 from typing import Any
 
 import torch
@@ -16,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from fwdlib import runtime
-from fwdlib.checks import check_choice, check_count, check_positive
+from fwdlib.checks import check_choice, check_count, check_positive, check_seed
 from fwdlib.data import Dataset
 from fwdlib.estimators import Estimator, GradientEstimate
 from fwdlib.history import History, Run
@@ -28,7 +30,7 @@ from fwdlib.models import initialise
 from fwdlib.objectives import BatchLoss, params_of
 from fwdlib.seeds import keep_rows, replicated_estimate, single_estimate
 from fwdlib.session import Progress, Running, Session
-from fwdlib.steps import take_step
+from fwdlib.steps import has_hooks, take_step
 from fwdlib.tangents import Params
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
@@ -141,7 +143,8 @@ def train(
         test_batch_size: test examples that go through the model at once.
         seeds: one run for each.
         together: train all seeds at once, or one after the other. None trains them at once where that gives the same
-            results and is faster: for models without convolutions, buffers and Dropout, and elementwise optimizers.
+            results and is faster: for models without convolutions, buffers and Dropout that differ by their parameters
+            alone, and elementwise optimizers without hooks.
         device: ``"cpu"``, ``"cuda"``, ...
         on_evaluation: called after each evaluation with the run so far.
         session: what surrounds the run, for example the checkpoint and the processes of
@@ -150,21 +153,21 @@ def train(
         progress_every: steps between two updates of the bar.
 
     Returns:
-        The history of each seed. A seed that diverges or never reaches the threshold is a result, and recorded.
+        The history of each seed. A seed that diverges or never reaches the threshold is a result, and recorded. Its
+        ``params`` are the trainable parameters of each seed, by name, with which its last training loss was computed;
+        frozen parameters and buffers, such as BatchNorm's statistics, are not among them.
 
     Raises:
         ValueError: if an argument is out of its range, ``together=True`` cannot give the numbers of single runs, or the
             session refuses the run.
+        TypeError: if the estimator returns no :class:`GradientEstimate`.
     """
     if isinstance(optimizer, str):
-        elementwise = optimizer in ELEMENTWISE
         optimizer = make_optimizer(optimizer, learning_rate)
     elif learning_rate is not None:
         raise ValueError(
             f"learning_rate goes with an optimizer given by name; yours has its own, got {learning_rate!r}"
         )
-    else:
-        elementwise = type(optimizer([torch.zeros(1)])).__name__ in ELEMENTWISE
     if threshold is not None:
         check_positive("threshold", threshold)
     check_count("max_iterations", max_iterations)
@@ -177,7 +180,11 @@ def train(
     if data.train_targets.dim() != 1 or data.train_targets.is_floating_point():
         shape, dtype = tuple(data.train_targets.shape), data.train_targets.dtype
         raise ValueError(f"train_targets must be class indices, integers of shape (N,), got {dtype} of shape {shape}")
+    if not hasattr(seeds, "__len__"):
+        raise ValueError(f"seeds must be a list of whole numbers, such as range(5), got {seeds!r}")
     check_count("the number of seeds", len(seeds))
+    for seed in seeds:
+        check_seed(seed)
     session = session or Session()
     session.check(len(seeds), batch_size, len(data.train_targets))
     device = runtime.resolve_device(device)
@@ -198,7 +205,7 @@ def train(
         session=session,
         progress_every=progress_every,
     )
-    obstacle = _why_not_together(models[0], elementwise, task)
+    obstacle = _why_not_together(models, task)
     if together and obstacle:
         raise ValueError(f"together=True is not possible here: {obstacle}")
     if together is None:
@@ -262,9 +269,14 @@ def _train_group(
     estimate_rows = make_estimate(task.estimator, objective, generators)
     evaluate_all = partial(evaluate, model)
     if many:
-        evaluate_all = vmap(evaluate_all, in_dims=(0, None, None, None))
+        evaluate_all = _evaluated_together(evaluate_all)
     optimizer = task.optimizer(list(params.values()))
     scheduler = task.scheduler(optimizer) if task.scheduler else None
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "ReduceLROnPlateau needs a loss at each step, and train() gives a scheduler none: take one that counts its "
+            "steps, such as StepLR"
+        )
     clock = _Clock(data.train_inputs.device)
     runs = [Run(seed, "", 0, every=task.evaluate_every) for seed in seeds]
     ends: list[Params] = [{} for _ in seeds]
@@ -308,6 +320,8 @@ def _train_group(
             evaluated = evaluate_all(params, data.test_inputs, data.test_targets, task.test_batch_size)
         with clock:
             estimate: GradientEstimate = estimate_rows(params)
+        if not isinstance(estimate, GradientEstimate):
+            raise TypeError(f"the estimator must return a GradientEstimate, got {type(estimate).__name__}")
         recent.append(estimate.loss.reshape(-1).tolist())
         recorded = [(row, i) for row, i in enumerate(rows) if i in running]
         if not is_due:  # only a seed whose loss is no longer finite: the others keep to the schedule
@@ -354,6 +368,23 @@ def _train_group(
             estimate_rows = make_estimate(task.estimator, objective, [generators[i] for i in rows])
     bar.update((max_iterations - shown) * task.examples_a_step)
     return runs, ends, clock.total
+
+
+def _evaluated_together(evaluate_one: Callable) -> Callable:
+    together = vmap(evaluate_one, in_dims=(0, None, None, None))
+
+    def evaluate_all(*arguments: Any) -> tuple[Tensor, Tensor]:
+        try:
+            return together(*arguments)
+        except RuntimeError as error:
+            if "randomness" not in str(error):
+                raise
+            raise ValueError(
+                "the model draws random numbers in evaluation mode, which cannot be each seed's own; pass "
+                "together=False"
+            ) from error
+
+    return evaluate_all
 
 
 def _figures(run: Run, recent: list[list[float]], task: _Task, num_running: int) -> dict[str, str]:
@@ -426,7 +457,8 @@ def _status(loss: float, threshold: float | None, is_last: bool) -> str:
     return ""
 
 
-def _why_not_together(model: nn.Module, elementwise: bool, task: _Task) -> str | None:
+def _why_not_together(models: Sequence[nn.Module], task: _Task) -> str | None:
+    model = models[0]
     if task.batch_size is not None:
         return "each seed draws its own batches"
     if task.augment is not None:
@@ -435,15 +467,47 @@ def _why_not_together(model: nn.Module, elementwise: bool, task: _Task) -> str |
         return "the estimator has a state (feedback matrices, for example), and each seed needs its own"
     if task.scheduler is not None:
         return "the scheduler belongs to one optimizer, which is replaced when a seed stops"
-    if not elementwise:
+    optimizer = task.optimizer([*params_of(model).values()])
+    if type(optimizer) not in [getattr(torch.optim, name) for name in ELEMENTWISE]:
         return f"the optimizer is not one of the elementwise ones ({', '.join(ELEMENTWISE)})"
+    if has_hooks(optimizer):
+        return "the optimizer has hooks, which would see the gradients of all seeds at once"
     if next(model.buffers(), None) is not None:
         return "the model has buffers (BatchNorm's statistics, for example), and each seed needs its own"
     if any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()):
         return "the model has Dropout, which cannot draw a mask for each seed"
     if any(not p.requires_grad for p in model.parameters()):
         return "the model has frozen parameters"
+    if not all(_are_alike(model, other) for other in models[1:]):
+        return "the models of two seeds differ in more than their parameters, and all would run as the first one"
     return None
+
+
+def _are_alike(model: nn.Module, another: nn.Module) -> bool:
+    # Whether two models are the same but for their parameters. What cannot be compared counts as different.
+    own, compared = [{*map(id, m.parameters())} for m in (model, another)], set()
+
+    def alike(one: Any, other: Any) -> bool:
+        if one is other or id(one) in compared:
+            return True
+        if type(one) is not type(other):
+            return False
+        if isinstance(one, nn.Module):
+            compared.add(id(one))
+            return alike(*(vars(module) | {"_parameters": [*module._parameters]} for module in (one, other)))
+        if isinstance(one, weakref.ref):  # recurrent layers keep their parameters as such
+            return alike(one(), other())
+        if isinstance(one, nn.Parameter):
+            return id(one) in own[0] and id(other) in own[1]
+        if isinstance(one, Tensor):
+            return one.dtype == other.dtype and torch.equal(one, other)
+        if isinstance(one, (list, tuple)):
+            return len(one) == len(other) and all(map(alike, one, other))
+        if isinstance(one, dict):
+            return list(one) == list(other) and all(map(alike, one.values(), other.values()))
+        return isinstance(one, (Number, str, bytes, set, torch.device, torch.dtype)) and one == other
+
+    return alike(model, another)
 
 
 def _has_convolutions(model: nn.Module) -> bool:

@@ -611,6 +611,26 @@ def test_refuses_what_has_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_refuses_a_complex_loss(name):
+    model = nn.Linear(3, 2)
+    for objective, params in (
+        (lambda p: (p["x"] * (1 + 2j)).sum(), {"x": torch.ones(3)}),
+        (ClosureLoss(model, lambda: model(torch.ones(4, 3)).sum() * 1j), params_of(model)),
+    ):
+        with pytest.raises(ValueError, match=r"must return a real number, got torch\.complex64"):
+            ALL[name](objective, params)
+
+
+@pytest.mark.parametrize("tangents", ["rank-one", "normal", "rademacher"])
+@pytest.mark.parametrize("engine", ["stacked", "torch"])
+def test_a_sum_of_many_tangents_does_not_overflow_in_half_precision(engine, tangents):
+    model, inputs = nn.Linear(300, 2).half(), torch.ones(4, 300, dtype=torch.half)
+    objective = ClosureLoss(model, lambda: (model(inputs) * 40).sum())
+    estimate = forward_gradient(objective, params_of(model), num_tangents=64, tangents=tangents, engine=engine)
+    assert all(gradient.isfinite().all() for gradient in estimate.grads.values())
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_a_non_finite_loss_is_returned_not_hidden(name):
     estimate = ALL[name](lambda p: p["x"].log().sum(), {"x": torch.tensor([-1.0])})
     assert estimate.loss.isnan()

@@ -68,6 +68,28 @@ def test_assign_gradients_says_what_is_wrong(model):
         assign_gradients(model, {"0.bias": torch.zeros(4)})
 
 
+@pytest.mark.parametrize("wrong", [{"x": torch.ones(8, 4)}, [torch.ones(8, 4)], torch.ones(8, 4).numpy(), None])
+def test_inputs_that_are_no_tensor_are_refused(model, wrong):
+    with pytest.raises(TypeError, match=r"inputs must be a tensor, got .* use ClosureLoss"):
+        BatchLoss(model, wrong, torch.zeros(8, dtype=torch.long))
+
+
+@pytest.mark.parametrize("wrong", ["5", 5.0, -1, True])
+def test_a_number_of_examples_that_is_none_is_refused(model, wrong):
+    with pytest.raises(ValueError, match="num_examples must be a whole number"):
+        ClosureLoss(model, lambda: torch.zeros(()), wrong)
+
+
+def test_an_objective_knows_a_layer_that_the_model_got_later(model, batch):
+    objective, copies = BatchLoss(model, *batch), {name: p.clone() for name, p in params_of(model).items()}
+    objective.check_names(copies)
+    model.append(nn.Linear(3, 3))
+    copies = {name: p.clone() for name, p in params_of(model).items()}
+    assert torch.equal(objective(copies), F.cross_entropy(model(batch[0]), batch[1]))
+    with pytest.raises(ValueError, match=r"params has 'far', .*4\.bias"):
+        objective({"far": torch.zeros(1)})
+
+
 # losses by closure, and models that are left as they were
 
 

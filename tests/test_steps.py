@@ -129,11 +129,14 @@ def test_groups_and_parameters_that_the_optimizer_does_not_have(made, optimizer)
         assert torch.equal(models[1][0].weight, made[0][0].weight)
 
 
-def test_parameters_of_the_optimizer_that_the_model_does_not_have_are_stepped_with_what_they_have_in_grad(made):
-    model, other = made[0], nn.Parameter(torch.zeros(2))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_parameters_of_the_optimizer_that_the_model_does_not_have_stand_still_as_after_zero_grad(made, optimizer):
+    model, other = made[0], nn.Parameter(torch.ones(2))
     other.grad = torch.ones(2)
-    forward_step_(model, made[1](model), torch.optim.SGD([*model.parameters(), other], 0.1))
-    assert other.tolist() == pytest.approx([-0.1, -0.1])
+    make = OPTIMIZERS[optimizer]
+    forward_step_(model, made[1](model), make([*model.parameters(), other]))
+    assert other.tolist() == [1, 1]
+    assert other.grad is None
 
 
 def clip(optimizer, *_):
@@ -223,3 +226,7 @@ def test_wrong_arguments_are_named(made):
         forward_step_(model, closure, torch.optim.SGD)
     with pytest.raises(TypeError, match="closure must be a function"):
         forward_step_(model, closure(), torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(ValueError, match="LBFGS evaluates the loss several times"):
+        forward_step_(model, lambda: pytest.fail("it was evaluated"), torch.optim.LBFGS(model.parameters()))
+    with torch.inference_mode(), pytest.raises(NotImplementedError, match="call it outside"):
+        forward_step_(model, closure, torch.optim.SGD(model.parameters(), 0.1))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fwdlib.tangents import (
+    NAMED,
     TANGENTS,
     Replicates,
     normal,
@@ -92,6 +93,25 @@ def test_refuses_unknown_tangents():
 def test_refuses_parameters_without_a_tangent(dtype):
     with pytest.raises(TypeError, match=r"params\['x'\] must be a real floating tensor, got torch\."):
         sample_tangents({"x": torch.zeros(2, dtype=dtype)})
+
+
+@pytest.mark.parametrize("value", [1.0, None, [1.0]])
+def test_refuses_parameters_that_are_no_tensors(value):
+    with pytest.raises(TypeError, match=r"params\['x'\] must be a real floating tensor, got"):
+        sample_tangents({"x": value})
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_refuses_parameters_without_an_element(name):
+    with pytest.raises(ValueError, match="params has only empty tensors, x"):
+        sample_tangents({"x": torch.zeros(0, 3)}, 1, name)
+
+
+def test_refuses_a_sampler_without_names_and_a_generator_that_is_none():
+    with pytest.raises(ValueError, match="must return a dict with a tensor for each parameter, got list"):
+        sample_tangents({"x": torch.zeros(3)}, 1, lambda p, k, g: [])
+    with pytest.raises(TypeError, match=r"generator must be a torch\.Generator.*got 3"):
+        sample_tangents({"x": torch.zeros(3)}, 1, "normal", 3)
 
 
 def test_refuses_no_parameters():

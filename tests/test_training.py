@@ -352,6 +352,59 @@ def test_models_that_cannot_be_stacked_run_one_after_the_other(train, build, rea
         train(build, seeds=(0, 1), together=True)
 
 
+class WithState(LogisticRegression):
+    """Its parameters are not all that a seed draws."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.state = make()
+
+    def forward(self, inputs):
+        state = self.state[0] if isinstance(self.state, (list, tuple)) else self.state
+        return state(super().forward(inputs)) if callable(state) else super().forward(inputs) * state
+
+
+def of_two(one, other):
+    return one if torch.rand(()) > 0.5 else other
+
+
+STATES = {
+    "tensor": lambda: torch.rand(1),
+    "number": lambda: torch.rand(()).item(),
+    "list": lambda: [torch.rand(1)],
+    "function": lambda: of_two(torch.tanh, torch.relu),
+    "module": lambda: of_two(nn.Tanh, nn.ReLU)(),
+    "attribute of a module": lambda: nn.LeakyReLU(torch.rand(()).item()),
+    "parameter that is not registered": lambda: (nn.Parameter(torch.rand(1)),),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_models_that_differ_in_more_than_their_parameters_run_one_after_the_other(train, state):
+    build, options = partial(WithState, STATES[state]), {"seeds": (0, 1, 2, 3), "max_iterations": 3}
+    history = train(build, **options)
+    assert history.together == 1
+    assert_same_runs(history, train(build, together=False, **options))
+    with pytest.raises(ValueError, match=r"together=True is not possible here: the models of two seeds differ"):
+        train(build, together=True, **options)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(WithState, lambda: torch.ones(1)),
+        partial(WithState, lambda: [2.0, {"a": (None, "b")}]),
+        partial(WithState, nn.ReLU),
+        partial(WithState, lambda: torch.tanh),
+    ],
+)
+def test_models_whose_attributes_are_the_same_run_together(train, build):
+    options = {"seeds": (0, 1, 2), "max_iterations": 3}
+    history = train(build, **options)
+    assert history.together == 3
+    assert_same_runs(history, train(build, together=False, **options))
+
+
 def test_frozen_parameters_stay(train):
     history = train(with_frozen, max_iterations=2)
     assert "fc1.weight" not in history.params[0]
@@ -412,6 +465,34 @@ def test_an_optimizer_that_is_not_elementwise_is_not_stacked(train, optimizer):
         train(optimizer=optimizer, seeds=(0, 1), together=True)
 
 
+class Clipping:
+    """Optimizers that clip by the norm of all gradients together."""
+
+    class SGD(torch.optim.SGD):
+        def step(self, closure=None):
+            clip(self)
+            return super().step(closure)
+
+    @staticmethod
+    def hooked(params):
+        optimizer = torch.optim.SGD(params, 0.5)
+        optimizer.register_step_pre_hook(clip)
+        return optimizer
+
+
+def clip(optimizer, *_):
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.01)
+
+
+@pytest.mark.parametrize("optimizer", [partial(Clipping.SGD, lr=0.5), Clipping.hooked], ids=["subclass", "hook"])
+def test_an_optimizer_that_clips_is_not_stacked(train, optimizer):
+    history = train(optimizer=optimizer, seeds=(0, 1))
+    assert history.together == 1
+    assert_same_runs(history, train(optimizer=optimizer, seeds=(0, 1), together=False))
+    with pytest.raises(ValueError, match="together=True is not possible here: the optimizer"):
+        train(optimizer=optimizer, seeds=(0, 1), together=True)
+
+
 def test_options_reach_the_optimizer():
     made = make_optimizer("SGD", 0.2, momentum=0.9)([torch.zeros(2)])
     assert isinstance(made, torch.optim.SGD)
@@ -434,6 +515,10 @@ def test_options_reach_the_optimizer():
         ({"progress_every": 0}, "progress_every must be a whole number of at least 1, got 0"),
         ({"test_batch_size": 0}, "test_batch_size must be a whole number of at least 1, got 0"),
         ({"seeds": ()}, "the number of seeds must be a whole number of at least 1, got 0"),
+        ({"seeds": 5}, "seeds must be a list of whole numbers, .*, got 5"),
+        ({"seeds": (-1,)}, "seed must be a whole number of at least 0, got -1"),
+        ({"seeds": (1.5,)}, "seed must be a whole number of at least 0, got 1.5"),
+        ({"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, "ReduceLROnPlateau needs a loss .*"),
         ({"batch_size": 61}, "batch_size must be at most the 60 training examples, got 61"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"evaluate_every": 0}, "evaluate_every must be a whole number of at least 1, got 0"),
@@ -518,6 +603,20 @@ def test_a_stack_says_why_it_cannot_draw(train):
     with pytest.raises(ValueError, match="pass together=False"):
         train(Functional, seeds=(0, 1))
     assert len(train(Functional, seeds=(0, 1), together=False).runs) == 2
+
+    class Noisy(LogisticRegression):
+        def forward(self, inputs):
+            return super().forward(inputs) + (0 if self.training else torch.randn(3))
+
+    with pytest.raises(ValueError, match=r"in evaluation mode.*pass together=False"):
+        train(Noisy, seeds=(0, 1))
+    assert len(train(Noisy, seeds=(0, 1), together=False).runs) == 2
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_an_estimator_that_returns_no_estimate_is_refused(train, seeds):
+    with pytest.raises(TypeError, match="must return a GradientEstimate, got tuple"):
+        train(estimator=lambda objective, params: (objective(params), params), seeds=seeds)
 
 
 # batches

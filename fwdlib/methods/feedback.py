@@ -26,6 +26,7 @@ estimators as :mod:`fwdlib.estimators` defines them. They are objects because th
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,8 +38,8 @@ from fwdlib import runtime
 from fwdlib.checks import check_choice, check_count
 from fwdlib.estimators import GradientEstimate
 from fwdlib.methods.blocks import ErrorsOfBlocks, Network, shapes_of
-from fwdlib.objectives import BatchLoss, check_scalar, own_params
-from fwdlib.tangents import AnyGenerator, Params, check_params, is_transformed, random_signs
+from fwdlib.objectives import BatchLoss, check_objective, check_scalar, own_params, params_of, requiring_grad
+from fwdlib.tangents import AnyGenerator, Params, is_transformed, random_signs
 from fwdlib.training import MakeOptimizer, make_optimizer
 
 ADAM = make_optimizer("Adam", 1e-4)  # Bacho & Chu's
@@ -101,12 +102,11 @@ class DirectFeedbackAlignment:
 
     def __init__(self, model: nn.Module, inputs: Tensor, *, seed: int = 0, recorded: bool = False) -> None:
         self.recorded = recorded
-        num_outputs, sites = shapes_of(model, inputs)
-        self._num_blocks = len(sites) + 1
+        num_outputs, sites = self._made_for = shapes_of(model, inputs)
         self._shapes = self._feedback_shapes(sites)
         self._sizes = [shape.numel() for shape in self._shapes]
         self.matrix = nn.Parameter(next(model.parameters()).new_zeros(num_outputs, sum(self._sizes)), False)
-        self._network: Network | None = None  # of the last model
+        self._know(Network(model))
         self.reset(seed)
 
     @property
@@ -151,11 +151,29 @@ class DirectFeedbackAlignment:
             The estimate; ``jvps`` has shape (K,), empty for rules without tangents.
 
         Raises:
-            TypeError: if the objective is not a :class:`BatchLoss`.
-            ValueError: if the model has another number of blocks than the rule's, or the call is vmapped over seeds.
+            TypeError: if the objective is not a :class:`BatchLoss`, or as :func:`fwdlib.forward_gradient`.
+            ValueError: if the model has other blocks or another dtype than that which the rule was made for, a name in
+                ``params`` is not a parameter of the model, the batch is empty, or the call is vmapped over seeds.
+            RuntimeError: if the model itself raises it.
         """
         network = self._network_of(objective)
-        check_params(params)
+        check_objective(objective, params)
+        if unknown := params.keys() - self._names:
+            names = ", ".join(params_of(objective.model))
+            raise ValueError(f"params has {min(unknown)!r}, which is not a parameter of the model; it has {names}")
+        try:
+            return self._estimate(network, objective, params, generator)
+        except RuntimeError as error:
+            if (dtype := next(objective.model.parameters()).dtype) == self.matrix.dtype:
+                raise
+            raise ValueError(
+                f"this rule was made for a model of {self.matrix.dtype}, got one of {dtype}: make the rule after "
+                f"model.to(...)"
+            ) from error
+
+    def _estimate(
+        self, network: Network, objective: BatchLoss, params: Params, generator: AnyGenerator
+    ) -> GradientEstimate:
         u = self._draw(len(objective.inputs), generator)  # (K, B, all units), K = 0 for rules without tangents
         if self.recorded:
             found = self._replay(network, objective, params, u)
@@ -165,7 +183,8 @@ class DirectFeedbackAlignment:
             leaves = own or {name: p.detach().requires_grad_() for name, p in params.items()}
             batch = objective.inputs, objective.targets, u
             matrix, tensors = self.matrix.detach(), None if own else leaves
-            found = self._evaluate(Step(network, objective.loss, *batch, matrix, self.alpha, leaves, tensors))
+            with requiring_grad(leaves.values()):
+                found = self._evaluate(Step(network, objective.loss, *batch, matrix, self.alpha, leaves, tensors))
         loss, along, feedback_gradient, *grads = found
         self._learn(feedback_gradient)
         return GradientEstimate(loss, dict(zip(params, grads, strict=True)), along.sum(1))
@@ -219,12 +238,35 @@ class DirectFeedbackAlignment:
             )
         if is_transformed():
             raise ValueError("a feedback rule has a state, so each seed needs a rule of its own: pass together=False")
-        if self._network is None or self._network.model is not objective.model:
-            self._network = Network(objective.model)
-        blocks = self._network.blocks
-        if len(blocks) != self._num_blocks:
-            raise ValueError(f"this rule was made for a model of {self._num_blocks} blocks, got one of {len(blocks)}")
-        return self._network
+        network = self._network
+        if network.model is not objective.model or self._read_parts() != self._parts:
+            network = Network(objective.model)
+            self._check_alike(network, objective.inputs)
+            self._know(network)
+        return network
+
+    def _know(self, network: Network) -> None:
+        # A layer that is replaced or added later is another part.
+        self._network, self._names = network, frozenset(network.tensors())
+        self._tables = [table for m in network.modules for table in (m._modules, m._parameters, m._buffers)]
+        self._children = [m._modules.values() for m in network.modules]
+        self._parts = self._read_parts()
+
+    def _read_parts(self) -> tuple[list[str], list[int]]:
+        return [*itertools.chain(*self._tables)], [*map(id, itertools.chain(*self._children))]
+
+    def _check_alike(self, network: Network, inputs: Tensor) -> None:
+        num_outputs, sites = self._made_for
+        if len(network.blocks) != len(sites) + 1:
+            raise ValueError(
+                f"this rule was made for a model of {len(sites) + 1} blocks, got one of {len(network.blocks)}"
+            )
+        found = shapes_of(network.model, inputs[:1])
+        if found != self._made_for:
+            raise ValueError(
+                f"this rule was made for a model whose hidden blocks return {_described(sites)} and that has "
+                f"{num_outputs} outputs, got {_described(found[1])} and {found[0]}: make another rule for it"
+            )
 
     def _feedback_shapes(self, sites: list[list[torch.Size]]) -> list[torch.Size]:
         # Of the feedback for one output, from the shapes of the sites of each hidden block for one example.
@@ -399,6 +441,10 @@ def hand_in(
         loss = check_scalar(step.loss_of(ErrorsOfBlocks.apply(deltas, outputs[-1], *outputs[:-1]), step.targets))
         grads = torch.autograd.grad(loss, list(step.leaves.values()), materialize_grads=True)
     return loss.detach(), grads
+
+
+def _described(sites: list[list[torch.Size]]) -> str:
+    return ", ".join(" and ".join(str(tuple(shape)) for shape in of_block) for of_block in sites)
 
 
 @functools.lru_cache(maxsize=1)

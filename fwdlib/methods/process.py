@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +38,7 @@ class ProcessLoss:
 
     Raises:
         ValueError: if a count is out of range, an input has another length than T, or an observation is not a number.
-        TypeError: if the state has no tensors, or something else than tensors.
+        TypeError: if the state has no tensors, or something else than tensors, or the observations are no dict.
 
     Example:
         Exponential decay, solved by Euler's method; the gradient of the end by the rate:
@@ -68,7 +70,7 @@ class ProcessLoss:
         self.loss = loss
         self.num_steps = check_count("num_steps", num_steps)
         self.inputs = () if inputs is None else (inputs,)  # what step takes beside state and parameters
-        self.observations = None if observations is None else dict(sorted(observations.items()))
+        self.observations = None if observations is None else _by_moment(observations, num_steps)
         self.programs = Programs()
         self.reverse: Callable | None = None  # the steps as torch.compile has them
         for path, x in tree_flatten_with_path(self.inputs)[0]:
@@ -78,8 +80,6 @@ class ProcessLoss:
                     f"{tuple(x.shape) if isinstance(x, Tensor) else repr(x)}"
                 )
         for moment, observed in (self.observations or {}).items():
-            if isinstance(moment, bool) or not isinstance(moment, int) or not 0 <= moment <= num_steps:
-                raise ValueError(f"observations are by number of steps, from 0 to {num_steps}, got {moment!r}")
             for path, x in tree_flatten_with_path(observed)[0]:
                 if isinstance(x, Tensor) and x.isnan().any():
                     raise ValueError(
@@ -122,7 +122,8 @@ class ProcessLoss:
         Raises:
             TypeError: if it is something else than tensors.
         """
-        state = self.initial(params) if callable(self.initial) else self.initial
+        with _named(params):
+            state = self.initial(params) if callable(self.initial) else self.initial
         for path, x in tree_flatten_with_path(state)[0]:
             if not isinstance(x, Tensor):
                 raise TypeError(f"the initial state{keystr(path)} must be a tensor, got {type(x).__name__}")
@@ -141,16 +142,18 @@ class ProcessLoss:
             num_steps: how many.
 
         Raises:
-            ValueError: if a step changes the structure, a shape or a dtype of the state.
+            ValueError: if a step changes the structure, a shape or a dtype of the state, or reads a parameter that
+                there is not.
         """
         before = _layout(state)
-        for i in range(num_steps):
-            state = self.step(state, params, *tree_map(lambda x, i=i: x[i], inputs))
-            if (after := _layout(state)) != before:
-                raise ValueError(
-                    f"a step must return a state like the one it got, tensors of the same shapes and dtypes. Step "
-                    f"{first + i + 1} made {_described(after)} of {_described(before)}"
-                )
+        with _named(params):
+            for i in range(num_steps):
+                state = self.step(state, params, *tree_map(lambda x, i=i: x[i], inputs))
+                if (after := _layout(state)) != before:
+                    raise ValueError(
+                        f"a step must return a state like the one it got, tensors of the same shapes and dtypes. Step "
+                        f"{first + i + 1} made {_described(after)} of {_described(before)}"
+                    )
         return state
 
     def inputs_between(self, first: int, last: int) -> tuple:
@@ -159,9 +162,9 @@ class ProcessLoss:
 
     def loss_at(self, moment: int, state: Tree, params: Params) -> Tensor:
         """Return the loss of one state, a scalar."""
-        return check_scalar(
-            self.loss(state, params, *([] if self.observations is None else [self.observations[moment]]))
-        )
+        observed = [] if self.observations is None else [self.observations[moment]]
+        with _named(params):
+            return check_scalar(self.loss(state, params, *observed))
 
     def __call__(self, params: Params) -> Tensor:
         """Run all steps and return the sum of the losses, a scalar."""
@@ -194,6 +197,31 @@ def parted(state: Tree) -> tuple[list[Tensor], list[Tensor]]:
 def is_inexact(x: Tensor) -> bool:
     """Return whether a tensor has derivatives."""
     return x.is_floating_point() or x.is_complex()
+
+
+def _by_moment(observations: Mapping[int, Any], num_steps: int) -> dict[int, Any]:
+    if not isinstance(observations, Mapping):
+        raise TypeError(
+            f"observations must be a dict from a number of steps to what was observed, got "
+            f"{type(observations).__name__}; of a list after each step make one by dict(enumerate(observations, 1))"
+        )
+    for moment in observations:
+        if isinstance(moment, bool) or not isinstance(moment, Integral) or not 0 <= moment <= num_steps:
+            raise ValueError(f"observations are by number of steps, from 0 to {num_steps}, got {moment!r}")
+    return {int(moment): observations[moment] for moment in sorted(observations)}
+
+
+@contextmanager
+def _named(params: Params) -> Iterator[None]:
+    # For functions that look up what is not there.
+    try:
+        yield
+    except KeyError as error:
+        if error.args[:1] and error.args[0] in params:
+            raise
+        raise ValueError(
+            f"a function of the process looked up {error} and did not find it; params has {', '.join(params)}"
+        ) from error
 
 
 def _layout(state: Tree) -> list[tuple]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fwdlib.forward.mode import Rewind
 from fwdlib.objectives import params_of, swapped
 from fwdlib.stacked.estimator import run
 from fwdlib.stacked.forward_pass import Call
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 def explain(model: nn.Module, inputs: Tensor) -> pd.DataFrame:
     """List the torch functions that a model calls in the stacked pass, and which of them have a rule.
 
-    Functions without a rule go through :func:`torch.func.jvp`, which is exact and slow. The model stays unchanged.
+    Functions without a rule go through :func:`torch.func.jvp`, which is exact and slow. What a forward pass changes of
+    the model and of random numbers is restored.
 
     Args:
         model: any module.
@@ -32,7 +34,8 @@ def explain(model: nn.Module, inputs: Tensor) -> pd.DataFrame:
         ``"rule"`` or ``"torch.func.jvp"``.
 
     Raises:
-        NotImplementedError: if a function has neither a rule nor a forward derivative in torch.
+        NotImplementedError: if a function has neither a rule nor a forward derivative in torch, or the model changes
+            what cannot be restored.
 
     Example:
         >>> explain(nn.Sequential(nn.Linear(3, 2), nn.Softsign()), torch.zeros(5, 3))
@@ -46,8 +49,11 @@ def explain(model: nn.Module, inputs: Tensor) -> pd.DataFrame:
     check_params(params)
     calls: list[Call] = []
     perturbation = Perturbation(params, 1, len(inputs), random_signs)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng(), swapped(model, params, buffers):
-        run(model, lambda: model(inputs), perturbation, params, calls)
+    rewind = Rewind(model)
+    try:
+        with swapped(model, params, {}):
+            run(model, lambda: model(inputs), perturbation, params, calls)
+    finally:
+        rewind()
     rows = [(call.name, call.shape, "rule" if call.has_rule else "torch.func.jvp") for call in calls]
     return pd.DataFrame(rows, columns=["function", "shape", "by"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fwdlib.stacked.aliases import memory_of
 from fwdlib.tangents import Params, RankOne, is_traced, is_transformed, own_precision
 
 
@@ -23,13 +24,15 @@ class Use(NamedTuple):
     """Whether an example's loss depends on its own tangents alone, so that its own derivative suffices as weight."""
     factors: Callable[[], RankOne] | None = None
     """Returns the tangents, if they are of rank one."""
+    reads: Tensor | None = None
+    """The activation that ``add_to`` reads, if it reads one."""
 
 
 class Gradients(Mapping[str, Tensor]):
     """An estimate of the gradient, kept as factors.
 
-    It reads like a dict of tensors and computes each tensor when it is read. :meth:`add_to_` computes none of them in
-    full.
+    It reads like a dict of tensors. Each tensor is computed when it is first read, and kept from then on, so that you
+    can change it in place. As long as none was read, :meth:`add_to_` computes none of them in full.
 
     Args:
         params: parameter by name.
@@ -46,9 +49,15 @@ class Gradients(Mapping[str, Tensor]):
             self._uses_of.setdefault(use.name, []).append(use)
         self._total = total
         self._of_examples = of_examples
+        self._written: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the gradient of one parameter as a new tensor of its shape."""
+        """Return the gradient of one parameter, a tensor of its shape: the same one at each call."""
+        if name not in self._written:
+            self._written[name] = self._written_out(name)
+        return self._written[name]
+
+    def _written_out(self, name: str) -> Tensor:
         p, gradient = self._params[name], None
         with own_precision(p):
             for use in self._uses_of.get(name, ()):
@@ -68,6 +77,12 @@ class Gradients(Mapping[str, Tensor]):
 
         Cost: for rank-one tangents one pass over the parameters, and no memory.
         """
+        if self._read_memory_of(params.values()):
+            dict(self)  # written out before the first parameter changes
+        if self._written:
+            for name in self:
+                params[name].add_(self[name] * factor)
+            return
         uses = self._uses
         if len(self._total) == 1 and self._total.device.type == "cpu" and not (is_traced() or is_transformed()):
             _add_products(
@@ -83,6 +98,10 @@ class Gradients(Mapping[str, Tensor]):
 
         Cost: for one rank-one tangent one pass over each tensor that a single layer uses.
         """
+        if self._written:
+            for name in self:
+                tensors[name].copy_(self[name])
+            return
         one_product, written = len(self._total) == 1, set()
         for use in self._uses:
             target = tensors[use.name]
@@ -95,6 +114,10 @@ class Gradients(Mapping[str, Tensor]):
             written.add(use.name)
         for name in tensors.keys() - written:
             tensors[name].zero_()
+
+    def _read_memory_of(self, tensors: Iterable[Tensor]) -> bool:
+        read = {memory_of(use.reads) for use in self._uses if use.reads is not None}
+        return bool(read) and not read.isdisjoint(map(memory_of, tensors))
 
     def _weights(self, use: Use) -> Tensor:
         return self._total if self._of_examples is None or not use.is_per_example else self._of_examples

@@ -376,7 +376,7 @@ class ActivityPerturbation(Perturbation):
     ) -> Tensor:
         """Add signs; only the estimate needs a product."""
 
-        def outer(target: Tensor | None, rows: Tensor) -> Tensor:
+        def outer(target: Tensor | None, rows: Tensor, inputs: Tensor) -> Tensor:
             return add_product(target, rows.reshape(-1, rows.shape[-1]).t(), inputs.reshape(-1, inputs.shape[-1]))
 
         return add(tangents, self._perturb(weight, bias, inputs, outputs, outer, -1))
@@ -392,7 +392,7 @@ class ActivityPerturbation(Perturbation):
     ) -> Tensor:
         """Add signs; the estimate is the weight gradient of a convolution."""
 
-        def correlate(target: Tensor | None, rows: Tensor) -> Tensor:
+        def correlate(target: Tensor | None, rows: Tensor, inputs: Tensor) -> Tensor:
             return add(target, layer.weight_gradient(inputs, self.params[weight].shape, rows.to(inputs.dtype)))
 
         return add(tangents, self._perturb(weight, bias, inputs, outputs, correlate, 1))
@@ -403,7 +403,7 @@ class ActivityPerturbation(Perturbation):
         bias: str | None,
         inputs: Tensor,
         outputs: Tensor,
-        add_to: Callable[[Tensor | None, Tensor], Tensor],
+        add_to: Callable[[Tensor | None, Tensor, Tensor], Tensor],
         axis: int,
     ) -> Tensor:
         signs = self.draw_signs((self.num_tangents, *outputs.shape), outputs)
@@ -420,7 +420,9 @@ class ActivityPerturbation(Perturbation):
 
         if weight is not None:
             self.padding.read(weight)
-            self.uses.append(Use(weight, lambda target, weights: add_to(target, weigh(weights)), is_batch))
+            kept = _kept(inputs)
+            along = lambda target, weights: add_to(target, weigh(weights), kept())  # noqa: E731
+            self.uses.append(Use(weight, along, is_batch, reads=inputs))
         if bias is not None:
             self.uses.append(Use(bias, lambda target, weights: add(target, weigh_channels(weights)), is_batch))
         return signs
@@ -431,6 +433,23 @@ PERTURBATIONS: dict[str, type[Perturbation]] = {
     "per-example": PerExamplePerturbation,
     "activity": ActivityPerturbation,
 }
+
+
+def _kept(inputs: Tensor) -> Callable[[], Tensor]:
+    # Returns an activation when the gradient is computed, if it still has the values of the pass.
+    version = None if inputs.is_inference() else inputs._version
+
+    def read() -> Tensor:
+        if version is not None and inputs._version != version:
+            raise NotImplementedError(
+                f"an activation of the shape {tuple(inputs.shape)} was changed in place after a layer had used it, and "
+                f"'activity' tangents need it for the gradient, as backprop does. Let the model make a new tensor, as "
+                f"by h * 3 in place of h.mul_(3); read estimate.grads before you write over a batch; or use 'rank-one' "
+                f"or 'per-example' tangents, which keep no activations."
+            )
+        return inputs
+
+    return read
 
 
 def _add_weighted(drawn: dict[str, RankOne], name: str, target: Tensor | None, weights: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fwdlib.methods.feedback import (
     DirectKolenPollack,
     ForwardDirectFeedbackAlignment,
 )
+from fwdlib.methods.local_losses import LocalGreedyBackprop
 from fwdlib.models import CNN
 from fwdlib.objectives import BatchLoss, assign_gradients, params_of
 from fwdlib.trainer.networks import fully_connected
@@ -366,6 +367,63 @@ def test_refuses_what_is_not_its_model(rule):
         grads_of(estimator, Chain(nn.Linear(4, 5), nn.Linear(5, 3)).double(), inputs)
     with pytest.raises(ValueError, match="belongs to a different model"):
         estimator.load_state_dict(RULES[rule](*cnn()).state_dict())
+    with pytest.raises(ValueError, match="params has 'far', which is not a parameter of the model; it has"):
+        estimator(BatchLoss(model, inputs, TARGETS), {"far": torch.zeros(2)})
+    with pytest.raises(ValueError, match="inputs is an empty batch"):
+        estimator(BatchLoss(model, inputs[:0], TARGETS[:0]), params_of(model))
+
+
+@pytest.mark.parametrize("widths", [(4, 5, 7, 3), (4, 5, 6, 4)])
+@pytest.mark.parametrize("rule", [*RULES.values(), LocalGreedyBackprop])
+def test_refuses_a_model_of_other_widths_or_another_dtype(rule, widths):
+    model, inputs = mlp()
+    estimator = rule(model, inputs)
+    with pytest.raises(ValueError, match=rf"has 3 outputs, got \(5,\), \({widths[2]},\) and {widths[3]}"):
+        grads_of(estimator, Chain(*map(nn.Linear, widths[:-1], widths[1:])).double(), inputs)
+    if rule is DirectFeedbackAlignment:
+        with pytest.raises(ValueError, match=r"made for a model of torch.float64, got one of torch.float32"):
+            grads_of(estimator, model.float(), inputs.float())
+
+
+CHANGES = {
+    "another activation": lambda m: m.__setitem__(1, nn.Sigmoid()),
+    "another layer": lambda m: m.__setitem__(2, nn.Linear(5, 6)),
+    "a parametrization": lambda m: nn.utils.parametrizations.weight_norm(m[2]),
+    "a nested layer": lambda m: m.__setitem__(3, nn.Sequential(nn.LayerNorm(6), nn.Tanh())),
+}
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_changes_between_two_steps_is_seen_as_it_is(change, recorded):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    inputs, targets = torch.randn(7, 4), torch.arange(7) % 3
+    rule, objective = DirectFeedbackAlignment(model, inputs, recorded=recorded), BatchLoss(model, inputs, targets)
+    rule(objective, params_of(model))
+    CHANGES[change](model)
+    found, expected = (of(objective, params_of(model)) for of in (rule, DirectFeedbackAlignment(model, inputs)))
+    torch.testing.assert_close(found.loss, objective.run().detach())
+    torch.testing.assert_close(found.grads, expected.grads)
+    assert found.grads.keys() == params_of(model).keys()
+    model.append(nn.Tanh())
+    model.append(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="made for a model of 3 blocks, got one of 4"):
+        rule(objective, params_of(model))
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_frozen_parameter_that_is_asked_for_gets_its_gradient(rule, recorded):
+    model, inputs = mlp()
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    estimators = [RULES[rule](model, inputs, recorded=recorded) for _ in range(2)]
+    found = []
+    for estimator in estimators:
+        found.append(estimator(BatchLoss(model, inputs, TARGETS), own, generator=seeded(0)).grads)
+        next(model.parameters()).requires_grad_(False)
+    torch.testing.assert_close(*found)
+    assert not next(model.parameters()).requires_grad
 
 
 def test_the_drawing_sends_the_error_straight_to_each_block_or_from_one_to_the_next():

@@ -6,6 +6,7 @@ import warnings
 from functools import partial
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -301,6 +302,26 @@ def test_refuses_steps_that_are_not_elementwise(step, elementwise, words):
         online_gradient(process, params, elementwise=tuple(elementwise), compiled=False)
 
 
+MIXED = {
+    "sum": lambda z, p: z * p["a"].sum(),
+    "flip": lambda z, p: z * p["a"].flip(0).sigmoid(),
+    "roll": lambda z, p: z * p["a"].roll(1).sigmoid(),
+    "state": lambda z, p: z.flip(-1) * p["a"].sigmoid(),
+    "little": lambda z, p: z * p["a"].sigmoid() + 1e-3 * p["a"].sum(),
+    "of a small state": lambda z, p: 1e-7 * p["a"].sum() + 0 * z,
+}
+
+
+@pytest.mark.parametrize("units", range(2, 9))
+@pytest.mark.parametrize("mixed", MIXED)
+def test_refuses_steps_that_mix_few_units_in_any_pattern(mixed, units):
+    params = {"a": torch.linspace(0.2, 0.5, units, dtype=DOUBLE), "w": torch.ones(units, dtype=DOUBLE)}
+    start = torch.full((3, units), 0.5, dtype=DOUBLE)
+    process = ProcessLoss(MIXED[mixed], start, lambda z, p: (z * p["w"]).square().sum(), 4)
+    with pytest.raises(ValueError, match="not element-wise"):
+        online_gradient(process, params, elementwise=["a"], compiled=False)
+
+
 # What is refused
 
 
@@ -347,14 +368,34 @@ def test_refuses_what_cannot_be_a_process():
         make(3, observations={2: torch.tensor([0.0, torch.nan])})
     with pytest.raises(ValueError, match="from 0 to 3, got 4"):
         make(3, observations={4: torch.zeros(2)})
+    with pytest.raises(TypeError, match=r"observations must be a dict .*got list"):
+        make(3, observations=[torch.zeros(2)] * 3)
+    assert make(3, observations={np.int64(3): torch.zeros(2), 1: torch.ones(2)}).moments == [1, 3]
     with pytest.raises(ValueError, match="observations is empty"):
         make(3, observations={})
     with pytest.raises(TypeError, match=r"the initial state\[1\] must be a tensor, got float"):
         backprop_gradient(ProcessLoss(lambda z, p: z, (torch.zeros(2), 1.0), lambda z, p: z.sum(), 3), numbers(a=1.0))
     with pytest.raises(TypeError, match="needs a ProcessLoss, got function"):
         sensitivity_gradient(lambda p: p["a"], numbers(a=1.0))
+    with pytest.raises(TypeError, match="generator must be"):
+        sensitivity_gradient(make(3, observations={3: torch.zeros(2)}), numbers(a=1.0), generator=3)
+    with pytest.raises(ValueError, match="must return a real number"):
+        sensitivity_gradient(ProcessLoss(lambda z, p: z, torch.zeros(2), lambda z, p: z.sum() * 1j, 3), numbers(a=1.0))
     with pytest.raises(ValueError, match="must return a scalar tensor"):
         sensitivity_gradient(ProcessLoss(lambda z, p: z, torch.zeros(2), lambda z, p: z, 3), numbers(a=1.0))
+
+
+@pytest.mark.parametrize("place", ["start", "step", "loss"])
+@pytest.mark.parametrize("gradient", [sensitivity_gradient, reverse_gradient, backprop_gradient])
+def test_a_parameter_that_is_not_given_is_named(gradient, place):
+    process = ProcessLoss(
+        lambda z, p: z * p["far" if place == "step" else "a"],
+        (lambda p: torch.ones(2, dtype=DOUBLE) * p["far"]) if place == "start" else torch.ones(2, dtype=DOUBLE),
+        lambda z, p: z.sum() * p["far" if place == "loss" else "a"],
+        3,
+    )
+    with pytest.raises(ValueError, match="looked up 'far' and did not find it; params has a"):
+        gradient(process, numbers(a=1.0))
 
 
 @NEEDS_COMPILER

@@ -1,5 +1,8 @@
 """The table of calls."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +19,30 @@ def test_explain_names_functions_without_a_rule_and_leaves_the_model_unchanged()
     assert list(table["shape"]) == [(5, 4)] * 5 + [(5, 2)]
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_explain_restores_what_a_pass_changes_in_python_and_numpy():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.calls, self.seen = nn.Linear(3, 2), 0, []
+            self.register_buffer("mean", torch.zeros(2))
+
+        def forward(self, inputs):
+            self.calls += 1
+            outputs = self.layer(inputs) * random.random() * np.random.rand()
+            self.seen.append(self.calls)
+            self.mean = self.mean + outputs.detach().mean(0)
+            return outputs
+
+    model = Counting()
+    mean, python, numpy = model.mean, random.getstate(), np.random.get_state()[1].tolist()
+    explain(model, torch.randn(5, 3))
+    assert (model.calls, model.seen) == (0, [])
+    assert model.mean is mean
+    assert not mean.any()
+    assert random.getstate() == python
+    assert np.random.get_state()[1].tolist() == numpy
 
 
 LAYERS_WITH_RULES = [

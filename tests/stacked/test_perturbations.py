@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fwdlib.estimators import backprop_gradient, forward_gradient
-from fwdlib.objectives import BatchLoss, ClosureLoss, params_of
+from fwdlib.objectives import BatchLoss, ClosureLoss, assign_gradients, params_of
 from fwdlib.stacked.estimator import stacked_gradient
 from fwdlib.stacked.perturbations import PERTURBATIONS
 from fwdlib.tangents import Replicates, rank_one
@@ -282,3 +282,102 @@ def test_adding_by_factors_equals_adding_the_full_gradients(tangents):
     estimate.grads.add_to_(target, -0.1)
     for name, p in params.items():
         torch.testing.assert_close(target[name], p - 0.1 * estimate.grads[name])
+
+
+@pytest.mark.parametrize("tangents", ALL)
+@pytest.mark.parametrize("use", ["add", "write", "assign"])
+def test_a_gradient_that_was_read_can_be_changed_in_place(use, tangents):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    objective, params = BatchLoss(model, torch.randn(5, 3).double(), torch.tensor([0, 1, 1, 0, 1])), params_of(model)
+    grads = stacked_gradient(objective, params, 2, tangents).grads
+    expected = {name: 3 * gradient.clone() if "0." in name else gradient.clone() for name, gradient in grads.items()}
+    if use == "assign":
+        assign_gradients(model, grads)
+        for p in model[0].parameters():
+            p.grad.mul_(3)
+        assert_equal(dict(grads), expected)
+        return
+    for name in ("0.weight", "0.bias"):
+        grads[name].mul_(3)
+    found = {name: torch.zeros_like(p) for name, p in params.items()}
+    if use == "add":
+        grads.add_to_(found, -0.5)
+        expected = {name: -0.5 * gradient for name, gradient in expected.items()}
+    else:
+        grads.write_to_(found)
+    assert_equal(found, expected)
+
+
+def assert_equal(found, expected):
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=0, atol=0)
+
+
+class Reused(nn.Module):
+    """Two layers, and something that happens to what the second one has read."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.first, self.second, self.after = nn.Linear(3, 4), nn.Linear(4, 2), after
+        self.register_buffer("memory", torch.ones(5, 4))
+
+    def forward(self, inputs):
+        h = self.first(inputs)
+        return self.after(self, h, self.second(h) + self.second(self.memory))
+
+
+AFTER = {
+    "mul_": lambda m, h, y: y + h.mul_(3)[:, :2],
+    "of a view": lambda m, h, y: (h.view(-1).mul_(3), y + h[:, :2])[1],
+    "setitem": lambda m, h, y: (h.__setitem__(0, 0.0), y + h[:, :2])[1],
+    "relu_": lambda m, h, y: y + F.relu_(h)[:, :2],
+    "buffer": lambda m, h, y: (m.memory.copy_(h.detach()), y)[1],
+}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("after", AFTER)
+def test_an_activation_that_changes_after_its_use_is_refused_as_backprop_refuses_it(after, copied):
+    model, inputs = Reused(AFTER[after]), torch.randn(5, 3)
+    objective = BatchLoss(model, inputs, torch.tensor([0, 1, 1, 0, 1]))
+    params = {name: p.clone() if copied else p for name, p in params_of(model).items()}
+    with pytest.raises(NotImplementedError, match=r"of the shape \(5, 4\) was changed in place"):
+        dict(forward_gradient(objective, params, tangents="activity").grads)
+    if after != "buffer":  # backprop shows the second one of two uses
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            objective.run().backward()
+    dict(forward_gradient(objective, params, tangents="per-example").grads)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 2, 3))])
+def test_a_batch_that_is_written_over_before_the_gradient_is_read_is_refused(layer):
+    model, inputs = nn.Sequential(layer, nn.Flatten()), torch.randn(5, 3)
+    objective = BatchLoss(model, inputs, torch.tensor([0, 1, 1, 0, 1]))
+    read, unread = (forward_gradient(objective, params_of(model), tangents="activity").grads for _ in range(2))
+    before = {name: gradient.clone() for name, gradient in read.items()}
+    inputs.zero_()
+    assert_equal(read, before)
+    with pytest.raises(NotImplementedError, match="was changed in place"):
+        dict(unread)
+
+
+class OfItsWeight(nn.Module):
+    """The second layer reads the memory of the first one's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4, bias=False), nn.Linear(3, 2, bias=False)
+
+    def forward(self, inputs):
+        return self.first(inputs) @ self.second(self.first.weight.detach())
+
+
+@pytest.mark.parametrize("tangents", STRUCTURED)
+def test_adding_by_factors_reads_what_it_needs_before_it_writes(tangents):
+    model = OfItsWeight().double()
+    objective, params = BatchLoss(model, torch.randn(5, 3).double(), torch.tensor([0, 1, 1, 0, 1])), params_of(model)
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+    grads, same = (stacked_gradient(objective, params, 1, tangents, draw).grads for draw in draws)
+    expected = {name: p - 0.5 * same[name] for name, p in params.items()}
+    grads.add_to_(params, -0.5)
+    torch.testing.assert_close(params, expected, rtol=1e-12, atol=1e-12)
