@@ -81,8 +81,14 @@ def call_without_rule(
     if isinstance(func, HigherOrderOperator):
         raise NotImplementedError(f"{name} takes functions, into which the stacked engine cannot see. {OTHER_ENGINE}")
     kinds: list[str] = []
-    if fails_in_silence(func, args, kwargs) and not is_transformed():
-        return _by_backward(func, args, kwargs, arguments, name)
+    if fails_in_silence(func, args, kwargs):
+        if not is_transformed():
+            return _by_backward(func, args, kwargs, arguments, name)
+        if not is_custom_operator(func):
+            raise NotImplementedError(
+                f"torch's forward derivative of {name} is not that of its backward pass, by which the stacked pass "
+                f"differentiates it, but not inside torch.func.vmap. Train one seed at a time (stacked=False)."
+            )
     versions = [argument.primal._version for argument in arguments.values()]
     try:
         with torch.enable_grad(), CONTEXTS.get(func, nullcontext)():

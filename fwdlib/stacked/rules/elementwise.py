@@ -34,6 +34,20 @@ def _elementwise(*functions: Callable, derivative: Callable[..., Tensor]) -> Non
     _register(functions, along, derivative, 2)
 
 
+def _steep(*functions: Callable, derivative: Callable[..., Tensor]) -> None:
+    """Register an elementwise function as :func:`_elementwise` does, whose slope is infinite at some places."""
+
+    def along(tangents: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return _times(tangents, derivative(x, y))
+
+    _register(functions, along, derivative, 2)
+
+
+def _times(tangents: Tensor, slope: Tensor) -> Tensor:
+    # A tangent of 0 stays so where the slope is infinite. As relu and others mask gradients, backprop has it so, too.
+    return (tangents * slope).masked_fill(tangents == 0, 0)
+
+
 def _by_kernel(*functions: Callable, kernel: Callable[..., Tensor]) -> None:
     """Register an elementwise function by the kernel of its backward pass, ``kernel(row, x, y, **options)``."""
 
@@ -94,9 +108,9 @@ _by_kernel(F.softplus, kernel=_softplus)
 _by_kernel(F.relu6, kernel=lambda v, x, y: _hardtanh(v, x, y, 0.0, 6.0))
 _by_kernel(F.hardtanh, kernel=_hardtanh)
 _elementwise(torch.exp, Tensor.exp, derivative=lambda x, y: y)
-_elementwise(torch.log, Tensor.log, derivative=lambda x, y: 1 / x)
-_elementwise(torch.sqrt, Tensor.sqrt, derivative=lambda x, y: 0.5 / y)
-_elementwise(torch.rsqrt, Tensor.rsqrt, derivative=lambda x, y: -0.5 * y / x)
+_steep(torch.log, Tensor.log, derivative=lambda x, y: 1 / x)
+_steep(torch.sqrt, Tensor.sqrt, derivative=lambda x, y: 0.5 / y)
+_steep(torch.rsqrt, Tensor.rsqrt, derivative=lambda x, y: -0.5 * y / x)
 _elementwise(torch.square, Tensor.square, derivative=lambda x, y: 2 * x)
 _elementwise(torch.sin, Tensor.sin, derivative=lambda x, y: torch.cos(x))
 _elementwise(torch.cos, Tensor.cos, derivative=lambda x, y: -torch.sin(x))
@@ -116,7 +130,8 @@ def power(run: Pass, x: Any, exponent: Any) -> Any:
         return NotImplemented
     stack = run.stack(x)
     slope = exponent * stack[0] ** (exponent - 1) if exponent else torch.zeros_like(stack[0])  # 0 ** -1 is infinite
-    return dual_of(stack[0] ** exponent, stack[1:] * slope)
+    is_steep = isinstance(exponent, complex) or exponent < 1
+    return dual_of(stack[0] ** exponent, _times(stack[1:], slope) if is_steep else stack[1:] * slope)
 
 
 @rule_of(F.dropout, torch.dropout, train="training")
