@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import _reduction as _Reduction
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from fwdlib.forward.by_backward import with_tree
 
@@ -133,6 +134,21 @@ def _of_symmetric(func: Callable) -> Callable:
     return call
 
 
+def _of_real(func: Callable, differentiated: Callable) -> Callable:
+    # A function whose forward derivative is another one's if the argument is real. For complex ones there is none: the
+    # engines then differentiate it by means of its backward pass.
+    @functools.wraps(func)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        matrix = args[0] if args else kwargs["input"]
+        if not matrix.is_complex():
+            return differentiated(*args, **kwargs)
+        if _tangent(matrix) is not None:
+            raise NotImplementedError(f"Trying to use forward AD with {func.__name__} of a complex matrix")
+        return func(*args, **kwargs)
+
+    return call
+
+
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """Compute ``F.prelu``, whose forward derivative at 0 is not that of the backward pass."""
     value = torch.prelu(input, weight)  # checks the shapes
@@ -171,6 +187,33 @@ def _unless_ignored(func: Callable) -> Callable:
         return torch.where((target == given.arguments["ignore_index"]).all(), loss.detach(), loss)
 
     return call
+
+
+def _in_complex(func: Callable) -> Callable:
+    # A function of a real tensor and a complex number, whose forward derivative is right for complex tensors alone.
+    @functools.wraps(func)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(x, complex) or (isinstance(x, Tensor) and x.is_complex()) for x in (*args, *kwargs.values())):
+            args, kwargs = tree_map(_as_complex, (args, kwargs))
+        return func(*args, **kwargs)
+
+    return call
+
+
+def _as_complex(x: Any) -> Any:
+    is_real = isinstance(x, Tensor) and x.is_floating_point()
+    return x.to(torch.promote_types(x.dtype, torch.complex32)) if is_real else x
+
+
+def polar(abs: Tensor, angle: Tensor, **kwargs: Any) -> Tensor:
+    """Compute ``torch.polar``, whose backward pass takes a negative length for a positive one."""
+    return torch.polar(abs.detach() + (abs - abs.detach()) * abs.sgn(), angle, **kwargs)
+
+
+def normal(*args: Any, **kwargs: Any) -> Tensor:
+    """Compute ``torch.normal``, through which there is no gradient. Torch's forward mode fails where it broadcasts."""
+    args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+    return torch.normal(*args, **kwargs)
 
 
 def _steep(func: Callable) -> Callable:
@@ -304,7 +347,7 @@ CONTEXTS: dict[Callable, Callable[[], AbstractContextManager]] = {
     torch.lstm: _without_mkldnn,
 }
 STEEP = """
-    sqrt rsqrt log log2 log10 log1p reciprocal pow __pow__ __rpow__ float_power acos arccos asin arcsin acosh arccosh
+    sqrt rsqrt log log2 log10 log1p reciprocal acos arccos asin arcsin acosh arccosh
     atanh arctanh atan2 arctan2 hypot logit erfinv ndtri log_ndtr entr xlogy xlog1py lgamma gammaln digamma
     psi polygamma
 """
@@ -317,9 +360,14 @@ REPLACEMENTS: dict[Callable, Callable] = {
     **dict.fromkeys([F.prelu, torch.prelu, Tensor.prelu], prelu),
     F.l1_loss: l1_loss,
     **{func: _unless_ignored(func) for func in (F.cross_entropy, F.nll_loss)},
-    **{func: _of_symmetric(func) for func in (torch.linalg.cholesky, torch.linalg.cholesky_ex, torch.linalg.eigh)},
-    **{func: _of_symmetric(func) for func in (torch.cholesky, Tensor.cholesky)},
+    torch.linalg.eigh: _of_symmetric(torch.linalg.eigh),
+    **{func: _of_real(func, _of_symmetric(func)) for func in (torch.linalg.cholesky, torch.linalg.cholesky_ex)},
+    **{func: _of_real(func, _of_symmetric(func)) for func in (torch.cholesky, Tensor.cholesky)},
     **_with_names(STEEP, _steep),
+    **_with_names("pow __pow__ __rpow__ float_power", lambda func: _steep(_in_complex(func))),
+    **_with_names("rsub __rsub__", _in_complex),
+    torch.polar: polar,
+    torch.normal: normal,
     **_with_names("logsumexp logcumsumexp", functools.partial(_constant_at, -float("inf"))),
     **{func: _constant_at(0, func) for func in (F.lp_pool1d, F.lp_pool2d, F.lp_pool3d)},
     **_with_names("nan_to_num", lambda _: nan_to_num),

@@ -95,9 +95,10 @@ def _hardtanh(v: Tensor, x: Tensor, y: Tensor, min_val: float = -1.0, max_val: f
     return aten.hardtanh_backward.default(v, x, min_val, max_val)
 
 
-_by_kernel(torch.tanh, F.tanh, Tensor.tanh, kernel=lambda v, x, y: aten.tanh_backward.default(v, y))
+# The kernels of a backward pass conjugate the slope of a complex function.
+_by_kernel(torch.tanh, F.tanh, Tensor.tanh, kernel=lambda v, x, y: aten.tanh_backward.default(v, y.conj()))
 sigmoids = torch.sigmoid, F.sigmoid, Tensor.sigmoid, torch.special.expit
-_by_kernel(*sigmoids, kernel=lambda v, x, y: aten.sigmoid_backward.default(v, y))
+_by_kernel(*sigmoids, kernel=lambda v, x, y: aten.sigmoid_backward.default(v, y.conj()))
 _by_kernel(F.gelu, kernel=_gelu)
 _by_kernel(F.silu, kernel=lambda v, x, y: aten.silu_backward.default(v, x))
 _by_kernel(F.hardswish, kernel=lambda v, x, y: aten.hardswish_backward.default(v, x))
@@ -143,3 +144,11 @@ def dropout(run: Pass, x: Any, p: float = 0.5, training: bool = True) -> Any:
     if not training or p == 0:
         return Dual(stack)
     return Dual(stack * F.dropout(torch.ones_like(stack[0]), p))
+
+
+@rule_of(torch.native_dropout)
+def native_dropout(run: Pass, x: Any, p: float, train: bool | None) -> Any:
+    """Return the mask, too."""
+    stack = run.stack(x)
+    y, mask = torch.native_dropout(stack[0], p, train)
+    return dual_of(y, stack[1:] * mask * (1 / (1 - p) if train and p < 1 else 1)), mask
