@@ -280,6 +280,7 @@ WRONG = {
     *(torch.cholesky_inverse, Tensor.cholesky_inverse, torch.triangular_solve, Tensor.triangular_solve),
     *(torch.as_strided_scatter, Tensor.as_strided_scatter),  # where the entries overlap
     *(F.max_unpool1d, F.max_unpool2d, F.max_unpool3d),  # where two maxima have the same place
+    *(torch.quantile, Tensor.quantile, torch.nanquantile, Tensor.nanquantile),  # take others of equal entries
 }
 """Functions of torch whose forward derivative is not the gradient along the tangent: torch's own samples show it."""
 CHUNKED = getattr(F, "linear_cross_entropy", torch)  # newer than torch 2.11

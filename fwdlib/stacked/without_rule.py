@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.func import jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fwdlib.forward.by_backward import LACKS, fails_in_silence, is_custom_operator, jvp_by_backward, with_tree
-from fwdlib.forward.mode import quiet_vmap
+from fwdlib.forward.mode import Rewind, quiet_vmap
 from fwdlib.forward.replacements import CONTEXTS, REPLACEMENTS
 from fwdlib.stacked.aliases import memory_of
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual, function_name, joined, pad_rows
@@ -44,8 +44,8 @@ def call_without_rule(
 ) -> Any:
     """Return what ``func`` returns: duals for floating tensors, and everything else as it is.
 
-    The function runs once, so it draws its random numbers once. A result that is a view of an argument's memory becomes
-    the same view of all rows.
+    The function runs once, or with the same random numbers for each tangent. A result that is a view of an argument's
+    memory becomes the same view of all rows.
 
     Args:
         func: any function of tensors.
@@ -81,12 +81,21 @@ def call_without_rule(
     if isinstance(func, HigherOrderOperator):
         raise NotImplementedError(f"{name} takes functions, into which the stacked engine cannot see. {OTHER_ENGINE}")
     kinds: list[str] = []
-    if fails_in_silence(func, args, kwargs) and not is_transformed():
-        return _by_backward(func, args, kwargs, arguments, name)
+    if fails_in_silence(func, args, kwargs):
+        if not is_transformed():
+            return _by_backward(func, args, kwargs, arguments, name)
+        if not is_custom_operator(func):
+            raise NotImplementedError(
+                f"torch's forward derivative of {name} is not that of its backward pass, by which the stacked pass "
+                f"differentiates it, but not inside torch.func.vmap. Train one seed at a time (stacked=False)."
+            )
+    is_scalar = _has_scalar(leaves, arguments)
+    # A function in place draws its random numbers before torch refuses it.
+    rewind = Rewind(nn.Module(), only_torch=True) if hasattr(func, "__wrapped__") else None
     versions = [argument.primal._version for argument in arguments.values()]
     try:
         with torch.enable_grad(), CONTEXTS.get(func, nullcontext)():
-            rows, whole = _rows_by_jvp(call, list(arguments.values()), with_tape=is_foreign)
+            rows, whole = _rows_by_jvp(call, list(arguments.values()), with_tape=is_foreign, one_by_one=is_scalar)
     except (NotImplementedError, RuntimeError) as error:
         if not isinstance(error, NotImplementedError) and not _is_refusal(str(error)):
             raise
@@ -95,6 +104,8 @@ def call_without_rule(
                 f"{name} has no rule in the stacked pass and no forward derivative in torch. Register a rule with "
                 f"fwdlib.register_rule, or write the model without the function. torch says: {error}"
             ) from error
+        if rewind is not None:
+            rewind()
         return _by_backward(run, args, kwargs, arguments, name)
     if versions != [argument.primal._version for argument in arguments.values()]:
         raise NotImplementedError(
@@ -141,7 +152,7 @@ def _by_backward(func: Callable, args: tuple, kwargs: dict, arguments: dict[int,
 
 
 def _rows_by_jvp(
-    call: Callable, arguments: Sequence[Argument], *, with_tape: bool
+    call: Callable, arguments: Sequence[Argument], *, with_tape: bool, one_by_one: bool
 ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
     # For each real output its value and tangents (R, ...), and the outputs without a derivative.
     primals = tuple(argument.primal for argument in arguments)
@@ -152,10 +163,24 @@ def _rows_by_jvp(
     if num_rows == 1:
         values, derivatives, whole = jvp(call, primals, tuple(v[0] for v in tangents), has_aux=True)
         return [(v, d.detach().unsqueeze(0)) for v, d in zip(values, derivatives, strict=True)], list(whole)
+    if one_by_one:
+        found, rewind = [], Rewind(nn.Module(), only_torch=True)
+        for row in zip(*tangents, strict=True):
+            rewind()
+            found.append(jvp(call, primals, row, has_aux=True))
+        values, _, whole = found[0]
+        derivatives = [torch.stack(slopes) for slopes in zip(*(slopes for _, slopes, _ in found), strict=True)]
+        return [(v, d.detach()) for v, d in zip(values, derivatives, strict=True)], list(whole)
     along = vmap(lambda *v: jvp(call, primals, v, has_aux=True), randomness="same")
     with quiet_vmap():
         values, derivatives, whole = along(*tangents)
     return [(v[0], d.detach()) for v, d in zip(values, derivatives, strict=True)], [o[0] for o in whole]
+
+
+def _has_scalar(leaves: Sequence[Any], arguments: Collection[int]) -> bool:
+    # Whether an argument with tangents, or an index, has no axis. Torch's vmap is wrong for some functions of such.
+    tensors = [(i, x) for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+    return any(x.dim() == 0 and (i in arguments or not x.is_floating_point()) for i, x in tensors)
 
 
 def _is_foreign(func: Callable) -> bool:

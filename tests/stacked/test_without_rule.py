@@ -73,6 +73,7 @@ def with_noise(_, h):
 
 ATTENTION = nn.MultiheadAttention(6, 2, batch_first=True, dropout=0.1).double()
 ENCODER = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), 2, enable_nested_tensor=False)
+ADAPTIVE = nn.AdaptiveLogSoftmaxWithLoss(6, 8, [2, 4], div_value=2).double()
 LSTM = nn.LSTM(6, 6, num_layers=2, proj_size=3).double()
 MASK = torch.tensor([[False, False, True], [False, False, False]])
 
@@ -100,6 +101,13 @@ BODIES = {
         h.view(1, 2, 3, 6), h.view(1, 2, 3, 6)[:, :1], h.view(1, 2, 3, 6)[:, :1], enable_gqa=True
     ).reshape(6, 6),
     "LSTM": lambda _, h: LSTM(h)[0].repeat(1, 2),
+    "roll of one number": lambda _, h: h * h.sum().roll(1),
+    "flip of one number": lambda _, h: h * h.mean().flip(0),
+    "one number in a vector": lambda _, h: h.new_zeros(6).index_fill(0, torch.tensor([0, 2]), h.sum()) * h,
+    "a row by a number": lambda _, h: h * h.index_select(0, torch.tensor(2)),
+    "random numbers for one number": lambda _, h: h * F.alpha_dropout(h.sum(), 0.5, True) * torch.rand(6),
+    "adaptive softmax": lambda _, h: h * ADAPTIVE(h, torch.tensor([0, 5, 5, 2, 1, 7])).loss,
+    "random numbers in place": lambda _, h: F.rrelu_(h * 1, 0.1, 0.4, True) * torch.rand(6),
     "torch.ops.aten": lambda model, h: torch.ops.aten.linear(h, model.c.weight, model.c.bias),
 }
 

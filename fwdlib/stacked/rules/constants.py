@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fwdlib.stacked.dual import primals_of
+from fwdlib.stacked.dual import primal_of, primals_of
 from fwdlib.stacked.forward_pass import Pass, register_rule
 
 
@@ -32,5 +32,12 @@ _constant(Tensor.__gt__, Tensor.__ge__, Tensor.__lt__, Tensor.__le__, Tensor.__e
 _constant(Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.item, Tensor.tolist)
 _constant(Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__format__, Tensor.__repr__)
 _constant(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like)
-_constant(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor, Tensor.stride)
+_constant(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor)
+_constant(Tensor.stride, Tensor.is_contiguous)
 _constant(Tensor.long, Tensor.int, Tensor.short, Tensor.char, Tensor.byte, Tensor.bool)
+
+
+@register_rule(Tensor.new)
+def new(run: Pass, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Make a plain tensor; a ``torch.Size`` stays one, as any other tuple would be its entries."""
+    return NotImplemented if any(map(run.has_tangents, args)) else primal_of(x).new(*args, **kwargs)

@@ -34,6 +34,20 @@ def _elementwise(*functions: Callable, derivative: Callable[..., Tensor]) -> Non
     _register(functions, along, derivative, 2)
 
 
+def _steep(*functions: Callable, derivative: Callable[..., Tensor]) -> None:
+    """Register an elementwise function as :func:`_elementwise` does, whose slope is infinite at some places."""
+
+    def along(tangents: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return _times(tangents, derivative(x, y))
+
+    _register(functions, along, derivative, 2)
+
+
+def _times(tangents: Tensor, slope: Tensor) -> Tensor:
+    # A tangent of 0 stays so where the slope is infinite. As relu and others mask gradients, backprop has it so, too.
+    return (tangents * slope).masked_fill(tangents == 0, 0)
+
+
 def _by_kernel(*functions: Callable, kernel: Callable[..., Tensor]) -> None:
     """Register an elementwise function by the kernel of its backward pass, ``kernel(row, x, y, **options)``."""
 
@@ -81,9 +95,10 @@ def _hardtanh(v: Tensor, x: Tensor, y: Tensor, min_val: float = -1.0, max_val: f
     return aten.hardtanh_backward.default(v, x, min_val, max_val)
 
 
-_by_kernel(torch.tanh, F.tanh, Tensor.tanh, kernel=lambda v, x, y: aten.tanh_backward.default(v, y))
+# The kernels of a backward pass conjugate the slope of a complex function.
+_by_kernel(torch.tanh, F.tanh, Tensor.tanh, kernel=lambda v, x, y: aten.tanh_backward.default(v, y.conj()))
 sigmoids = torch.sigmoid, F.sigmoid, Tensor.sigmoid, torch.special.expit
-_by_kernel(*sigmoids, kernel=lambda v, x, y: aten.sigmoid_backward.default(v, y))
+_by_kernel(*sigmoids, kernel=lambda v, x, y: aten.sigmoid_backward.default(v, y.conj()))
 _by_kernel(F.gelu, kernel=_gelu)
 _by_kernel(F.silu, kernel=lambda v, x, y: aten.silu_backward.default(v, x))
 _by_kernel(F.hardswish, kernel=lambda v, x, y: aten.hardswish_backward.default(v, x))
@@ -94,9 +109,9 @@ _by_kernel(F.softplus, kernel=_softplus)
 _by_kernel(F.relu6, kernel=lambda v, x, y: _hardtanh(v, x, y, 0.0, 6.0))
 _by_kernel(F.hardtanh, kernel=_hardtanh)
 _elementwise(torch.exp, Tensor.exp, derivative=lambda x, y: y)
-_elementwise(torch.log, Tensor.log, derivative=lambda x, y: 1 / x)
-_elementwise(torch.sqrt, Tensor.sqrt, derivative=lambda x, y: 0.5 / y)
-_elementwise(torch.rsqrt, Tensor.rsqrt, derivative=lambda x, y: -0.5 * y / x)
+_steep(torch.log, Tensor.log, derivative=lambda x, y: 1 / x)
+_steep(torch.sqrt, Tensor.sqrt, derivative=lambda x, y: 0.5 / y)
+_steep(torch.rsqrt, Tensor.rsqrt, derivative=lambda x, y: -0.5 * y / x)
 _elementwise(torch.square, Tensor.square, derivative=lambda x, y: 2 * x)
 _elementwise(torch.sin, Tensor.sin, derivative=lambda x, y: torch.cos(x))
 _elementwise(torch.cos, Tensor.cos, derivative=lambda x, y: -torch.sin(x))
@@ -116,7 +131,8 @@ def power(run: Pass, x: Any, exponent: Any) -> Any:
         return NotImplemented
     stack = run.stack(x)
     slope = exponent * stack[0] ** (exponent - 1) if exponent else torch.zeros_like(stack[0])  # 0 ** -1 is infinite
-    return dual_of(stack[0] ** exponent, stack[1:] * slope)
+    is_steep = isinstance(exponent, complex) or exponent < 1
+    return dual_of(stack[0] ** exponent, _times(stack[1:], slope) if is_steep else stack[1:] * slope)
 
 
 @rule_of(F.dropout, torch.dropout, train="training")
@@ -128,3 +144,11 @@ def dropout(run: Pass, x: Any, p: float = 0.5, training: bool = True) -> Any:
     if not training or p == 0:
         return Dual(stack)
     return Dual(stack * F.dropout(torch.ones_like(stack[0]), p))
+
+
+@rule_of(torch.native_dropout)
+def native_dropout(run: Pass, x: Any, p: float, train: bool | None) -> Any:
+    """Return the mask, too."""
+    stack = run.stack(x)
+    y, mask = torch.native_dropout(stack[0], p, train)
+    return dual_of(y, stack[1:] * mask * (1 / (1 - p) if train and p < 1 else 1)), mask

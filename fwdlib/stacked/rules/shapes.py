@@ -13,7 +13,7 @@ from torch import Tensor
 from fwdlib.forward.mode import repeats
 from fwdlib.stacked.dual import Dual, primals_of, same_rows
 from fwdlib.stacked.forward_pass import Pass, register_rule
-from fwdlib.stacked.rules.rows import row_axis, rows_along, with_axes
+from fwdlib.stacked.rules.rows import dual_of, row_axis, rows_along, with_axes
 from fwdlib.stacked.rules.signatures import rule_of
 
 
@@ -231,15 +231,20 @@ def unbind(run: Pass, x: Any, dim: int = 0) -> Any:
 
 @rule_of(Tensor.clone, torch.clone)
 def clone(run: Pass, x: Any, *, memory_format: Any = None) -> Dual:
-    """Copy all rows."""
-    return Dual(run.stack(x).clone())
+    """Copy all rows, and lay each out in memory as torch does."""
+    stack = run.stack(x)
+    if memory_format is None and stack.is_contiguous():
+        return Dual(stack.clone())
+    return dual_of(stack[0].clone(memory_format=memory_format), stack[1:])
 
 
 @rule_of(Tensor.contiguous)
 def contiguous(run: Pass, x: Any, memory_format: Any = None) -> Dual:
-    """Do nothing where no entries share memory: no rule depends on the order of the rows in memory."""
-    stack = run.stack(x)
-    return Dual(stack.clone(memory_format=torch.contiguous_format) if _overlaps(stack) else stack)
+    """Copy all rows where each is laid out in another way, or where entries share memory."""
+    stack, memory_format = run.stack(x), memory_format or torch.contiguous_format
+    if stack[0].is_contiguous(memory_format=memory_format) and not _overlaps(stack):
+        return Dual(stack)
+    return dual_of(stack[0].contiguous(memory_format=memory_format), stack[1:])
 
 
 def _overlaps(stack: Tensor) -> bool:
@@ -251,17 +256,21 @@ def _conversion(*functions: Callable) -> None:
     for function in functions:
 
         def rule(run: Pass, x: Any, *args: Any, _function: Callable = function, **kwargs: Any) -> Any:
-            kwargs.pop("memory_format", None)  # no rule depends on it
+            memory_format = kwargs.pop("memory_format", None)
             stack = run.stack(x)
-            if not args and not kwargs and _function in (Tensor.to, Tensor.type):
-                return Dual(stack) if _function is Tensor.to else stack.type()
-            rows = _function(stack, *primals_of(args), **primals_of(kwargs))
+            if not args and not kwargs and _function is Tensor.type:
+                return stack.type()
+            is_format_alone = not args and not kwargs and _function is Tensor.to
+            rows = stack if is_format_alone else _function(stack, *primals_of(args), **primals_of(kwargs))
+            if memory_format is not None:
+                return dual_of(rows[0].to(memory_format=memory_format), rows[1:])
             return Dual(rows) if rows.is_floating_point() or rows.is_complex() else rows[0]
 
         register_rule(function)(rule)
 
 
 _conversion(Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16)
+_conversion(Tensor.cdouble, Tensor.cfloat, Tensor.chalf)
 
 
 def _is_integer(value: Any) -> bool:

@@ -47,6 +47,8 @@ case([F.hardswish, F.hardsigmoid], [matrix], lambda f, x: f(4 * x))
 case([torch.tanh, F.tanh, Tensor.tanh, torch.sigmoid, F.sigmoid, Tensor.sigmoid, torch.special.expit], [matrix])
 case([torch.exp, Tensor.exp, torch.square, Tensor.square, torch.abs, Tensor.abs, Tensor.__abs__], [matrix])
 case([torch.sin, Tensor.sin, torch.cos, Tensor.cos, torch.neg, torch.negative, Tensor.neg, Tensor.__neg__], [matrix])
+complexes = [torch.tanh, F.tanh, Tensor.tanh, torch.sigmoid, F.sigmoid, Tensor.sigmoid]
+case(complexes, [matrix, matrix], lambda f, x, y: torch.view_as_real(f(torch.complex(x, y))))
 roots = [torch.log, Tensor.log, torch.sqrt, Tensor.sqrt, torch.rsqrt, Tensor.rsqrt]
 case(roots, [matrix], lambda f, x: f(x.abs() + 0.5))
 case([F.gelu], [matrix], lambda f, x: f(x, approximate="tanh"))
@@ -64,6 +66,8 @@ for dim in (-1, 0):
     case(softmaxes, [matrix], lambda f, x, d=dim: f(x, dim=d))
 case([F.dropout, torch.dropout], [matrix], lambda f, x: f(x, 0.4, True))
 case([F.dropout, torch.dropout], [matrix], lambda f, x: f(x, 0.4, False))
+for train in (True, False):
+    case([torch.native_dropout], [matrix], lambda f, x, t=train: f(x, 0.4, t))
 
 sums = [torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, torch.subtract, Tensor.sub, Tensor.__sub__]
 sums += [Tensor.__rsub__, torch.rsub]
@@ -142,7 +146,11 @@ case([torch.split, Tensor.split], [matrix], lambda f, x: f(x, [1, 3], dim=0))
 case([Tensor.clone, torch.clone, Tensor.contiguous], [matrix])
 case([Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16], [matrix])
 case([Tensor.to, Tensor.type], [matrix], lambda f, x: f(x, torch.float32))
-case([Tensor.to], [image], lambda f, x: f(x, memory_format=torch.channels_last))
+for memory_format in (torch.channels_last, torch.contiguous_format):
+    formatted = [Tensor.to, Tensor.float, torch.clone, Tensor.clone, Tensor.contiguous]
+    case(formatted, [image], lambda f, x, m=memory_format: f(x.transpose(2, 3), memory_format=m))
+complexes = [Tensor.cdouble, Tensor.cfloat, Tensor.chalf]
+case(complexes, [image], lambda f, x: torch.view_as_real(f(x, memory_format=torch.channels_last).to(torch.complex128)))
 case([Tensor.type_as, Tensor.to], [matrix], lambda f, x: f(x, torch.zeros(1)))
 
 for options in ({}, {"dim": -1}, {"dim": (0, 2), "keepdim": True}, {"dim": (0, 1, 2)}, {"dim": 0}):

@@ -13,6 +13,7 @@ from fwdlib.tangents import random_signs
 alone = [torch.argmax, Tensor.argmax, torch.argmin, Tensor.argmin, torch.argsort, Tensor.argsort, torch.isnan]
 alone += [torch.isinf, torch.isfinite, Tensor.isnan, Tensor.isinf, Tensor.isfinite, Tensor.detach, torch.detach]
 alone += [Tensor.data.__get__, Tensor.tolist, Tensor.__repr__, torch.zeros_like, torch.ones_like, Tensor.stride]
+alone += [Tensor.is_contiguous]
 alone += [Tensor.long, Tensor.int, Tensor.short, Tensor.char, Tensor.byte, Tensor.bool]
 comparisons = [torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne]
 comparisons += [Tensor.gt, Tensor.ge, Tensor.lt, Tensor.le, Tensor.eq, Tensor.ne]
@@ -24,6 +25,7 @@ CONSTANTS |= {f: lambda f, x: f(x.sum()) for f in numbers}
 CONSTANTS |= {f: lambda f, x: f(x, (2, 3)) for f in (Tensor.new_zeros, Tensor.new_ones)}
 CONSTANTS |= {f: lambda f, x: f(x, (2, 3)).nan_to_num() * 0 for f in (Tensor.new_empty,)}  # anything may be there
 CONSTANTS |= {f: lambda f, x: f(x).nan_to_num() * 0 for f in (torch.empty_like, torch.rand_like, torch.randn_like)}
+CONSTANTS[Tensor.new] = lambda f, x: f(x, x.shape).zero_() + f(x, [1.0, 2, 3]) + f(x, size=x.shape).zero_()
 CONSTANTS[torch.full_like] = lambda f, x: f(x, 2)
 CONSTANTS[Tensor.new_full] = lambda f, x: f(x, (2,), 2)
 CONSTANTS[Tensor.new_tensor] = lambda f, x: f(x, [2.0])

@@ -13,6 +13,8 @@ from fwdlib.stacked.forward_pass import RULES
 from tests.stacked.rules.cases import CASES, FALLS_BACK, Calls, assert_agrees_with_jvp, name_of
 from tests.stacked.rules.test_constants import CONSTANTS
 
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
 
 @pytest.mark.parametrize("key", CASES, ids=name_of)
 @torch.no_grad()
