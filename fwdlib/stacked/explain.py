@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fwdlib.forward.mode import Rewind
+from fwdlib.forward.rewind import Rewind
 from fwdlib.objectives import params_of, swapped
 from fwdlib.stacked.estimator import run
 from fwdlib.stacked.forward_pass import Call

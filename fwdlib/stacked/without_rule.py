@@ -14,8 +14,9 @@ from torch.func import jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fwdlib.forward.by_backward import LACKS, fails_in_silence, is_custom_operator, jvp_by_backward, with_tree
-from fwdlib.forward.mode import Rewind, quiet_vmap
+from fwdlib.forward.mode import quiet_vmap
 from fwdlib.forward.replacements import CONTEXTS, REPLACEMENTS
+from fwdlib.forward.rewind import Rewind
 from fwdlib.stacked.aliases import memory_of
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual, function_name, joined, pad_rows
 from fwdlib.tangents import is_transformed
