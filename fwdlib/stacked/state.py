@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, pairwise
+from itertools import chain, compress, pairwise
 from typing import Any
 
 import numpy as np
@@ -43,16 +43,24 @@ class State:
         self._slots = [slots.values() for m in modules for slots in (m._parameters, m._buffers)]
         self._places, self.codes = find_places(model, loss)
         """Where the values are, and the user's code that was searched for them."""
-        self._views = [place.values for place in self._places]
-        self._dicts = [place.keys for place in self._places if place.keys != ()]
-        self._read_values([place.read() for place in self._places])
+        values = [place.read() for place in self._places]
+        filled = [bool(of) for _, of in values]
+        self._views = [*compress((place.values for place in self._places), filled)]
+        self._empty = [place.values for place, is_filled in zip(self._places, filled, strict=True) if not is_filled]
+        self._dicts = [place.keys for place in compress(self._places, filled) if place.keys != ()]
+        self._keys = [*map(tuple, self._dicts)]
+        self._read_values(values)
         self._take(_Tensors(model, self._slots, self._plain))
 
     def is_current(self, model: nn.Module, loss: Callable) -> bool:
         """Return whether these are the same, with the same values."""
         if model is not self._model or loss is not self._loss:
             return False
-        if [*map(id, chain.from_iterable(self._views))] != self._ids or [*map(tuple, self._dicts)] != self._keys:
+        if (
+            any(self._empty)
+            or [*map(id, chain.from_iterable(self._views))] != self._ids
+            or [*map(tuple, self._dicts)] != self._keys
+        ):
             values = [place.read() for place in self._places]
             if not _are_same(self._values, values):
                 return False
@@ -147,7 +155,6 @@ class State:
     def _read_values(self, values: list[tuple[tuple, list]]) -> None:
         self._values = values
         self._ids = [*map(id, chain.from_iterable(of for _, of in values))]
-        self._keys = [keys for place, (keys, _) in self._pairs() if place.keys != ()]
         self._plain = [x for _, of in values for x in of if isinstance(x, Tensor)]
 
     def _take(self, found: _Tensors) -> None:
