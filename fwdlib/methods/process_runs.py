@@ -136,7 +136,14 @@ class Run:
     def _steps(self, first: int, num: int, others: Sequence[Tensor], inputs: tuple) -> Callable:
         def steps(point: Params) -> tuple[list[Tensor], list[Tensor]]:
             params, state = self.layout.uncut(point, others)
-            return parted(self._process.advance(state, params, first, inputs, num))
+            versions = _versions(others)
+            found = parted(self._process.advance(state, params, first, inputs, num))
+            if versions != _versions(others):
+                raise ValueError(
+                    "a step must return a new state, and this one writes into the state that it got: write x = x + y "
+                    "in place of x += y"
+                )
+            return found
 
         return steps
 
@@ -227,8 +234,12 @@ def _begin(process: ProcessLoss, params: Params, tangents: Params) -> tuple[Layo
     else:
         state, others = parted(process.initial)
         along = [x.new_zeros(k, *x.shape) for x in state]
-    rows = [*params.values(), *(tangents[name] for name in params), *state, *along, *others]
+    rows = [*params.values(), *(tangents[name] for name in params), *state, *along, *(x.clone() for x in others)]
     return Layout(list(params), spec, [*map(is_inexact, leaves)]), [x.detach().contiguous() for x in rows]
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [x._version for x in tensors if not x.is_inference()]
 
 
 def either(key: Any, function: Callable, point: Params, tangents: Params) -> tuple[list, list, list]:

@@ -42,7 +42,7 @@ def with_leaves(batch: tuple, tensors: Sequence[Tensor]) -> tuple:
 
 def describe(x: Tensor) -> Hashable:
     """Return all of a tensor that a graph depends on."""
-    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad
+    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_conj(), x.is_neg()
 
 
 def count_examples(batch: Any) -> int | None:

@@ -6,19 +6,22 @@ reads the values of tensors, or changes values of its own.
 
 from __future__ import annotations
 
-import io
-import itertools
+import functools
+import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
-from typing import Any, NamedTuple, NoReturn
-from unittest.mock import patch
+from contextlib import contextmanager, nullcontext
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fwdlib.stacked.places import STANDARD, is_library
 from fwdlib.stacked.state import State, share_memory
 from fwdlib.tangents import AnyGenerator, Params, random_signs
 
@@ -157,8 +160,9 @@ def _recorded(
 ) -> Recorded:
     limit = nullcontext() if max_operations is None else _Limit(LOOSE * max_operations)
     as_written = torch.compiler.set_stance("force_eager")  # compile no part of the model to find that out
-    with state.kept() as changed, redirect_stdout(io.StringIO()) as printed, as_written, _without_seeding():
-        run_without_values()
+    with state.kept() as changed, as_written:
+        with _watched(state.codes), _NoGenerators():
+            run_without_values()
         with limit:
             graph = trace()
         if (name := changed()) is not None:
@@ -167,28 +171,123 @@ def _recorded(
         if max_operations is not None and num_operations > max_operations:
             raise Refused(_too_large(how_large(num_operations)))
         again = trace()
-        if printed.getvalue():
-            raise Refused("the forward pass prints")
     constants, constants_again = _lift_constants(graph), _lift_constants(again)
     if graph.code != again.code or not _are_equal(constants, constants_again):
         raise Refused("the forward pass does something else each time, as with a counter or a random number of Python")
     return Recorded(graph, constants, num_operations)
 
 
-SEEDING = ("manual_seed", "seed", "initial_seed", "set_rng_state")
+SEEDING = ("manual_seed", "seed", "initial_seed", "set_state")
+"""Methods of a generator that a record leaves out: it has the random numbers alone."""
+CALLED = {"print": "prints", "open": "opens a file", "input": "asks for input"}
+COMPUTED = {"globals", "eval", "exec", "__import__"}
+"""Functions through which code reads variables that it does not name."""
+PURE = {
+    *("_abc", "_bisect", "_collections", "_collections_abc", "_decimal", "_functools", "_heapq", "_operator", "_sre"),
+    *(
+        "_random",
+        "_thread",
+        "_weakref",
+        "_weakrefset",
+        "abc",
+        "bisect",
+        "builtins",
+        "cmath",
+        "collections",
+        "contextlib",
+    ),
+    *("copy", "copyreg", "dataclasses", "decimal", "enum", "fractions", "functools", "heapq", "inspect", "itertools"),
+    *("keyword", "logging", "math", "numbers", "operator", "random", "re", "reprlib", "statistics", "string"),
+    *("threading", "types", "typing", "warnings", "weakref"),
+}
+"""Modules of the standard library whose results depend on their arguments, or on what is followed otherwise."""
+INSIDE = ("warnings", "importlib._bootstrap", "_frozen_importlib", "inspect")
+"""Modules that read files and the clock for themselves."""
 
 
 @contextmanager
-def _without_seeding() -> Iterator[None]:
-    # A record has random numbers, and not the calls that set or read where they come from.
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise Refused("the forward pass seeds torch's random numbers")
+def _watched(codes: set[CodeType]) -> Iterator[None]:
+    # Refuse what a record would leave out or never read again. A profile sees each call, in this thread alone.
+    refusals = []
 
-    with ExitStack() as stack:
-        for home, name in itertools.product((torch, torch.random), SEEDING):
-            if hasattr(home, name):
-                stack.enter_context(patch.object(home, name, refuse))
+    def watch(frame: FrameType, event: str, function: Any) -> None:
+        cause = None
+        if event == "call":
+            cause = _cause_in_call(frame, codes)
+        elif event == "c_call":
+            cause = _cause_in_builtin(frame, function)
+        if cause is not None:
+            refusals.append(Refused(f"the forward pass {cause}"))
+            raise refusals[0]
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
         yield
+    finally:
+        sys.setprofile(before)
+        if refusals:  # also where the user's code caught it
+            raise refusals[0]
+
+
+def _cause_in_call(frame: FrameType, codes: set[CodeType]) -> str | None:
+    module, code = _module_of(frame), frame.f_code
+    if not is_library(module):
+        if code in codes:
+            return None
+        return f"calls {module}.{code.co_qualname}, which is not found by reading the code that forward names"
+    is_log = code is logging.Logger._log.__code__
+    if (is_log or not _is_pure(module)) and _is_called_by_user(frame.f_back):
+        return "logs" if is_log else f"calls {module}.{code.co_qualname}, whose result may change unnoticed"
+    return None
+
+
+def _cause_in_builtin(frame: FrameType, function: Any) -> str | None:
+    owner, name = getattr(function, "__self__", None), function.__name__
+    if isinstance(owner, torch.Generator):
+        return "seeds torch's random numbers" if name in SEEDING else None
+    module = function.__module__ or (owner if isinstance(owner, type) else type(owner)).__module__
+    if module == "builtins":
+        if name in CALLED and not is_library(_module_of(frame)):
+            return CALLED[name]
+        is_known = name not in COMPUTED or owner is not _BUILTINS
+    else:
+        is_known = not is_library(module) or _is_pure(module)
+    if is_known or not _is_called_by_user(frame):
+        return None
+    return f"calls {module}.{name}, whose result may change unnoticed"
+
+
+_BUILTINS = print.__self__
+
+
+def _is_called_by_user(frame: FrameType | None) -> bool:
+    # Whether code of the user's called something, itself or through the standard library.
+    while frame is not None and (module := _module_of(frame)).partition(".")[0] in STANDARD:
+        if module.startswith(INSIDE):
+            return False
+        frame = frame.f_back
+    return frame is not None and not is_library(module)
+
+
+def _module_of(frame: FrameType) -> str:
+    # Code that torch and namedtuple write has no module.
+    module = frame.f_globals.get("__name__") or "torch"
+    return "collections" if module.startswith("namedtuple_") else module
+
+
+@functools.cache
+def _is_pure(module: str) -> bool:
+    package = module.partition(".")[0]
+    return package in PURE or package not in STANDARD
+
+
+class _NoGenerators(TorchFunctionMode):
+    # A record would hold one generator, with the state that it had.
+    def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if (kwargs or {}).get("generator") is not None:
+            raise Refused("the forward pass draws from a torch.Generator, whose state cannot be followed")
+        return func(*args, **(kwargs or {}))
 
 
 CONSTANTS = ("zeros_like", "ones_like", "full_like", "full", "zeros", "ones", "new_zeros", "scalar_tensor", "_to_copy")
@@ -324,6 +423,8 @@ def _trace(function: Callable, arguments: Sequence[Tensor], num_written: int = 0
 
 
 def _copy(x: Tensor) -> Tensor:
+    if x.is_conj() or x.is_neg():
+        raise Refused("a tensor is a view that conjugates or negates another; use .resolve_conj() or .resolve_neg()")
     copy = x.detach().clone()
     if copy.stride() != x.stride():
         raise Refused("a tensor has gaps or overlaps in memory; use .contiguous()")

@@ -2,47 +2,68 @@
 
 from __future__ import annotations
 
+import array
+import ctypes
 import dis
 import functools
+import logging
 import random
 import sys
-from argparse import Namespace
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any
+from contextvars import ContextVar
+from types import CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.distributions.transforms import Transform
 
 MAX_VALUES = 20_000
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-LIBRARIES = {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "fwdlib"} - {"__main__"}
-"""Packages whose global variables and class attributes are taken as constants."""
-HIDDEN = (Iterator, random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+STANDARD = sys.stdlib_module_names - {"__main__"}
+PACKAGES = {"torch", "torchvision", "numpy", "fwdlib", "sympy", "mpmath", "triton", "optree", "typing_extensions"}
+"""With the standard library, the packages whose global variables and class attributes are taken as constants."""
+HIDDEN = (
+    *(Iterator, random.Random, np.random.Generator, np.random.RandomState, torch.Generator, weakref.ref),
+    *(weakref.ProxyType, weakref.CallableProxyType, ContextVar, threading.local, array.array, bytearray, memoryview),
+    *(MappingProxyType, ctypes.Structure.__base__),
+)
 NOT_FOLLOWED = {
-    *("_parameters", "_buffers", "_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 }
-"""Attributes of a module that forward does not read, or whose contents are compared as tensors."""
+"""Attributes of a module that forward does not read."""
+IN_STATE = {"_parameters", "_buffers"}
+"""Attributes of the model's own modules whose contents are compared as tensors."""
+NOT_CALLED = {
+    *("__init__", "__new__", "__del__", "__repr__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__"),
+    *("__deepcopy__", "__copy__", "__init_subclass__"),
+}
+"""Methods that Python calls by itself, and not in the course of a forward pass: the first two make an object."""
+BY_NAME = {"getattr", "hasattr", "setattr", "vars", "__dict__", "__getattribute__", "attrgetter", "methodcaller"}
+"""What reads attributes whose names are strings."""
 
 FLAT_WEIGHTS = {"_flat_weights", "_flat_weight_refs"}
 """Attributes of recurrent layers that hold their parameters once more; forward renews them after a change."""
 
 
-def find_places(model: nn.Module, loss: Callable) -> list[Place]:
-    """Return the places of all values that the model and the loss may read.
+def find_places(model: nn.Module, loss: Callable) -> tuple[list[Place], set[CodeType]]:
+    """Return the places of all values that the model and the loss may read, and the code that was searched for them.
 
     Raises:
         TypeError: if there are too many, one is an iterator or a random generator, or a module is in TorchScript.
     """
-    finder = _Finder()
+    finder = _Finder(model)
     finder.visit(model, type(model).__name__)
     finder.visit(loss, getattr(loss, "__name__", "loss"))
     finder.visit(vars(nn.modules.module)["_global_forward_hooks"], "global forward hooks")
     finder.visit(vars(nn.modules.module)["_global_forward_pre_hooks"], "global forward hooks")
-    return finder.finish()
+    return finder.finish(), finder.codes
 
 
 def is_same(a: Any, b: Any) -> bool:
@@ -72,33 +93,48 @@ class Place:
         self.name = name
         self._owner = owner
         self._keys = None if keys is None else sorted(keys)
+        self.keys: Iterable = self._find_keys()
+        """The keys of a dict as they are at the time."""
         self.values: Iterable = self._find_values()
         """The values as they are at the time."""
+
+    def read(self) -> tuple[tuple, list]:
+        """Return the keys and the values."""
+        return tuple(self.keys), list(self.values)
+
+    def _find_keys(self) -> Iterable:
+        if self._keys is not None or not isinstance(self._owner, dict):
+            return ()
+        return self._owner if all(isinstance(key, SIMPLE) for key in self._owner) else _Some(_named, self._owner)
 
     def _find_values(self) -> Iterable:
         owner = self._owner
         if self._keys is not None:
-            return _Some(functools.partial(_get, owner), self._keys)
+            values = vars(owner) if isinstance(owner, type) else owner
+            return _Some(values.get if values is not owner or isinstance(owner, dict) else self._get, self._keys)
         if isinstance(owner, dict):
             return owner.values()
         if isinstance(owner, np.ndarray):
-            return _Some(lambda _: owner.tobytes(), [""])
+            return _Some(lambda _: (owner.tobytes(), owner.shape, owner.dtype.str), [""])
         if isinstance(owner, tuple):
             return _Some(_contents, owner)
         return owner
 
-    def difference(self, before: list, after: list) -> str | None:
-        """Return the name of a value that is not the same in both lists of values, or None."""
-        for i, (a, b) in enumerate(zip(before, after, strict=False)):
+    def difference(self, before: tuple[tuple, list], after: tuple[tuple, list]) -> str | None:
+        """Return the name of a value that is not the same in both results of :meth:`read`, or None."""
+        for i, (a, b) in enumerate(zip(before[1], after[1], strict=False)):
             if not is_same(a, b):
                 return self._name_of(i)
-        return self.name if len(before) != len(after) else None
+        return self.name if len(before[1]) != len(after[1]) or before[0] != after[0] else None
 
     def keep(self) -> Callable[[], None]:
         """Return a function that brings back the values that are here now."""
         owner, values = self._owner, list(self.values)
+        if owner is sys.modules:  # an import is never undone
+            return lambda: None
         if self._keys is not None:
-            return lambda: [_set(owner, key, value) for key, value in zip(self._keys, values, strict=True)]
+            kept = {key: self._get(key) for key in self._keys}
+            return lambda: [self._set(key, value) for key, value in kept.items()]
         if isinstance(owner, dict):
             items = dict(owner)
             return lambda: (owner.clear(), owner.update(items))
@@ -107,6 +143,22 @@ class Place:
         if isinstance(owner, tuple):
             return lambda: [setattr(cell, "cell_contents", value) for cell, value in zip(owner, values, strict=True)]
         return lambda: (owner.clear(), owner.update(values) if isinstance(owner, set) else owner.extend(values))
+
+    def _get(self, key: str) -> Any:
+        if isinstance(self._owner, dict):
+            return self._owner.get(key, ABSENT)
+        return (
+            vars(self._owner).get(key, ABSENT) if isinstance(self._owner, type) else getattr(self._owner, key, ABSENT)
+        )
+
+    def _set(self, key: str, value: Any) -> None:
+        owner = self._owner
+        if self._get(key) is value:
+            return
+        if isinstance(owner, dict):
+            owner.pop(key) if value is ABSENT else owner.update({key: value})
+        else:
+            delattr(owner, key) if value is ABSENT else setattr(owner, key, value)
 
     def _name_of(self, i: int) -> str:
         if self._keys is not None:
@@ -125,17 +177,11 @@ class _Some:
         return map(self._get, self._keys)
 
 
-def _get(owner: Any, key: str) -> Any:
-    if isinstance(owner, dict):
-        return owner.get(key)
-    return vars(owner).get(key) if isinstance(owner, type) else getattr(owner, key, None)
+ABSENT = object()
 
 
-def _set(owner: Any, key: str, value: Any) -> None:
-    if isinstance(owner, dict):
-        owner[key] = value
-    elif _get(owner, key) is not value:
-        setattr(owner, key, value)
+def _named(key: Any) -> Any:
+    return key if isinstance(key, SIMPLE) else id(key)  # a tensor is not compared with ==
 
 
 def _contents(cell: CellType) -> Any:
@@ -146,16 +192,23 @@ def _contents(cell: CellType) -> Any:
 
 
 class _Finder:
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.codes: set[CodeType] = set()
+        self._modules = {*map(id, model.modules())}
         self._places: list[Place] = []
         self._seen: dict[int, Any] = {}  # holds the objects, so that their ids stay theirs
         self._queue: list[tuple[Any, str]] = []
-        self._names = {"forward", "__call__", "__getattr__"}  # attributes that the code reads
-        self._namespaces: dict[str, Any] = {}  # classes and modules, of which it reads these
+        # the attributes that the code reads, and those that torch reads
+        self._names = {"forward", "setup_context", "backward", "vjp", "jvp", "vmap"}
+        self._by_name = False  # whether it computes names of attributes
+        self._spaces: dict[int, type | ModuleType] = {}  # of which it reads these
+        self._made: set[int] = set()  # classes of which it may make objects
+        self._globals: dict[int, tuple[dict, set[str]]] = {}
 
     def visit(self, value: Any, name: str) -> None:
         """Note a value for :meth:`finish`."""
-        if not isinstance(value, (*SIMPLE, Tensor)) and id(value) not in self._seen:
+        is_plain = isinstance(value, SIMPLE) or (isinstance(value, Tensor) and not vars(value))
+        if not is_plain and id(value) not in self._seen:
             self._seen[id(value)] = value
             self._queue.append((value, name))
 
@@ -170,15 +223,30 @@ class _Finder:
                 self._follow(*self._queue.pop())
                 if len(self._seen) > MAX_VALUES:
                     raise TypeError(f"the model and the loss refer to more than {MAX_VALUES:,} Python objects")
-            for name, space in list(self._namespaces.items()):
-                for key in self._names & vars(space).keys():
-                    self._visit_attribute(vars(space)[key], f"{name}.{key}")
-        spaces = ((name, space, self._names & vars(space).keys()) for name, space in self._namespaces.items())
-        return self._places + [
-            Place(name, vars(space) if isinstance(space, ModuleType) else space, keys)
-            for name, space, keys in spaces
+            for space in list(self._spaces.values()):
+                for key in self._keys_of(space) & vars(space).keys():
+                    self._visit_attribute(vars(space)[key], f"{space.__name__}.{key}")
+        variables = [Place(of.get("__name__", "globals"), of, keys) for of, keys in self._globals.values() if keys]
+        spaces = [(space, self._keys_of(space)) for space in self._spaces.values()]
+        return [*self._places, *variables] + [
+            Place(space.__name__, vars(space) if isinstance(space, ModuleType) else space, keys)
+            for space, keys in spaces
             if keys
         ]
+
+    def _keys_of(self, space: type | ModuleType) -> set[str]:
+        # The attributes that count; of a class also those that it has from its bases, which it could hide.
+        spaces = [space] if isinstance(space, ModuleType) else [x for x in space.__mro__ if id(x) in self._spaces]
+        is_made = id(space) in self._made
+        return {key for of in spaces for key, value in vars(of).items() if self._counts(key, value, is_made)}
+
+    def _counts(self, key: str, value: Any, is_made: bool) -> bool:
+        if key in self._names:
+            return True
+        is_special = key.startswith("__") and key.endswith("__")
+        if isinstance(value, CODE):
+            return is_special and (key not in NOT_CALLED or (is_made and key in ("__init__", "__new__")))
+        return self._by_name and not is_special and not isinstance(value, (type, ModuleType))
 
     def _follow(self, value: Any, name: str) -> None:
         if isinstance(value, torch.jit.ScriptModule):
@@ -187,61 +255,94 @@ class _Finder:
             raise TypeError(f"{name} is a {type(value).__name__}, whose state cannot be followed")
         if isinstance(value, dict):
             self._add(value, name, value.items())
+            for key in value:
+                self.visit(key, name)
         elif isinstance(value, (list, deque, set, tuple, frozenset)):
             is_fixed = isinstance(value, (tuple, frozenset))
             self._add(value, name, (("[]", x) for x in value), is_fixed=is_fixed)
         elif isinstance(value, np.ndarray):
             self._places.append(Place(name, value))
+            for x in value.flat if value.dtype.hasobject else ():
+                self.visit(x, name)
         elif isinstance(value, FunctionType):
-            self._follow_function(value, name)
+            return self._follow_function(value, name)
         elif isinstance(value, MethodType):
             self.visit(value.__func__, name)
-            self.visit(value.__self__, name)
+            return self.visit(value.__self__, name)
         elif isinstance(value, functools.partial):
             for part in (value.func, value.args, value.keywords):
                 self.visit(part, name)
-        elif isinstance(value, (type, ModuleType)):
-            self._add_namespace(value)
-        elif isinstance(value, (nn.Module, SimpleNamespace, Namespace)) or not _is_library(type(value).__module__):
+        elif isinstance(value, type):
+            self._add_class(type(value))
+            return self._add_class(value, is_made=True)
+        elif isinstance(value, ModuleType):
+            return self._add_space(value, value.__name__)
+        if _has_attributes(value):
             self._follow_object(value, name)
+        return None
 
     def _follow_object(self, value: Any, name: str) -> None:
+        self._add_class(type(value))
         for kind in type(value).__mro__:
-            self._add_namespace(kind)
-            if not _is_library(kind.__module__) and (slots := vars(kind).get("__slots__")):
+            if not is_library(kind.__module__) and (slots := vars(kind).get("__slots__")):
                 slots = [slots] if isinstance(slots, str) else [slot for slot in slots if not slot.startswith("__")]
                 self._places.append(Place(name, value, slots))
                 for slot in slots:
                     self.visit(getattr(value, slot, None), f"{name}.{slot}")
+        if not hasattr(value, "__dict__"):
+            return
+        skipped = NOT_FOLLOWED if isinstance(value, nn.Module) else set()
+        if id(value) in self._modules:
+            skipped = skipped | IN_STATE
+            for tensors in (value._parameters, value._buffers):
+                for key, x in tensors.items():
+                    self.visit(x, f"{name}.{key}")
         if isinstance(value, nn.RNNBase):
-            keys = vars(value).keys() - FLAT_WEIGHTS
-            self._places.append(Place(name, vars(value), keys))
-            for key in keys - NOT_FOLLOWED:
-                self.visit(vars(value)[key], f"{name}.{key}")
-        elif hasattr(value, "__dict__"):
-            is_module = isinstance(value, nn.Module)
-            followed = (item for item in vars(value).items() if not (is_module and item[0] in NOT_FOLLOWED))
-            self._add(vars(value), name, followed)
+            skipped = skipped | FLAT_WEIGHTS
+            self._places.append(Place(name, vars(value), vars(value).keys() - FLAT_WEIGHTS))
+        followed = [item for item in vars(value).items() if item[0] not in skipped]
+        self._add(vars(value), name, followed, is_fixed=isinstance(value, nn.RNNBase))
 
     def _follow_function(self, function: FunctionType, name: str) -> None:
-        if _is_library(function.__module__):
+        variables = function.__globals__
+        is_users = not is_library(variables.get("__name__"))
+        if not is_users and is_library(function.__module__):  # and no function of a library that wraps a user's
             return
         if function.__closure__:
             self._places.append(Place(f"a variable that {name} encloses", function.__closure__))
-            for cell in function.__closure__:
-                self.visit(_contents(cell), name)
+            for variable, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True):
+                value = _contents(cell)
+                if variable == "__class__" and isinstance(value, type):  # what super() reads
+                    self._add_class(value)
+                else:
+                    self.visit(value, name)
         for part in (function.__defaults__, function.__kwdefaults__, vars(function)):
             self.visit(part, name)
-        variables = function.__globals__
-        read, attributes = _names_in(function.__code__)
-        self._names |= attributes
-        if found := read & variables.keys():
-            self._places.append(Place(function.__module__, variables, found))
-            for key in found:
-                self.visit(variables[key], key)
+        if not is_users:
+            return
+        read = _names_in(function.__code__)
+        self.codes |= read.codes
+        self._names |= read.attributes
+        self._by_name |= read.by_name
+        self._read_globals(variables, read.variables & variables.keys())
+        for module in read.imports:
+            self._import(module, variables.get("__package__") or "")
+
+    def _read_globals(self, variables: dict, keys: set[str]) -> None:
+        self._globals.setdefault(id(variables), (variables, set()))[1].update(keys)
+        for key in keys:
+            self.visit(variables.get(key), key)
+
+    def _import(self, module: str, package: str) -> None:
+        # A relative import may mean a module of the package or of one that this is in: all that there are.
+        parents = package.split(".") if package else []
+        names = {".".join([*parents[:i], *filter(None, [module])]) for i in range(len(parents) + 1)}
+        names = {name for name in names if not is_library(name) and (name == module or name in sys.modules)} - {""}
+        self._read_globals(sys.modules, names)
 
     def _visit_attribute(self, value: Any, name: str) -> None:
         if isinstance(value, property):
+            self.visit(value.fset, name)
             value = value.fget
         elif isinstance(value, (classmethod, staticmethod)):
             value = value.__func__
@@ -253,31 +354,72 @@ class _Finder:
         if not is_fixed:
             self._places.append(Place(name, owner))
         for key, value in items:
-            inner = name if key in ("[]", "_modules") else f"{name}.{key}"
+            inner = name if key in ("[]", "_modules", "_parameters", "_buffers") else f"{name}.{key}"
             self.visit(value, inner)
 
-    def _add_namespace(self, space: type | ModuleType) -> None:
-        name = space.__name__ if isinstance(space, ModuleType) else space.__module__
-        if not _is_library(name):
-            self._namespaces[space.__name__] = space
+    def _add_class(self, kind: type, *, is_made: bool = False) -> None:
+        if is_library(kind.__module__) or id(kind) in (self._made if is_made else self._spaces):
+            return
+        for base in kind.__mro__:
+            self._add_space(base, base.__module__)
+            if is_made:
+                self._made.add(id(base))
+            if is_library(base.__module__) and base is not nn.Module:  # its code calls what the user's class defines
+                for value in vars(base).values():
+                    if isinstance(value, FunctionType):
+                        self._names |= _names_in(value.__code__).attributes
+
+    def _add_space(self, space: type | ModuleType, module: str) -> None:
+        if not is_library(module):
+            self._spaces[id(space)] = space
 
 
-def _is_library(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in LIBRARIES
+CODE = (FunctionType, property, classmethod, staticmethod, functools.cached_property)
+
+
+def _has_attributes(value: Any) -> bool:
+    # Whether an object may hold values in attributes. Loggers keep notes of their own there.
+    module = type(value).__module__
+    if not is_library(module):
+        return True
+    if module.partition(".")[0] in PACKAGES:
+        return isinstance(value, (nn.Module, Tensor, Distribution, Transform))
+    return bool(getattr(value, "__dict__", None)) and not isinstance(value, (logging.Logger, logging.LoggerAdapter))
 
 
 @functools.cache
-def _names_in(code: CodeType) -> tuple[set[str], set[str]]:
-    # The global variables and the attributes that the code reads or writes.
-    variables, attributes = set(), set()
+def is_library(module: str | None) -> bool:
+    """Return whether a module is of the standard library, torch, or another package that is taken as constant."""
+    package = (module or "").partition(".")[0]
+    return package in STANDARD or package in PACKAGES
+
+
+class _Names(NamedTuple):
+    variables: set[str]
+    attributes: set[str]
+    imports: set[str]
+    by_name: bool
+    codes: set[CodeType]
+
+
+@functools.cache
+def _names_in(code: CodeType) -> _Names:
+    # The global variables, the attributes and the modules that the code reads or writes, and the code inside it.
+    found = _Names(set(), set(), set(), False, {code})
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME"):
-            variables.add(instruction.argval)
-        elif "ATTR" in instruction.opname or "METHOD" in instruction.opname:
-            attributes.add(instruction.argval)
+            found.variables.add(instruction.argval)
+        elif instruction.opname == "IMPORT_NAME":
+            found.imports.add(instruction.argval)
+        elif any(part in instruction.opname for part in ("ATTR", "METHOD", "IMPORT_FROM")):
+            found.attributes.add(instruction.argval)
+    by_name = not BY_NAME.isdisjoint(found.variables | found.attributes)
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            found = _names_in(inner)
-            variables |= found[0]
-            attributes |= found[1]
-    return variables, attributes
+            *sets, inner_by_name, codes = _names_in(inner)
+            by_name |= inner_by_name
+            for own, its in zip((*found[:3], found.codes), (*sets, codes), strict=True):
+                own |= its
+    if by_name:
+        found.attributes.update(x for x in code.co_consts if isinstance(x, str))
+    return found._replace(by_name=by_name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,8 @@ from fwdlib.tangents import Params, random_signs
 MAX_OPERATIONS = 1_000
 """Larger steps, which take more than half a minute to compile, are compiled only on request."""
 MAX_STATES = 8
-"""How many different states of a model's Python values the step follows, before it stops compiling."""
+"""How many different states of a model's Python values the step follows, before it stops compiling; likewise of the
+values and the structure of a batch."""
 
 _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "learning_rate": lambda name, value: 0.0 if value == 0 else check_positive(name, value),  # 0 ends a schedule
@@ -108,11 +109,16 @@ class SGDStep:
         self._current: int | None = None  # which of them
         # by conditions; an int is the number of signs of a first, eager step; None: there can be no graph
         self._graphs: dict[tuple, CompiledStep | int | None] = {}
+        self._structures: set[Hashable] = set()  # of batches, with their Python values
         self._warned: set[str] = set()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; options of the step are checked."""
         super().__setattr__(name, _OPTIONS[name](name, value) if name in _OPTIONS else value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: all but the graphs, which belong to this model."""
+        return vars(self) | {"_states": [], "_current": None, "_graphs": {}}
 
     @torch.no_grad()
     def __call__(self, *batch: Any) -> Tensor:
@@ -153,6 +159,14 @@ class SGDStep:
         except Refused as refusal:
             self._warn_eager(str(refusal))
             return None
+        if structure not in self._structures:
+            if len(self._structures) == MAX_STATES:
+                self._warn_eager(
+                    f"the Python values or the structure of the batch keep changing, so far {MAX_STATES} times; pass "
+                    f"numbers that change as tensors"
+                )
+                return None
+            self._structures.add(structure)
         options = self.tangents, self.num_tangents, torch.get_default_dtype()
         return (current, structure, options, *map(describe, leaves)), leaves
 

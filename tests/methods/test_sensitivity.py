@@ -425,6 +425,45 @@ def test_a_value_that_the_step_reads_may_change_between_two_runs():
         )
 
 
+def set_weight(net, weight):
+    net.weight = torch.nn.Parameter(weight)
+
+
+def set_data(net, weight):
+    net.weight.data = weight.t()
+
+
+@pytest.mark.parametrize(
+    "change", [set_weight, set_data, lambda net, w: net.load_state_dict({"weight": w}, assign=True)]
+)
+def test_a_net_that_the_step_calls_may_get_other_weights(monkeypatch, change):
+    import torch._inductor
+
+    monkeypatch.setattr(runtime, "has_compiler", lambda: True)
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, examples, options: graph)  # as it was recorded
+    net = torch.nn.Linear(2, 2, bias=False, dtype=DOUBLE)
+    process = ProcessLoss(
+        lambda z, p: z + 0.1 * p["a"] * net(z).tanh(), torch.ones(2, dtype=DOUBLE), lambda z, p: z.square().sum(), 6
+    )
+    for factor in (1.0, -1.0, 2.0):
+        change(net, factor * torch.arange(4, dtype=DOUBLE).view(2, 2))
+        found = sensitivity_gradient(process, numbers(a=1.0), compiled=True)
+        assert_equal(found, backprop_gradient(process, numbers(a=1.0)))
+
+
+def test_a_step_that_writes_into_the_state_is_refused_and_leaves_the_initial_one():
+    def step(state, p):
+        z, count = state
+        count.add_(1)
+        return z * (1 + 0.01 * p["a"] * count), count
+
+    initial = torch.ones(2, dtype=DOUBLE), torch.zeros((), dtype=torch.int64)
+    process = ProcessLoss(step, initial, lambda s, p: s[0].sum(), 3)
+    with pytest.raises(ValueError, match="a step must return a new state"):
+        sensitivity_gradient(process, numbers(a=1.0), compiled=False)
+    assert initial[1] == 0
+
+
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_process_on_other_data_is_as_a_new_one_and_compiled_once(compiled):
     def process_of(inputs, target):

@@ -1,10 +1,24 @@
 """The step of SGD: an estimate and an update, eager and compiled."""
 
+import array
+import copy
+import ctypes
+import io
 import itertools
+import logging
+import os
+import pickle
 import random
 import re
+import sys
+import threading
+import time
 import warnings
-from types import SimpleNamespace
+import weakref
+from collections import UserDict
+from contextlib import redirect_stdout
+from contextvars import ContextVar
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +33,7 @@ from fwdlib.stacked import step as step_module
 from fwdlib.stacked.estimator import stacked_gradient
 from fwdlib.stacked.graph import CompiledStep, GivenSigns
 from fwdlib.stacked.perturbations import PERTURBATIONS
+from fwdlib.stacked.state import State
 from fwdlib.stacked.step import SGDStep
 from fwdlib.tangents import random_signs
 from tests.stacked.networks import CLASSES, seeded, small_cnn, small_net
@@ -102,6 +117,13 @@ class Schedule:
 
     def value(self):
         return 1 / self.t
+
+
+class OtherSchedule(Schedule):
+    """A class that only its base leads to."""
+
+    def value(self):
+        return SCALE
 
 
 class Net(nn.Module):
@@ -196,6 +218,23 @@ def printing(self, h):
     return h
 
 
+def logged(self, h):
+    logging.getLogger(__name__).warning("hidden")
+    return h
+
+
+def own_noise(self, h):
+    return h + torch.rand(h.shape, generator=torch.Generator(), dtype=h.dtype)
+
+
+def seeded_noise(self, h):
+    return h + torch.rand(h.shape, generator=seeded(), dtype=h.dtype)
+
+
+def scaled_by_code_that_no_name_leads_to(self, h):
+    return h * next(iter(type(self.schedule).__subclasses__()))().value()
+
+
 def python_random(self, h):
     return h * random.random()
 
@@ -235,6 +274,13 @@ ITEM, OUTSIDE, SHAPE = (
         (masked, SHAPE),
         (unique, SHAPE),
         (printing, "the forward pass prints"),
+        (logged, "the forward pass logs"),
+        (own_noise, "draws from a torch.Generator"),
+        (seeded_noise, "seeds torch's random numbers"),
+        (lambda self, h: h * len(os.environ["HOME"]), "calls os."),
+        (lambda self, h: h * (time.time() > 0), "calls time.time"),
+        (lambda self, h: h * globals()["SCALE"], "calls builtins.globals"),
+        (scaled_by_code_that_no_name_leads_to, "which is not found"),
         (python_random, "random numbers"),
         (numpy_random, "random numbers"),
         (flip, "the forward pass"),
@@ -286,6 +332,43 @@ def test_values_that_cannot_be_followed_are_refused_by_name(recorded):
     assert compare(drawing) == (0, [FALLBACK.format("Net.draw is a Generator, whose state cannot be followed")])
 
 
+@pytest.mark.parametrize(
+    "value", [weakref.ref(Schedule), ContextVar("v"), threading.local(), array.array("d", [1.0]), ctypes.c_double(1.0)]
+)
+def test_objects_that_hide_their_values_are_refused(value):
+    model = Net()
+    model.hiding = value
+    with pytest.raises(TypeError, match=f"Net.hiding is a {type(value).__name__}, whose state cannot be followed"):
+        State(model, F.cross_entropy)
+
+
+def test_other_threads_seed_and_print_while_a_step_is_recorded(recorded):
+    done, errors, num_lines = threading.Event(), [], 0
+
+    def work():
+        nonlocal num_lines
+        while not done.is_set():
+            try:
+                torch.manual_seed(0)
+                print("line")
+            except BaseException as error:
+                errors.append(error)
+            num_lines += 1
+            time.sleep(0.001)
+
+    with redirect_stdout(io.StringIO()) as printed:
+        thread = threading.Thread(target=work)
+        thread.start()
+        step = SGDStep(Net(), learning_rate=0.1)
+        for _ in range(3):
+            step(*batch_of())
+        done.set()
+        thread.join()
+    assert errors == []
+    assert printed.getvalue().count("line") == num_lines > 0
+    assert isinstance(*step._graphs.values(), CompiledStep)
+
+
 FALLBACK = "SGDStep runs as with compiled=False, because {}."
 
 
@@ -322,7 +405,89 @@ def set_global(value):
     globals()["SCALE"] = value
 
 
+class Slope(nn.LeakyReLU):
+    """A part of torch with a property of the user's."""
+
+    @property
+    def negative_slope(self):
+        return SCALE
+
+    @negative_slope.setter
+    def negative_slope(self, value):
+        pass
+
+
+class Made:
+    """Objects that read a global variable where Python calls them."""
+
+    def __init__(self):
+        self.scale = SCALE
+
+    def __getitem__(self, i):
+        return SCALE
+
+    def __enter__(self):
+        return SCALE
+
+    def __exit__(self, *args):
+        pass
+
+
+sys.modules["settings_of_this_test"] = IMPORTED = ModuleType("settings_of_this_test")
+TABLE, ITEMS, MADE, SLOPE, EVENT = {}, UserDict(), Made(), Slope(), threading.Event()
+OTHER = nn.Linear(4, 4, dtype=torch.float64)
+
+
+def imports(self, h):
+    from settings_of_this_test import scale
+
+    return h * scale
+
+
+def enters(self, h):
+    with MADE as scale:
+        return h * scale
+
+
+def rename_key(value):
+    TABLE.clear()
+    TABLE[value] = True
+
+
+def rename_attribute(model, value):
+    for name in ("flag_a", "flag_b"):
+        vars(model).pop(name, None)
+    setattr(model, "flag_a" if value > 1 else "flag_b", True)
+
+
 CHANGES = {
+    "key": (lambda self, h: h * max(TABLE), lambda model, value: rename_key(value)),
+    "name": (lambda self, h: 2 * h if hasattr(self, "flag_a") else h, rename_attribute),
+    "shape": (
+        lambda self, h: h * len(self.array),
+        lambda model, value: setattr(model, "array", np.ones((int(2 * value), int(2 / value)))),
+    ),
+    "import": (imports, lambda model, value: setattr(IMPORTED, "scale", value)),
+    "making": (lambda self, h: h * Made().scale, lambda model, value: set_global(value)),
+    "indexing": (lambda self, h: h * MADE[0], lambda model, value: set_global(value)),
+    "entering": (enters, lambda model, value: set_global(value)),
+    "overriding": (lambda self, h: SLOPE(h), lambda model, value: set_global(value)),
+    "by name": (lambda self, h: h * getattr(Net, f"{'fac'}tor"), lambda model, value: setattr(Net, "factor", value)),
+    "user dict": (lambda self, h: h * ITEMS["scale"], lambda model, value: ITEMS.update(scale=value)),
+    "event": (
+        lambda self, h: -h if EVENT.is_set() else h,
+        lambda m, value: (EVENT.set if value > 1 else EVENT.clear)(),
+    ),
+    "other module": (
+        lambda self, h: OTHER(h),
+        lambda model, value: setattr(OTHER, "weight", nn.Parameter(value * torch.ones(4, 4, dtype=torch.float64))),
+    ),
+    "other data": (
+        lambda self, h: OTHER(h),
+        lambda model, value: setattr(
+            OTHER.weight, "data", (value * torch.arange(16.0, dtype=torch.float64)).view(4, 4).t()
+        ),
+    ),
     "attribute": (lambda self, h: h * self.scale, lambda model, value: setattr(model, "scale", value)),
     "list": (lambda self, h: h * self.limits[0], lambda model, value: model.limits.__setitem__(0, value)),
     "array": (lambda self, h: h * float(self.array[0]), lambda model, value: model.array.__setitem__(0, value)),
@@ -335,7 +500,7 @@ CHANGES = {
 }
 
 
-FIRST = ["attribute", "object", "global"]
+FIRST = ["attribute", "object", "global", "key", "name", "import", "indexing", "overriding", "other module"]
 
 
 @pytest.mark.parametrize("kind", FIRST + [pytest.param(k, marks=pytest.mark.slow) for k in CHANGES if k not in FIRST])
@@ -449,7 +614,20 @@ def new_bias(model):
     model.last.bias = nn.Parameter(torch.ones(2, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("change", "num_graphs"), [(reload, 1), (new_layer, 2), (new_data, 1), (new_bias, 1)])
+def turned(model):
+    model.last.weight.data = model.last.weight.data.t().contiguous().t()
+    model.first.weight.data = model.first.weight.data.flip(0)[:4]
+
+
+def narrowed(model):
+    model.first.weight.data, model.first.bias.data = model.first.weight.data[:2], model.first.bias.data[:2]
+    model.mean.data, model.last.weight.data = model.mean.data[:2], model.last.weight.data[:, :2].contiguous()
+
+
+CASES = [(reload, 1), (new_layer, 2), (new_data, 1), (new_bias, 1), (turned, 2), (narrowed, 2)]
+
+
+@pytest.mark.parametrize(("change", "num_graphs"), CASES)
 def test_tensors_that_take_the_places_of_others_are_trained(recorded, change, num_graphs):
     found = compare(Net, 6, lambda model, i: change(model) if i == 3 else None)
     assert found == (num_graphs, [])
@@ -610,6 +788,43 @@ def test_a_batch_of_any_kind_with_a_loss_of_the_model_and_the_batch(recorded):
     objective = ClosureLoss(model := Net(), lambda: weighted(model, as_dict(2.0)))
     expected = stacked_gradient(objective, params_of(model), generator=seeded())
     assert torch.equal(SGDStep(model, weighted, learning_rate=0.1, generator=seeded())(as_dict(2.0)), expected.loss)
+
+
+def test_numbers_in_the_batch_that_keep_changing_run_without_graphs(recorded):
+    batches = [(as_dict(float(i)),) for i in range(12)] + [(as_dict(2.0),)] * 2
+    cause = f"the Python values or the structure of the batch keep changing, so far {step_module.MAX_STATES} times; "
+    cause += "pass numbers that change as tensors"
+    assert compare(Net, batches, loss=weighted) == (1, [FALLBACK.format(cause)])
+
+
+@pytest.mark.parametrize("view", [torch.conj, lambda x: x.conj().imag], ids=["conjugate", "negative"])
+def test_a_batch_that_is_a_view_of_its_conjugate(recorded, view):
+    z = torch.complex(X, X.flip(0))
+    plain = z if view is torch.conj else z.imag.contiguous()
+    message = "a tensor is a view that conjugates or negates another; use .resolve_conj() or .resolve_neg()"
+    batches = [(plain, Y)] * 3 + [(view(z).reshape(plain.shape), Y)] * 2
+
+    def loss(model, batch):
+        x, labels = batch
+        return F.cross_entropy(model(x.real.clone() + (x.imag if x.is_complex() else 0)), labels)
+
+    found = compare(Net, [(batch,) for batch in batches], loss=loss)
+    assert found == (1, [FALLBACK.format(message)])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda step: pickle.loads(pickle.dumps(step))])
+def test_a_copy_of_a_compiled_step_trains_its_own_model(recorded, copied):
+    torch.manual_seed(0)
+    step = SGDStep(nn.Linear(3, 2), learning_rate=0.1)
+    batch = batch_of(torch.float32)
+    for _ in range(3):
+        step(*batch)
+    before, twin = step.model.weight.clone(), copied(step)
+    for _ in range(3):
+        twin(*batch)
+    assert torch.equal(step.model.weight, before)
+    assert not torch.equal(twin.model.weight, before)
+    assert isinstance(*twin._graphs.values(), CompiledStep)
 
 
 def test_batches_that_a_graph_cannot_take(recorded):
