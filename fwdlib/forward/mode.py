@@ -57,7 +57,7 @@ METADATA = {
     ),
     *(Tensor.retain_grad, Tensor.is_floating_point, Tensor.is_complex),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.get_device),
-    *(Tensor.element_size, Tensor.is_contiguous),
+    Tensor.element_size,
     *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor),
 }
 

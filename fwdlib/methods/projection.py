@@ -8,7 +8,7 @@ from torch import Tensor
 from fwdlib.checks import check_choice, check_count
 from fwdlib.estimators import GradientEstimate
 from fwdlib.forward.derivatives import derivatives_along
-from fwdlib.objectives import Objective, through_hooks
+from fwdlib.objectives import Objective, check_objective, through_hooks
 from fwdlib.tangents import AnyGenerator, Params, Sampler, sample_tangents, weighted_sum
 
 RESCALES = ("unbiased",)
@@ -71,7 +71,7 @@ def projected_gradient(
     Raises:
         ValueError: if ``num_tangents`` or ``chunk_size`` is below 1, ``tangents`` or ``rescale`` is unknown, there are
             no parameters, or the objective is not a scalar.
-        TypeError: if a parameter is not a real floating tensor.
+        TypeError: if a parameter is not a real floating tensor, or as :func:`fwdlib.forward_gradient`.
 
     Example:
         >>> objective = lambda p: (p["x"] ** 2).sum()
@@ -86,6 +86,7 @@ def projected_gradient(
         check_choice("rescale", rescale, RESCALES)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
+    check_objective(objective, params)
     sampled = sample_tangents(params, num_tangents, tangents, generator)
     found = derivatives_along(objective, params, sampled, chunk_size=chunk_size)
     sampled = found.trained(sampled)

@@ -180,7 +180,12 @@ def primal_of(x: Any) -> Any:
 
 def primals_of(tree: Any) -> Any:
     """Return a nest of lists, tuples and dicts with every dual replaced by its primal."""
-    return tree_map(primal_of, tree)
+    return tree_map(primal_of, tree, is_leaf=is_size)
+
+
+def is_size(x: Any) -> bool:
+    """Return whether ``x`` is a ``torch.Size``, which must not become another tuple: ``x.new(size)`` reads both."""
+    return isinstance(x, torch.Size)
 
 
 def function_name(func: Callable) -> str:

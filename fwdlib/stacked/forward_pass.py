@@ -22,7 +22,7 @@ from fwdlib.forward.by_backward import jvp_by_backward
 from fwdlib.forward.mode import METADATA, OF_THE_TAPE, SET_REQUIRES_GRAD, as_on_tape, check_no_hook, repeats
 from fwdlib.forward.passes import Refusal
 from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of
-from fwdlib.stacked.dual import OTHER_ENGINE, Dual, Passes, function_name, joined, pad_rows, primals_of
+from fwdlib.stacked.dual import OTHER_ENGINE, Dual, Passes, function_name, is_size, joined, pad_rows, primals_of
 from fwdlib.stacked.in_place import InPlace, in_place
 from fwdlib.stacked.perturbations import Perturbation
 from fwdlib.stacked.special import SPECIAL
@@ -287,7 +287,7 @@ class Pass(TorchFunctionMode):
             return given[id(x)][1]
 
         self._check_fresh((args, kwargs))
-        args, kwargs = tree_map(primal_of, (args, kwargs))
+        args, kwargs = tree_map(primal_of, (args, kwargs), is_leaf=is_size)
         found = func(*args, **kwargs)
         if any(primal.shape != x.shape for x, primal in given.values()):
             raise Refusal(_moved(func))

@@ -33,7 +33,7 @@ _constant(Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.item, Tensor.
 _constant(Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__format__, Tensor.__repr__)
 _constant(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like)
 _constant(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor)
-_constant(Tensor.stride)
+_constant(Tensor.stride, Tensor.is_contiguous)
 _constant(Tensor.long, Tensor.int, Tensor.short, Tensor.char, Tensor.byte, Tensor.bool)
 
 

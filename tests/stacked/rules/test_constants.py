@@ -13,6 +13,7 @@ from fwdlib.tangents import random_signs
 alone = [torch.argmax, Tensor.argmax, torch.argmin, Tensor.argmin, torch.argsort, Tensor.argsort, torch.isnan]
 alone += [torch.isinf, torch.isfinite, Tensor.isnan, Tensor.isinf, Tensor.isfinite, Tensor.detach, torch.detach]
 alone += [Tensor.data.__get__, Tensor.tolist, Tensor.__repr__, torch.zeros_like, torch.ones_like, Tensor.stride]
+alone += [Tensor.is_contiguous]
 alone += [Tensor.long, Tensor.int, Tensor.short, Tensor.char, Tensor.byte, Tensor.bool]
 comparisons = [torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne]
 comparisons += [Tensor.gt, Tensor.ge, Tensor.lt, Tensor.le, Tensor.eq, Tensor.ne]

@@ -26,3 +26,11 @@ def test_layout_is_torchs(name, num_tangents):
         return h * (y.as_strided((6,), (1,)) + sum(y.stride()))
 
     assert_as_backprop(lambda: Net(body), num_tangents)
+
+
+def test_layout_is_asked_of_the_primal():
+    def body(model, h):
+        drawn = torch.distributions.Exponential(h.exp()).sample()
+        return h * (2 if h.t().is_contiguous() else 3) * (2 if h.is_contiguous() else 5) + 0 * drawn
+
+    assert_as_backprop(lambda: Net(body))
