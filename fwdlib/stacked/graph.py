@@ -7,6 +7,7 @@ reads the values of tensors, or changes values of its own.
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import math
 import sys
@@ -220,12 +221,15 @@ def _watched(codes: set[CodeType]) -> Iterator[None]:
             refusals.append(Refused(f"the forward pass {cause}"))
             raise refusals[0]
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()  # what runs at a collection is no part of the forward pass
     sys.setprofile(watch)
     try:
         yield
     finally:
-        sys.setprofile(before)
+        sys.setprofile(before) if before is None or callable(before) else before.enable()  # cProfile's is no function
+        if collects:
+            gc.enable()
         if refusals:  # also where the user's code caught it
             raise refusals[0]
 
