@@ -335,9 +335,11 @@ def test_a_parameter_outside_its_domain_is_said_to_be():
     process = ProcessLoss(lambda z, p: z + p["a"].log(), torch.ones((), dtype=DOUBLE), lambda z, p: z, 20)
     with pytest.raises(FloatingPointError, match=r"nan after 1 of 20 steps, with a = -1\. .* domain"):
         sensitivity_gradient(process, numbers(a=-1.0), compiled=False)
-    process = ProcessLoss(lambda z, p: z, torch.zeros((), dtype=DOUBLE), lambda z, p: (z * p["a"]).sqrt(), 2)
+    process = ProcessLoss(lambda z, p: z, torch.zeros((), dtype=DOUBLE), lambda z, p: (z + p["a"]).sqrt(), 2)
     with pytest.raises(FloatingPointError, match="the loss there or its derivative is not"):
-        sensitivity_gradient(process, numbers(a=1.0), compiled=False)
+        sensitivity_gradient(process, numbers(a=0.0), compiled=False)
+    process = ProcessLoss(lambda z, p: z, torch.zeros((), dtype=DOUBLE), lambda z, p: (z * p["a"]).sqrt(), 2)
+    assert sensitivity_gradient(process, numbers(a=1.0), compiled=False).grads["a"] == 0  # whatever a is
 
 
 @pytest.mark.parametrize(
