@@ -7,6 +7,7 @@ place, then and from then on (:func:`either_engine`).
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -193,12 +194,14 @@ def _pass_by_pass(objective: ModelLoss, params: Params, tangents: Params, chunk_
                 rewind()  # the model calls torch.autograd.grad by its own parameters, which takes a tape
                 one = _along(objective, leaves, tangent, requiring_grad(leaves.values()))
             check_depends(one.is_constant, objective, params)
-            first = one if first is None else first
-            _check_same("loss", first.loss, one.loss, first.loss.abs(), 1e-7)
+            if first is None:
+                first = one
+            else:
+                _check_same("loss", first.loss, one.loss, first.loss, 1e-7)
             jvps.append(one.jvps)
         else:
             if num_tangents > 1:
-                _check_same("derivative along the first tangent", jvps[0], jvps.pop(), max(map(abs, jvps)), 1e-5)
+                _check_same("derivative along the first tangent", jvps[0], jvps.pop(), max(jvps, key=abs), 1e-5)
             return one._replace(jvps=torch.stack(jvps))
         rewind()
     return _in_one_pass(objective, params, tangents, chunk_size)
@@ -211,8 +214,8 @@ NO_TAPE_OF = "does not require grad"
 
 def _check_same(what: str, one: Tensor, other: Tensor, size: Tensor, tolerance: float) -> None:
     # Sums may be added up in another order.
-    tolerance = max(tolerance, 10 * torch.finfo(one.dtype).eps)
-    if not torch.allclose(one, other, rtol=0, atol=float(tolerance * size), equal_nan=True):
+    allowed = max(tolerance, 10 * torch.finfo(one.dtype).eps) * abs(size.item())
+    if not torch.allclose(one, other, rtol=0, atol=allowed if math.isfinite(allowed) else 0.0, equal_nan=True):
         raise NotImplementedError(
             f"the {what} was {one.item():.9g} and then {other.item():.9g}: the model or the closure has a state that "
             f"torch's engine, which runs it once for each tangent, cannot restore. {ONE_PASS}"

@@ -249,11 +249,11 @@ class DirectFeedbackAlignment:
         # A layer that is replaced or added later is another part.
         self._network, self._names = network, frozenset(network.tensors())
         self._tables = [table for m in network.modules for table in (m._modules, m._parameters, m._buffers)]
-        self._children = [m._modules.values() for m in network.modules]
+        self._children = [m._modules for m in network.modules]
         self._parts = self._read_parts()
 
     def _read_parts(self) -> tuple[list[str], list[int]]:
-        return [*itertools.chain(*self._tables)], [*map(id, itertools.chain(*self._children))]
+        return [*itertools.chain(*self._tables)], [id(m) for children in self._children for m in children.values()]
 
     def _check_alike(self, network: Network, inputs: Tensor) -> None:
         num_outputs, sites = self._made_for

@@ -184,22 +184,11 @@ CALLED = {"print": "prints", "open": "opens a file", "input": "asks for input"}
 COMPUTED = {"globals", "eval", "exec", "__import__"}
 """Functions through which code reads variables that it does not name."""
 PURE = {
-    *("_abc", "_bisect", "_collections", "_collections_abc", "_decimal", "_functools", "_heapq", "_operator", "_sre"),
-    *(
-        "_random",
-        "_thread",
-        "_weakref",
-        "_weakrefset",
-        "abc",
-        "bisect",
-        "builtins",
-        "cmath",
-        "collections",
-        "contextlib",
-    ),
-    *("copy", "copyreg", "dataclasses", "decimal", "enum", "fractions", "functools", "heapq", "inspect", "itertools"),
-    *("keyword", "logging", "math", "numbers", "operator", "random", "re", "reprlib", "statistics", "string"),
-    *("threading", "types", "typing", "warnings", "weakref"),
+    *("_abc", "_bisect", "_collections", "_collections_abc", "_contextvars", "_decimal", "_functools", "_heapq"),
+    *("_operator", "_random", "_sre", "_thread", "_weakref", "_weakrefset", "abc", "bisect", "builtins", "cmath"),
+    *("collections", "contextlib", "copy", "copyreg", "dataclasses", "decimal", "enum", "fractions", "functools"),
+    *("heapq", "inspect", "itertools", "keyword", "logging", "math", "numbers", "operator", "random", "re"),
+    *("reprlib", "statistics", "string", "threading", "types", "typing", "warnings", "weakref"),
 }
 """Modules of the standard library whose results depend on their arguments, or on what is followed otherwise."""
 INSIDE = ("warnings", "importlib._bootstrap", "_frozen_importlib", "inspect")

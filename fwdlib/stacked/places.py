@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import dis
 import functools
+import io
 import logging
 import random
 import sys
@@ -30,9 +32,12 @@ PACKAGES = {"torch", "torchvision", "numpy", "fwdlib", "sympy", "mpmath", "trito
 """With the standard library, the packages whose global variables and class attributes are taken as constants."""
 HIDDEN = (
     *(Iterator, random.Random, np.random.Generator, np.random.RandomState, torch.Generator, weakref.ref),
-    *(weakref.ProxyType, weakref.CallableProxyType, ContextVar, threading.local, array.array, bytearray, memoryview),
+    *(weakref.ProxyType, weakref.CallableProxyType, threading.local, array.array, bytearray, memoryview),
     *(MappingProxyType, ctypes.Structure.__base__),
 )
+REFUSED_IN_USE = (logging.Filterer, logging.LoggerAdapter, io.IOBase)
+"""Objects whose use in the forward pass refuses the record, so that what they hold does not count."""
+MANAGER = type(contextlib.contextmanager(lambda: iter(()))())
 NOT_FOLLOWED = {
     *("_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
@@ -81,7 +86,7 @@ def is_alike(a: Any, b: Any) -> bool:
 
 
 class Place:
-    """A container of values: a dict, list, set, deque, array, the cells of a closure, or the attributes of an object.
+    """A container of values: a dict, list, set, deque, array, ContextVar, the cells of a closure, or attributes.
 
     Args:
         name: for messages.
@@ -118,7 +123,7 @@ class Place:
             return _Some(lambda _: (owner.tobytes(), owner.shape, owner.dtype.str), [""])
         if isinstance(owner, tuple):
             return _Some(_contents, owner)
-        return owner
+        return _Some(owner.get, [ABSENT]) if isinstance(owner, ContextVar) else owner
 
     def difference(self, before: tuple[tuple, list], after: tuple[tuple, list]) -> str | None:
         """Return the name of a value that is not the same in both results of :meth:`read`, or None."""
@@ -140,6 +145,8 @@ class Place:
             return lambda: (owner.clear(), owner.update(items))
         if isinstance(owner, np.ndarray):
             return functools.partial(np.copyto, owner, owner.copy())
+        if isinstance(owner, ContextVar):
+            return lambda: None if owner.get(ABSENT) is values[0] else owner.set(*values)
         if isinstance(owner, tuple):
             return lambda: [setattr(cell, "cell_contents", value) for cell, value in zip(owner, values, strict=True)]
         return lambda: (owner.clear(), owner.update(values) if isinstance(owner, set) else owner.extend(values))
@@ -251,6 +258,8 @@ class _Finder:
     def _follow(self, value: Any, name: str) -> None:
         if isinstance(value, torch.jit.ScriptModule):
             raise TypeError(f"{name} is in TorchScript")
+        if isinstance(value, REFUSED_IN_USE):
+            return
         if isinstance(value, HIDDEN):
             raise TypeError(f"{name} is a {type(value).__name__}, whose state cannot be followed")
         if isinstance(value, dict):
@@ -260,6 +269,8 @@ class _Finder:
         elif isinstance(value, (list, deque, set, tuple, frozenset)):
             is_fixed = isinstance(value, (tuple, frozenset))
             self._add(value, name, (("[]", x) for x in value), is_fixed=is_fixed)
+        elif isinstance(value, ContextVar):
+            self._add(value, name, [("value", value.get(None))])
         elif isinstance(value, np.ndarray):
             self._places.append(Place(name, value))
             for x in value.flat if value.dtype.hasobject else ():
@@ -272,6 +283,8 @@ class _Finder:
         elif isinstance(value, functools.partial):
             for part in (value.func, value.args, value.keywords):
                 self.visit(part, name)
+        elif isinstance(value, MANAGER):  # as a decorator it is made anew at each call
+            return self.visit((value.func, value.args, value.kwds), name)
         elif isinstance(value, type):
             self._add_class(type(value))
             return self._add_class(value, is_made=True)
@@ -378,13 +391,13 @@ CODE = (FunctionType, property, classmethod, staticmethod, functools.cached_prop
 
 
 def _has_attributes(value: Any) -> bool:
-    # Whether an object may hold values in attributes. Loggers keep notes of their own there.
+    # Whether an object may hold values in attributes.
     module = type(value).__module__
     if not is_library(module):
         return True
     if module.partition(".")[0] in PACKAGES:
         return isinstance(value, (nn.Module, Tensor, Distribution, Transform))
-    return bool(getattr(value, "__dict__", None)) and not isinstance(value, (logging.Logger, logging.LoggerAdapter))
+    return bool(getattr(value, "__dict__", None))
 
 
 @functools.cache

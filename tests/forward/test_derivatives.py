@@ -110,3 +110,11 @@ def test_a_parameter_whose_entries_share_memory_is_refused():
     model.p = nn.Parameter(torch.ones(1, 3).expand(2, 3))
     with pytest.raises(NotImplementedError, match="'p' share memory"):
         forward_grad_(model, lambda: model.p.square().sum(), engine="torch")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_is_returned(value):
+    layer = nn.Linear(2, 1)
+    objective = ClosureLoss(layer, lambda: layer(torch.full((1, 2), value)).sum())
+    found = forward_gradient(objective, params_of(layer), num_tangents=3, tangents="normal", engine="torch")
+    assert not found.loss.isfinite()

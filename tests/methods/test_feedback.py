@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing import assert_close
 
 from fwdlib.data import Dataset
 from fwdlib.estimators import backprop_gradient
@@ -434,3 +435,10 @@ def test_the_drawing_sends_the_error_straight_to_each_block_or_from_one_to_the_n
         arrows = [text for text in axes.texts if getattr(text, "arrow_patch", None)]
         lengths.append(sorted(note.xyann[0] - note.xy[0] for note in arrows if note.xyann[0] > note.xy[0]))
     assert lengths == [[1, 1], [1, 2]]
+
+
+def test_a_rule_can_be_copied():
+    model, inputs = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 3)
+    objective = BatchLoss(model, inputs, torch.tensor([0, 1, 1, 0, 1]))
+    rule = DirectFeedbackAlignment(model, inputs, generator=torch.Generator().manual_seed(0))
+    assert_close(copy.deepcopy(rule)(objective, params_of(model)).grads, rule(objective, params_of(model)).grads)

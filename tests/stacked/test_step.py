@@ -16,7 +16,7 @@ import time
 import warnings
 import weakref
 from collections import UserDict
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from types import ModuleType, SimpleNamespace
 
@@ -333,7 +333,7 @@ def test_values_that_cannot_be_followed_are_refused_by_name(recorded):
 
 
 @pytest.mark.parametrize(
-    "value", [weakref.ref(Schedule), ContextVar("v"), threading.local(), array.array("d", [1.0]), ctypes.c_double(1.0)]
+    "value", [weakref.ref(Schedule), threading.local(), array.array("d", [1.0]), ctypes.c_double(1.0)]
 )
 def test_objects_that_hide_their_values_are_refused(value):
     model = Net()
@@ -460,7 +460,24 @@ def rename_attribute(model, value):
     setattr(model, "flag_a" if value > 1 else "flag_b", True)
 
 
+VARIABLE = ContextVar("VARIABLE", default=1.0)
+LOGGER = logging.getLogger("tests.step")
+
+
+@contextmanager
+def managed():
+    yield
+
+
+@managed()
+def under_a_manager(h):
+    if h is None:
+        LOGGER.warning("never")
+    return h * VARIABLE.get()
+
+
 CHANGES = {
+    "context variable": (lambda self, h: under_a_manager(h), lambda model, value: VARIABLE.set(value)),
     "key": (lambda self, h: h * max(TABLE), lambda model, value: rename_key(value)),
     "name": (lambda self, h: 2 * h if hasattr(self, "flag_a") else h, rename_attribute),
     "shape": (
