@@ -39,7 +39,7 @@ from fwdlib.tangents import AnyGenerator, Params, is_transformed
 T = TypeVar("T")
 
 _REFUSED: weakref.WeakSet = weakref.WeakSet()  # models and functions that the stacked engine has refused
-_TAKEN: weakref.WeakSet = weakref.WeakSet()  # models that it has taken before
+_TAKEN: weakref.WeakSet = weakref.WeakSet()  # those that it has taken before
 
 
 class Derivatives(NamedTuple):
@@ -114,23 +114,23 @@ def either_engine(
         generator: where ``stacked`` draws from. After a refusal it, torch's global generator and the model's buffers
             are as before.
     """
-    model, refused = (objective.model,) * 2 if isinstance(objective, ModelLoss) else (nn.Module(), objective)
+    model, key = (objective.model,) * 2 if isinstance(objective, ModelLoss) else (nn.Module(), objective)
     try:
-        is_refused = refused in _REFUSED
+        is_refused = key in _REFUSED
     except TypeError:  # an object without weak references, or without a hash
-        is_refused, refused = False, model
+        is_refused, key = False, model
     if is_refused:
         return torch_engine()
-    rewind = Rewind(model, generator, only_torch=model in _TAKEN)
+    rewind = Rewind(model, generator, only_torch=key in _TAKEN)
     try:
         found = stacked()
     except (NotImplementedError, RuntimeError, TypeError, LookupError, AttributeError, AssertionError):
         rewind()  # an error of the model's own comes again in torch's engine; any other is the stacked engine's fault
     else:
-        _TAKEN.add(model)
+        _TAKEN.add(key)
         return found
     found = torch_engine()
-    _REFUSED.add(refused)
+    _REFUSED.add(key)
     return found
 
 

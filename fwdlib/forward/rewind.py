@@ -128,6 +128,8 @@ class Rewind:
             NotImplementedError: if a parameter was changed.
         """
         for holder, before in self._containers:
+            if _ids(holder) == _ids(before):
+                continue  # some dicts let nobody change them
             holder.clear()
             (holder.extend if isinstance(holder, (list, deque)) else holder.update)(before)
         for p, place in self._places:
@@ -152,7 +154,12 @@ CHANGING = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_p
 
 
 def _is_state(value: Tensor | np.ndarray, depth: int) -> bool:
-    return depth == DEPTH or value.nbytes <= MOST_BYTES
+    size = value.numel() * value.element_size() if isinstance(value, Tensor) else value.nbytes
+    return depth == DEPTH or size <= MOST_BYTES
+
+
+def _ids(holder: Collection) -> list[int]:
+    return [*map(id, itertools.chain(holder, holder.values()) if isinstance(holder, dict) else holder)]
 
 
 def _place(p: Tensor) -> tuple[int, int]:

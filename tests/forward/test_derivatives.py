@@ -105,6 +105,22 @@ def test_a_frozen_parameter_may_be_among_those_of_the_estimate():
     assert_close(one.jvps, other.jvps)
 
 
+class Frozen(dict):
+    """A dict that nobody may change."""
+
+    def update(self, *_, **__):
+        raise TypeError("frozen")
+
+
+def test_what_a_pass_does_not_change_is_left_alone():
+    model = nn.Linear(2, 1)
+    model.config, model.masks = Frozen(size=1), [torch.eye(2).to_sparse()]
+    forward_gradient(
+        ClosureLoss(model, lambda: model(torch.ones(1, 2)).sum()), params_of(model), num_tangents=2, engine="torch"
+    )
+    assert model.config == {"size": 1}
+
+
 def test_a_parameter_whose_entries_share_memory_is_refused():
     model = nn.Module()
     model.p = nn.Parameter(torch.ones(1, 3).expand(2, 3))
