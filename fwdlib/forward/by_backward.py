@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
@@ -45,6 +46,31 @@ def is_differentiable(x: Any) -> bool:
     """Return whether ``x`` is a tensor that can have a derivative."""
     is_number = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
     return is_number and x.layout is torch.strided and not x.is_nested
+
+
+def tangent_of(x: Any) -> Tensor | None:
+    """Return the tangent of ``x`` in the current dual level, None if it has none.
+
+    As ``forward_ad.unpack_dual(x).tangent``, which takes ten times as long.
+    """
+    level = forward_ad._current_level
+    if level < 0 or not is_differentiable(x):
+        return None
+    return torch._C._VariableFunctions._unpack_dual(x, level=level)[1]
+
+
+def leaves_on_tape(x: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that require a gradient and that ``x`` was computed from, by autograd's tape."""
+    seen, queue = set(), [x.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
+        queue += [following for following, _ in node.next_functions]
 
 
 def jvp_by_backward(

@@ -19,7 +19,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-from fwdlib.forward.by_backward import OTHERS
+from fwdlib.forward.by_backward import OTHERS, leaves_on_tape
 from fwdlib.forward.mode import ForwardMode, quiet_vmap, tangents_on, without_tape
 from fwdlib.forward.padding import Padding, without_rows
 from fwdlib.forward.passes import Refusal
@@ -372,19 +372,13 @@ def _check_tape(loss: Tensor, params: Params) -> None:
     # What was computed from the parameters before the pass has a tape, and no tangent.
     if any(p.requires_grad for p in params.values()):
         return  # the pass itself keeps a tape
-    ids, seen, queue = {id(p): name for name, p in params.items()}, set(), [loss.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        name = ids.get(id(getattr(node, "variable", None)))
-        if name is not None:
+    names = {id(p): name for name, p in params.items()}
+    for leaf in leaves_on_tape(loss):
+        if id(leaf) in names:
             raise NotImplementedError(
-                f"the loss depends on a tensor that was computed from the parameter {name!r} before the pass. Compute "
-                f"it in the forward pass, or use x.detach() if it is to count as a constant."
+                f"the loss depends on a tensor that was computed from the parameter {names[id(leaf)]!r} before the "
+                f"pass. Compute it in the forward pass, or use x.detach() if it is to count as a constant."
             )
-        queue += [following for following, _ in node.next_functions]
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from fwdlib.forward import by_backward, passes
-from fwdlib.forward.by_backward import LACKS, OTHERS, fails_in_silence, is_differentiable, jvp_by_backward
+from fwdlib.forward.by_backward import LACKS, OTHERS, fails_in_silence, jvp_by_backward, tangent_of
 from fwdlib.forward.padding import Padding
 from fwdlib.forward.passes import NoTape, Refusal
 from fwdlib.forward.replacements import CONTEXTS, REPLACEMENTS
@@ -155,7 +155,7 @@ class ForwardMode(TorchFunctionMode):
     def _has_gradient(self, x: Any) -> bool:
         # Whether backprop would keep a tape for x, which has a tangent here.
         is_inside = torch._C._functorch.maybe_current_level() != self._level  # a transform of the model's own
-        return id(x) in self._names or (not is_inside and _tangent(x) is not None)
+        return id(x) in self._names or (not is_inside and tangent_of(x) is not None)
 
     def _asked(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         if func in OF_THE_TAPE and self._has_gradient(args[0]):
@@ -177,7 +177,7 @@ class ForwardMode(TorchFunctionMode):
         return x
 
     def _apply_function(self, cls: type[torch.autograd.Function], args: tuple) -> Any:
-        if is_transformed() or all(_tangent(x) is None for x in args):
+        if is_transformed() or all(tangent_of(x) is None for x in args):
             return NotImplemented
         check_no_hook(cls)
         if by_backward.is_checkpoint(cls):
@@ -237,17 +237,13 @@ def _name_of(func: Callable) -> str:
     return getattr(func, "__qualname__", None) or resolve_name(func) or str(func)
 
 
-def _tangent(x: Any) -> Tensor | None:
-    return forward_ad.unpack_dual(x).tangent if is_differentiable(x) else None
-
-
 def _by_backward(func: Callable, args: tuple, kwargs: dict, own: Collection[int], name: str | None = None) -> Any:
     # The call with tangents, by means of the function's backward pass.
     name = name or _name_of(func)
     call, leaves = by_backward.with_tree(func, args, kwargs)
     if any(isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves):
         raise Refusal(f"inside torch.func's transforms {name} loses its tangents. {OTHERS}")
-    tangents = [_tangent(x) for x in leaves]
+    tangents = [tangent_of(x) for x in leaves]
     if all(v is None for v in tangents):
         return func(*args, **kwargs)
     if any(_has_tape(x) for x in leaves if id(x) not in own):

@@ -20,7 +20,7 @@ from torch.nn import _reduction as _Reduction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from fwdlib.forward.by_backward import with_tree
+from fwdlib.forward.by_backward import tangent_of, with_tree
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -142,7 +142,7 @@ def _of_real(func: Callable, differentiated: Callable) -> Callable:
         matrix = args[0] if args else kwargs["input"]
         if not matrix.is_complex():
             return differentiated(*args, **kwargs)
-        if _tangent(matrix) is not None:
+        if tangent_of(matrix) is not None:
             raise NotImplementedError(f"Trying to use forward AD with {func.__name__} of a complex matrix")
         return func(*args, **kwargs)
 
@@ -225,28 +225,22 @@ def _steep(func: Callable) -> Callable:
         y = func(*args, **kwargs)
         if len(args) == 2 and isinstance(args[1], (int, float)) and args[1] >= 1:  # such a power has finite slopes
             return y
-        tangent = _tangent(y)
+        tangent = tangent_of(y)
         if tangent is None:
             return y
-        own = [x for x in (*args, *kwargs.values()) if _tangent(x) is not None]
+        own = [x for x in (*args, *kwargs.values()) if tangent_of(x) is not None]
         if len(own) == 1:
-            tangent.masked_fill_(_tangent(own[0]) == 0, 0)
+            tangent.masked_fill_(tangent_of(own[0]) == 0, 0)
             return y
         on, leaves = with_tree(func, args, kwargs)
-        places = [i for i, x in enumerate(leaves) if _tangent(x) is not None]
+        places = [i for i, x in enumerate(leaves) if tangent_of(x) is not None]
         tangent.zero_()
         for i in places:
             alone = on(*(x.detach() if j in places and j != i else x for j, x in enumerate(leaves)))
-            tangent.add_(_tangent(alone).masked_fill(_tangent(leaves[i]) == 0, 0))
+            tangent.add_(tangent_of(alone).masked_fill(tangent_of(leaves[i]) == 0, 0))
         return y
 
     return call
-
-
-def _tangent(x: Any) -> Tensor | None:
-    # As forward_ad.unpack_dual(x).tangent, which takes ten times as long.
-    level = forward_ad._current_level
-    return torch._C._VariableFunctions._unpack_dual(x, level=level)[1] if level >= 0 and isinstance(x, Tensor) else None
 
 
 def _constant_at(value: float, func: Callable) -> Callable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections import deque
@@ -65,7 +66,8 @@ class Rewind:
         if torch.cuda.is_initialized():
             tensors = itertools.chain(self._model.parameters(), self._model.buffers())
             for device in {x.device for x in tensors if x.is_cuda}:
-                self._states.append((lambda state, at=device: torch.cuda.set_rng_state(state, at), _cuda_state(device)))
+                restore = functools.partial(torch.cuda.set_rng_state, device=device)
+                self._states.append((restore, torch.cuda.get_rng_state(device)))
         if not only_torch:
             self._states += [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state())]
 
@@ -164,7 +166,3 @@ def _ids(holder: Collection) -> list[int]:
 
 def _place(p: Tensor) -> tuple[int, int]:
     return p._version, p.data_ptr()
-
-
-def _cuda_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device)

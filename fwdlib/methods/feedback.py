@@ -248,12 +248,12 @@ class DirectFeedbackAlignment:
     def _know(self, network: Network) -> None:
         # A layer that is replaced or added later is another part.
         self._network, self._names = network, frozenset(network.tensors())
-        self._tables = [table for m in network.modules for table in (m._modules, m._parameters, m._buffers)]
-        self._children = [m._modules for m in network.modules]
         self._parts = self._read_parts()
 
     def _read_parts(self) -> tuple[list[str], list[int]]:
-        return [*itertools.chain(*self._tables)], [id(m) for children in self._children for m in children.values()]
+        modules = self._network.modules
+        names = itertools.chain.from_iterable((*m._modules, *m._parameters, *m._buffers) for m in modules)
+        return [*names], [id(child) for m in modules for child in m._modules.values()]
 
     def _check_alike(self, network: Network, inputs: Tensor) -> None:
         num_outputs, sites = self._made_for

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from fwdlib.forward import by_backward, passes
-from fwdlib.forward.by_backward import jvp_by_backward
+from fwdlib.forward.by_backward import jvp_by_backward, leaves_on_tape
 from fwdlib.forward.mode import METADATA, OF_THE_TAPE, SET_REQUIRES_GRAD, as_on_tape, check_no_hook, repeats
 from fwdlib.forward.passes import Refusal
 from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of
@@ -406,21 +406,14 @@ class Pass(TorchFunctionMode):
                 self._check_visible(value)
 
     def _check_tape(self, value: Tensor) -> None:
-        seen, queue = set(), [value.grad_fn]
-        while queue:
-            node = queue.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and (self.has_tangents(leaf) or leaf is FILLED):
+        for leaf in leaves_on_tape(value):
+            if self.has_tangents(leaf) or leaf is FILLED:
                 name = self.name_of(leaf)
                 raise Refusal(
                     f"a tensor was computed from {f'the parameter {name!r}' if name else 'a tensor with tangents'} "
                     f"below torch's function overrides: by TorchScript, a torch.func transform, a "
                     f"torch.autograd.Function, or code in C++. The stacked engine cannot see such calls. {OTHER_ENGINE}"
                 )
-            queue += [following for following, _ in node.next_functions]
 
     def _apply_function(self, cls: type[torch.autograd.Function], args: tuple) -> Any:
         # The call cls.apply(*args), which is no function that comes to __torch_function__.
