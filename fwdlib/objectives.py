@@ -367,10 +367,11 @@ def requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 def own_params(own: Params, params: Params) -> Params | None:
     """Return the ``own`` tensors of these names if ``params`` are the same memory with the same layout, else None."""
-    if all(name in own and _is_same(p, own[name]) for name, p in params.items()):
+    if all(name in own and is_same(p, own[name]) for name, p in params.items()):
         return {name: own[name] for name in params}
     return None
 
 
-def _is_same(p: Tensor, own: Tensor) -> bool:
+def is_same(p: Tensor, own: Tensor) -> bool:
+    """Return whether two tensors are the same memory with the same layout."""
     return p.data_ptr() == own.data_ptr() and p.shape == own.shape and p.stride() == own.stride()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
@@ -12,8 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 from fwdlib.checks import check_count
+from fwdlib.methods.programs import Programs
 from fwdlib.objectives import check_scalar
-from fwdlib.stacked.state import State
 from fwdlib.tangents import Params
 
 Tree = Any
@@ -173,19 +172,6 @@ class ProcessLoss:
             state = self.advance(state, params, done, self.inputs_between(done, moment), moment - done)
             total, done = total + self.loss_at(moment, state, params), moment
         return total
-
-
-@dataclasses.dataclass
-class Programs:
-    """The compiled chunks of a process, by their length and by the layout of their arguments."""
-
-    state: State | None = None
-    known: dict[tuple, Callable] = dataclasses.field(default_factory=dict)
-    plans: dict[tuple, tuple[int, Callable]] = dataclasses.field(default_factory=dict)
-    elementwise: set[tuple] = dataclasses.field(default_factory=set)
-    """The parameters for which the step was found to be element-wise, with all shapes."""
-    is_used: bool = False
-    is_refused: bool = False
 
 
 def parted(state: Tree) -> tuple[list[Tensor], list[Tensor]]:

@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_structure, tree_unflatten
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_structure, tree_unflatten
 
 from fwdlib import runtime
 from fwdlib.forward.derivatives import either_engine, pushforward, repeated_pushforward, unrolled_pushforward
 from fwdlib.methods.process import ProcessLoss, Tree, is_inexact, parted
+from fwdlib.methods.programs import Step
 from fwdlib.stacked.batches import describe
 from fwdlib.stacked.estimator import stacked_pushforward
-from fwdlib.stacked.graph import Recorded, cause_of, compiled, is_elementwise, record_function
-from fwdlib.stacked.state import State
+from fwdlib.stacked.graph import Recorded, cause_of, is_elementwise, record
 from fwdlib.tangents import Params
 
 MAX_OPERATIONS = 1_500
@@ -45,9 +45,6 @@ class Moment(NamedTuple):
     """The state's derivatives along the K tangents, shape (K, ...) for a tensor of shape (...); None for integers."""
 
 
-EMPTY = nn.Module()
-
-
 class Layout(NamedTuple):
     """How parameters and state lie in a list of tensors, which is what a graph takes.
 
@@ -72,10 +69,20 @@ class Layout(NamedTuple):
         return params, tree_unflatten([next(rest) if has else next(others) for has in self.has_tangents], self.spec)
 
 
-def is_current(process: ProcessLoss) -> bool:
-    """Return whether there are compiled steps of a process, made with the Python values that the step reads now."""
-    state = process.programs.state
-    return state is not None and state.is_current(EMPTY, process.step)
+def find_step(process: ProcessLoss, params: Params, state: Tree, *, trace: bool = True) -> Step | None:
+    """Return the graph of a process's step, for the Python values that it reads now.
+
+    Args:
+        process: the process.
+        params: the point.
+        state: a state.
+        trace: whether to make one if there is none.
+
+    Raises:
+        Exception: if it cannot be traced.
+    """
+    inputs = tree_map(lambda x: x[0], process.inputs_between(0, 1))
+    return process.programs.step(process.step, state, params, inputs, trace=trace)
 
 
 class Run:
@@ -109,9 +116,8 @@ class Run:
         num = min(self._size, last - first)
         if self._programs is not None:
             num = num if num in self._programs else 1
-            program, constants = self._programs[num]
             inputs = tree_leaves(self._process.inputs_between(first, first + num)) if self._process.inputs else ()
-            found = program(*self.rows, *inputs, *constants)
+            found = self._programs[num](*self.rows, *inputs)
         else:
             point, tangents, others = self.layout.cut(self.rows)
             steps = self._steps(first, num, others, self._process.inputs_between(first, first + num))
@@ -148,21 +154,20 @@ class Run:
         return steps
 
     def _compile(self) -> None:
-        programs = self._process.programs
-        if not is_current(self._process):
-            programs.state, programs.known, programs.plans = State(EMPTY, self._process.step), {}, {}
-            programs.elementwise = set()
+        point, _, others = self.layout.cut(self.rows)
+        params, state = self.layout.uncut(point, others)
+        self._process.advance(state, params, 0, self._process.inputs_between(0, 1), 1)  # which says what is wrong
+        step = find_step(self._process, params, state)
         key = (tuple(self.layout.names), str(self.layout.spec), *self._active(), *map(describe, self._arguments(1)))
         gaps = [last - first for first, last in itertools.pairwise([0, *self._process.moments])]
-        if key not in programs.plans:
+        if key not in step.plans:
             one, push = self._record_one()
-            programs.plans[key] = _chunk_size(gaps, self._largest(one.num_operations, push)), push
-        self._size, push = programs.plans[key]
+            step.plans[key] = _chunk_size(gaps, self._largest(one.num_operations, push)), push
+        self._size, push = step.plans[key]
         for num in {self._size} | ({1} if any(gap % self._size for gap in gaps) else set()):
-            if (key, num) not in programs.known:  # the process that shares these programs may have other gaps
-                recorded = self._record(num, push)
-                programs.known[key, num] = compiled(recorded, self._arguments(num)), recorded.constants
-        self._programs = {num: program for (of, num), program in programs.known.items() if of == key}
+            if (key, num) not in step.programs:  # the process that shares these programs may have other gaps
+                step.programs[key, num] = step.compile(self._record(num, push), self._arguments(num))
+        self._programs = {num: program for (of, num), program in step.programs.items() if of == key}
 
     def _arguments(self, num: int) -> list[Tensor]:
         return [*self.rows, *tree_leaves(self._process.inputs_between(0, num))]
@@ -171,19 +176,12 @@ class Run:
         # A graph of some steps, and of their derivatives by one of the engines.
         spec, num_rows = tree_structure(self._process.inputs_between(0, num)), len(self.rows)
 
-        def steps_of(arguments: Sequence[Tensor]) -> tuple[Callable, Params, Params]:
-            point, tangents, others = self.layout.cut(arguments[:num_rows])
-            inputs = tree_unflatten(list(arguments[num_rows:]), spec)
-            return self._steps(0, num, others, inputs), point, tangents
-
         def along(*arguments: Tensor) -> list[Tensor]:
-            return [x.contiguous() for part in push(*steps_of(arguments)) for x in part]
+            point, tangents, others = self.layout.cut(arguments[:num_rows])
+            steps = self._steps(0, num, others, tree_unflatten(list(arguments[num_rows:]), spec))
+            return [x.contiguous() for part in push(steps, point, tangents) for x in part]
 
-        def plain(*arguments: Tensor) -> Tree:
-            steps, point, _ = steps_of(arguments)
-            return steps(point)
-
-        return record_function(along, self._arguments(num), self._process.programs.state, plain, MAX_OPERATIONS)
+        return record(along, self._arguments(num), MAX_OPERATIONS)
 
     def _record_one(self) -> tuple[Recorded, Callable]:
         # A graph of one step, and the engine that suits it best.

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from fwdlib import runtime
 from fwdlib.estimators import GradientEstimate, combined
 from fwdlib.methods.process import ProcessLoss, is_inexact, parted
-from fwdlib.methods.process_runs import Layout, Moment, Run, either, is_current
+from fwdlib.methods.process_runs import Layout, Moment, Run, either, find_step
 from fwdlib.objectives import requiring_grad
 from fwdlib.tangents import AnyGenerator, Params, Sampler, check_params, count_tangents, divisor_of, sample_tangents
 
@@ -166,9 +166,10 @@ def online_gradient(
     """
     check_params(params)
     params = {name: p.detach() for name, p in params.items()}
-    ones, known = _ones(params, elementwise), objective.programs.elementwise
+    ones = _ones(params, elementwise)
+    step = find_step(objective, params, objective.start(params), trace=False)
     key = (*elementwise, *((name, p.shape) for name, p in params.items()))
-    if key not in known or not is_current(objective):
+    if step is None or key not in step.elementwise:
         _check_elementwise(objective, params, elementwise, ones)
     grads, total = {name: torch.zeros_like(p) for name, p in params.items()}, 0
     for moment in sensitivities(objective, params, ones, compiled=compiled, progress=progress):
@@ -188,7 +189,9 @@ def online_gradient(
         for k, name in enumerate(elementwise):
             for g, e in zip(by_loss, eligibility, strict=False):
                 grads[name] += (g.conj() * e[k]).real.sum_to_size(params[name].shape)
-    objective.programs.elementwise.add(key)
+    step = find_step(objective, params, objective.start(params), trace=False)
+    if step is not None:
+        step.elementwise.add(key)
     return GradientEstimate(total, grads, total.new_empty(0))
 
 

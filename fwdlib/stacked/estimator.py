@@ -193,6 +193,11 @@ def evaluate(
     if not isinstance(loss, Dual):
         check_depends(not is_transformed(), objective, params)
         return loss.detach(), loss.new_zeros(perturbation.num_tangents), None
+    return split(loss, perturbation)
+
+
+def split(loss: Dual, perturbation: Perturbation) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the loss, its derivatives (K,), and each example's contribution to them (K, B), None if not known."""
     k = perturbation.num_tangents
     stack = loss.stack
     return stack[0], stack[1 : 1 + k], stack[1 + k :].reshape(k, -1) if len(stack) > 1 + k else None

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from fwdlib import runtime
 from fwdlib.checks import check_choice, check_count, check_positive
-from fwdlib.objectives import BatchLoss, ClosureLoss, ModelLoss, check_objective, swapped
-from fwdlib.stacked.batches import count_examples, describe, flatten_batch, with_leaves
+from fwdlib.objectives import BatchLoss, ClosureLoss, ModelLoss, check_objective
+from fwdlib.stacked.batches import count_examples
+from fwdlib.stacked.compiled import CompiledStep, Options, check_no_hooks, end, forward
 from fwdlib.stacked.estimator import evaluate
-from fwdlib.stacked.graph import CompiledStep, CountedSigns, Refused, cause_of, how_large, record, write_assigned
+from fwdlib.stacked.graph import cause_of, how_large
+from fwdlib.stacked.guarded import Guarded, Refused
 from fwdlib.stacked.perturbations import PERTURBATIONS, DrawSigns
-from fwdlib.stacked.state import State
-from fwdlib.tangents import Params, random_signs
+from fwdlib.tangents import random_signs
 
 MAX_OPERATIONS = 1_000
 """Larger steps, which take more than half a minute to compile, are compiled only on request."""
-MAX_STATES = 8
-"""How many different states of a model's Python values the step follows, before it stops compiling; likewise of the
-values and the structure of a batch."""
+MAX_REFUSED = 3
+"""How many shapes of batches cannot be compiled, before the step compiles no more."""
 
 _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "learning_rate": lambda name, value: 0.0 if value == 0 else check_positive(name, value),  # 0 ends a schedule
@@ -105,11 +107,9 @@ class SGDStep:
                 "the environment variable CXX, or pass compiled=False."
             )
         self._max_operations = MAX_OPERATIONS if compiled is None else None
-        self._states: list[State] = []
-        self._current: int | None = None  # which of them
-        # by conditions; an int is the number of signs of a first, eager step; None: there can be no graph
-        self._graphs: dict[tuple, CompiledStep | int | None] = {}
-        self._structures: set[Hashable] = set()  # of batches, with their Python values
+        self._graphs: Guarded | None = None
+        self._seen: set[Hashable] = set()  # shapes of batches
+        self._refused: set[Hashable] = set()  # those of them that cannot be compiled
         self._warned: set[str] = set()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -118,7 +118,7 @@ class SGDStep:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has: all but the graphs, which belong to this model."""
-        return vars(self) | {"_states": [], "_current": None, "_graphs": {}}
+        return vars(self) | {"_graphs": None}
 
     @torch.no_grad()
     def __call__(self, *batch: Any) -> Tensor:
@@ -132,107 +132,64 @@ class SGDStep:
             ValueError: as :func:`fwdlib.stacked.estimator.stacked_gradient`.
             NotImplementedError: likewise, or if a parameter has hooks, for which there is no gradient.
         """
-        found = self._conditions(batch) if self.compiled else None
-        if found is None:
-            return self._eager(batch, partial(random_signs, generator=self.generator))
-        key, leaves = found
-        _refuse_hooks(self._states[self._current].trainable.values())
-        graph = self._graphs.get(key)
-        if isinstance(graph, int):
-            graph = self._graphs[key] = self._compile(batch, leaves, graph)
-        if graph is None:
-            count = CountedSigns(self.generator)
-            loss = self._eager(batch, count)
-            self._graphs.setdefault(key, count.total)
-            return loss
-        return graph(self._states[self._current].tensors, leaves, self.learning_rate, self.generator)
+        if self.compiled and len(batch) in (1, 2):
+            found = self._compiled(batch)
+            if found is not None:
+                return found
+        return self._eager(batch)
 
-    def _conditions(self, batch: tuple) -> tuple[tuple, list[Tensor]] | None:
-        # What a graph of the step depends on, and the tensors of the batch; None if there can be no graph.
+    def _compiled(self, batch: tuple) -> Tensor | None:
+        # The loss before a step by machine code, or None if there is none for it.
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or torch.is_inference_mode_enabled():
-            self._warn_eager("it is called under torch.autocast or torch.inference_mode")
-            return None
-        if (current := self._follow_state()) is None:
-            return None
-        try:
-            leaves, structure = flatten_batch(batch)
-        except Refused as refusal:
-            self._warn_eager(str(refusal))
-            return None
-        if structure not in self._structures:
-            if len(self._structures) == MAX_STATES:
-                self._warn_eager(
-                    f"the Python values or the structure of the batch keep changing, so far {MAX_STATES} times; pass "
-                    f"numbers that change as tensors"
-                )
+            return self._warn_eager("it is called under torch.autocast or torch.inference_mode")
+        if self._graphs is None:
+            self._graphs = Guarded(forward, self._compile, end)
+        arguments = self.model, self.loss, batch, Options(self.tangents, self.num_tangents)
+        with torch.enable_grad():
+            try:
+                found = self._graphs(*arguments)
+            except Refused as refusal:
+                return self._warn_eager(str(refusal))
+            if found is not None or (key := _shapes(batch)) in self._refused:
+                return found
+            if key not in self._seen:
+                self._seen.add(key)
                 return None
-            self._structures.add(structure)
-        options = self.tangents, self.num_tangents, torch.get_default_dtype()
-        return (current, structure, options, *map(describe, leaves)), leaves
+            try:
+                return self._graphs.trace(*arguments)
+            except Exception as error:
+                cause = error
+        loss = self._eager(batch)  # which raises what is wrong with the model
+        self._refused.add(key)
+        self.compiled = len(self._refused) < MAX_REFUSED
+        self._warn_eager(cause_of(cause))
+        return loss
 
-    def _follow_state(self) -> int | None:
-        if self._current is not None and self._states[self._current].is_current(self.model, self.loss):
-            return self._current
-        try:
-            state = State(self.model, self.loss)
-        except (TypeError, RuntimeError) as error:
-            return self._stop_compiling(str(error))
-        for i, known in enumerate(self._states):
-            if known.equals(state):
-                self._states[i], self._current = state, i
-                return i
-        if len(self._states) == MAX_STATES:
-            name = self._states[self._current].difference(state)
-            return self._stop_compiling(f"{name} keeps changing, so far {MAX_STATES} times")
-        self._states.append(state)
-        self._current = len(self._states) - 1
-        return self._current
+    def _compile(self, graph: GraphModule, examples: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        step = CompiledStep(graph, examples, self._max_operations, self._note_size)
+        return lambda *tensors: step(tensors, self.learning_rate, self.generator)
 
-    def _stop_compiling(self, reason: str) -> None:
-        self._warn_eager(reason)
-        self.compiled = False
-        self._states, self._graphs = [], {}
+    def _note_size(self, num_operations: int) -> None:
+        if num_operations > MAX_OPERATIONS:
+            self._warn(f"SGDStep compiles a large step: {how_large(num_operations)}.")
 
-    def _compile(self, batch: tuple, leaves: list[Tensor], num_signs: int) -> CompiledStep | None:
-        state = self._states[self._current]
-        try:
-            signs = random_signs((num_signs,), state.tensors[0], torch.Generator(state.tensors[0].device))
-            recorded = record(*self._recordable(batch, state), state, leaves, signs, self._max_operations)
-            if recorded.num_operations > MAX_OPERATIONS:
-                self._warn(f"SGDStep compiles a large step: {how_large(recorded.num_operations)}.")
-            return CompiledStep(recorded, state.tensors, leaves, signs)
-        except Exception as error:
-            self._warn_eager(cause_of(error))
-            return None
-
-    def _recordable(self, batch: tuple, state: State) -> tuple[Callable, Callable]:
-        # The step, and the loss alone, as functions of the model's tensors and those of the batch.
-        def cut(tensors: list[Tensor]) -> list[Params]:
-            rest = iter(tensors)
-            return [{name: next(rest) for name in of} for of in (state.trainable, state.frozen, state.buffers)]
-
-        def step(tensors: list[Tensor], leaves: list[Tensor], rate: Tensor, draw_signs: DrawSigns) -> Tensor:
-            params, frozen, buffers = cut(tensors)
-            given = dict(buffers)
-            with swapped(self.model, frozen, {}):
-                loss = self._step(self._objective(with_leaves(batch, leaves)), params, buffers, rate, draw_signs)
-            write_assigned(given, buffers)
-            return loss
-
-        def loss_alone(tensors: list[Tensor], leaves: list[Tensor]) -> Tensor:
-            params, frozen, buffers = cut(tensors)
-            with swapped(self.model, params | frozen, buffers):
-                return self._objective(with_leaves(batch, leaves)).run()
-
-        return step, loss_alone
-
-    def _eager(self, batch: tuple, draw_signs: DrawSigns) -> Tensor:
+    def _eager(self, batch: tuple, draw_signs: DrawSigns | None = None) -> Tensor:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        _refuse_hooks(trainable.values())
+        check_no_hooks(trainable.values())
         params = {name: p.detach() for name, p in trainable.items()}
         objective = self._objective(batch)
         check_objective(objective, params)
-        return self._step(objective, params, None, self.learning_rate, draw_signs)
+        kind = PERTURBATIONS[self.tangents]
+        if objective.num_examples is None and kind.per_example:
+            raise ValueError(
+                f"{self.tangents!r} tangents need the number of examples, and the tensors of the batch differ in their "
+                f"lengths: use 'rank-one' tangents"
+            )
+        draw_signs = draw_signs or partial(random_signs, generator=self.generator)
+        perturbation = kind(params, self.num_tangents, objective.num_examples, draw_signs)
+        loss, jvps, of_examples = evaluate(objective, params, perturbation)
+        perturbation.gradients(jvps, of_examples).add_to_(params, -self.learning_rate)
+        return loss
 
     def _objective(self, batch: tuple) -> ModelLoss:
         if len(batch) == 2:
@@ -246,25 +203,6 @@ class SGDStep:
             )
         return ClosureLoss(self.model, partial(self.loss, self.model, *batch), count_examples(batch))
 
-    def _step(
-        self,
-        objective: ModelLoss,
-        params: Params,
-        buffers: Params | None,
-        learning_rate: float | Tensor,
-        draw_signs: DrawSigns,
-    ) -> Tensor:
-        kind = PERTURBATIONS[self.tangents]
-        if objective.num_examples is None and kind.per_example:
-            raise ValueError(
-                f"{self.tangents!r} tangents need the number of examples, and the tensors of the batch differ in their "
-                f"lengths: use 'rank-one' tangents"
-            )
-        perturbation = kind(params, self.num_tangents, objective.num_examples, draw_signs)
-        loss, jvps, of_examples = evaluate(objective, params, perturbation, buffers)
-        perturbation.gradients(jvps, of_examples).add_to_(params, -learning_rate)
-        return loss
-
     def _warn_eager(self, reason: str) -> None:
         self._warn(f"SGDStep runs as with compiled=False, because {reason}.")
 
@@ -277,9 +215,5 @@ class SGDStep:
             warnings.warn(message, stacklevel=level)  # at the line that took the step
 
 
-def _refuse_hooks(parameters: Iterable[Tensor]) -> None:
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
-        raise NotImplementedError(
-            "a parameter has a hook (Tensor.register_hook), and SGDStep computes no gradient that it could be given. "
-            "Use fwdlib.forward_grad_ and an optimizer."
-        )
+def _shapes(batch: tuple) -> Hashable:
+    return tuple((x.shape, x.dtype, x.device, x.layout) for x in tree_leaves(batch) if isinstance(x, Tensor))
