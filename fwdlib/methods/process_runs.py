@@ -105,9 +105,7 @@ class Run:
         if self._is_compiled(compiled):
             try:
                 self._compile()
-            except (ValueError, TypeError):  # of the step itself
-                raise
-            except Exception as error:
+            except Exception as error:  # one of the step itself comes again
                 process.programs.is_refused = True
                 warnings.warn(f"the process runs as with compiled=False, because {cause_of(error)}.", stacklevel=6)
 
@@ -156,7 +154,6 @@ class Run:
     def _compile(self) -> None:
         point, _, others = self.layout.cut(self.rows)
         params, state = self.layout.uncut(point, others)
-        self._process.advance(state, params, 0, self._process.inputs_between(0, 1), 1)  # which says what is wrong
         step = find_step(self._process, params, state)
         key = (tuple(self.layout.names), str(self.layout.spec), *self._active(), *map(describe, self._arguments(1)))
         gaps = [last - first for first, last in itertools.pairwise([0, *self._process.moments])]

@@ -119,7 +119,8 @@ def _check_followed(graph: GraphModule) -> None:
     from torch._dynamo.variables.misc import RandomVariable
 
     output = InstructionTranslator.current_tx().output
-    if any(isinstance(variable, RandomVariable) for variable in output.side_effects.id_to_variable.values()):
+    variables = output.side_effects.id_to_variable.values()
+    if output.random_calls or any(isinstance(variable, RandomVariable) for variable in variables):
         raise Refused("the forward pass uses Python's random numbers")
     if os.getenv.__code__ in output.tracing_context.traced_code:
         raise Refused("the forward pass calls os.getenv; read os.environ")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import random
 import warnings
 from functools import partial
 
@@ -528,3 +531,59 @@ def test_an_observation_of_the_start_alone_takes_no_step():
             sensitivity_gradient(process, numbers(k=0.5), compiled=compiled),
             backprop_gradient(process, numbers(k=0.5)),
         )
+
+
+STEPS_THAT_CHANGE = {
+    "list": lambda seen: lambda z, p: (seen.append(1.0), z * (1 + 0.1 * p["a"]))[1],
+    "counter": lambda seen: lambda z, p: (seen.append(seen[-1] + 1), z * (1 + 0.1 * p["a"] / seen[-1]))[1],
+    "tensor": lambda seen: lambda z, p: z * (1 + 0.1 * p["a"]) + seen[0].add_(0.01),
+    "random": lambda seen: lambda z, p: z * (1 + 0.1 * p["a"] * random.random()),
+}
+
+
+@pytest.mark.parametrize("kind", STEPS_THAT_CHANGE)
+def test_a_step_that_changes_something_else_is_not_compiled(monkeypatch, kind):
+    import torch._inductor
+
+    monkeypatch.setattr(runtime, "has_compiler", lambda: True)
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, examples, options: graph)
+    found = []
+    for compiled in (False, True):
+        seen = [torch.zeros((), dtype=DOUBLE) if kind == "tensor" else 0.0]
+        random.seed(0)
+        process = ProcessLoss(STEPS_THAT_CHANGE[kind](seen), torch.ones(2, dtype=DOUBLE), lambda z, p: z.sum(), 6)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append((sensitivity_gradient(process, numbers(a=1.0), compiled=compiled), len(seen)))
+    assert ["the process runs as with compiled=False" in str(w.message) for w in caught] == [True]
+    (one, num), (other, other_num) = found
+    torch.testing.assert_close(one.grads, other.grads, rtol=0, atol=0)
+    assert num == other_num
+
+
+def test_a_process_can_be_copied_after_it_was_compiled(monkeypatch):
+    import torch._inductor
+
+    monkeypatch.setattr(runtime, "has_compiler", lambda: True)
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, examples, options: graph)
+    process = ProcessLoss(Decay(), torch.ones(2, dtype=DOUBLE), total, 6)
+    params = numbers(a=1.0)
+    expected = sensitivity_gradient(process, params, compiled=True)
+    for copied in (copy.deepcopy(process), pickle.loads(pickle.dumps(process))):
+        copied.step.rate = 0.2
+        assert_equal(sensitivity_gradient(copied, params, compiled=True), backprop_gradient(copied, params))
+    assert_equal(sensitivity_gradient(process, params, compiled=True), expected)
+
+
+class Decay:
+    """A step with a number of its own."""
+
+    rate = 0.1
+
+    def __call__(self, z, p):
+        """Take a step."""
+        return z - self.rate * p["a"] * z
+
+
+def total(z, p):
+    return z.sum()
