@@ -21,6 +21,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -261,6 +262,7 @@ def scripted_branch(x):
 
 ITEM = "depends on the values of a tensor, as .item()"
 CANNOT_FOLLOW = "torch's compiler cannot follow the Python code"
+RANDOM = f"Python's random numbers|{CANNOT_FOLLOW}"  # some versions of torch trace these functions, some do not
 
 
 @pytest.mark.parametrize(
@@ -283,9 +285,9 @@ CANNOT_FOLLOW = "torch's compiler cannot follow the Python code"
         (lambda self, h: h * (time.time() > 0), CANNOT_FOLLOW),
         (lambda self, h: h * globals()["SCALE"], CANNOT_FOLLOW),
         (lambda self, h: h * (1 + self.mask._version % 2), ITEM),
-        (python_random, "Python's random numbers"),
-        (shuffled, "Python's random numbers"),
-        (lambda self, h: h * random.sample([1.0, 2.0], 1)[0], "Python's random numbers"),
+        (python_random, RANDOM),
+        (shuffled, RANDOM),
+        (lambda self, h: h * random.sample([1.0, 2.0], 1)[0], RANDOM),
         (lambda self, h: h * float(self.array[0]), CANNOT_FOLLOW),
         (numpy_random, CANNOT_FOLLOW),
         (lambda self, h: h + scripted_branch(h.detach()), ITEM),
@@ -297,7 +299,7 @@ def test_what_a_graph_cannot_hold_runs_without_one_after_one_warning(recorded, b
     assert num_graphs == 0
     assert len(messages) == 1
     assert messages[0].startswith("SGDStep runs as with compiled=False, because ")
-    assert cause in messages[0]
+    assert any(one in messages[0] for one in cause.split("|"))
 
 
 def with_part(part):
@@ -313,7 +315,7 @@ def with_part(part):
 def test_values_that_cannot_be_followed_are_refused(recorded):
     num_graphs, (message,) = compare(with_part(lambda: torch.jit.script(nn.Tanh())))
     assert num_graphs == 0
-    assert "torch.jit.script" in message
+    assert re.search("torch.jit.script|ScriptModule", message)
 
     def drawing():
         model = Net(lambda self, h: h + torch.randn(h.shape, generator=self.draw, dtype=h.dtype))
@@ -398,7 +400,8 @@ def test_an_iterator_in_forward_is_right_in_each_step(recorded):
         model.count = itertools.count(1)
         return model
 
-    assert compare(counting, 5)[0] == 4
+    num_graphs, messages = compare(counting, 5)
+    assert num_graphs == (0 if messages else 4)  # some versions of torch do not trace it
 
 
 def test_hooks_of_all_modules_are_noticed(recorded):
@@ -743,6 +746,11 @@ def derivative(self, h):
     return h + torch.autograd.grad(h0.sin().sum(), h0)[0]
 
 
+TRACES_GRAD = pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this version of torch does not trace autograd.grad"
+)
+
+
 def autocast_inside(self, h):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return h + (h.detach().float() @ torch.ones(4, 4)).to(h.dtype)
@@ -760,7 +768,7 @@ def autocast_inside(self, h):
         lazily,
         checkpointed,
         lambda self, h: h + torch.func.vmap(torch.sin)(h.detach()),
-        derivative,
+        pytest.param(derivative, marks=TRACES_GRAD),
         autocast_inside,
     ],
 )
@@ -1009,7 +1017,9 @@ def test_a_recurrent_net_compiles():
 @needs_compiler
 @quiet
 @pytest.mark.slow
-@pytest.mark.parametrize("body", [assign_buffer, update_plain, checkpointed, derivative, autocast_inside])
+@pytest.mark.parametrize(
+    "body", [assign_buffer, update_plain, checkpointed, pytest.param(derivative, marks=TRACES_GRAD), autocast_inside]
+)
 def test_what_a_graph_can_hold_compiles(body):
     assert compare(lambda: Net(body), 3, rtol=1e-6, atol=1e-6) == (1, [])
 
