@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
@@ -105,9 +104,8 @@ class Programs:
         if self._steps is None:
             self._steps = Guarded(one_step, self._compile, end)
         self._found, arguments = None, (step, state, params, inputs)
-        with torch.enable_grad():
-            if self._steps(*arguments) is None and trace and self._steps.trace(*arguments) is None:
-                raise Refused("torch.compile is switched off")
+        if self._steps(*arguments) is None and trace and self._steps.trace(*arguments) is None:
+            raise Refused("torch.compile is switched off")
         return self._found
 
     def _compile(self, graph: GraphModule, examples: Sequence[Tensor]) -> Callable:

@@ -54,7 +54,7 @@ def end(loss: Tensor, tangents: str, num_tangents: int, num_examples: int | None
         raise Refused("the loss is not a real scalar")
     if _ended:
         _ended[-1].append(loss)
-    return loss.detach().clone()
+    return loss.detach()
 
 
 _ended: list[list[Tensor]] = []  # the losses of the passes that run
@@ -87,6 +87,8 @@ class CompiledStep:
         self._places = [places[p] for p in params]
         self._forward = graph
         self._memory: list[int] = []
+        self.has_effects = len(nodes[-1].args[0]) > 1
+        """Whether the forward pass has other results than the loss, which the model keeps."""
         self._check_memory(examples)
         like = examples[self._places[0]]
         self._options = {"dtype": like.dtype, "device": like.device}
@@ -102,13 +104,12 @@ class CompiledStep:
             self._program = compiled(recorded, arguments, fixed=True)
         del self._forward
 
-    @torch.no_grad()
     def __call__(self, tensors: Sequence[Tensor], learning_rate: float, generator: AnyGenerator) -> Sequence[Tensor]:
-        """Take a step: change the parameters, and return what the graph of the forward pass returns.
+        """Take a step: change the parameters, and return what the graph of the forward pass returns; without grad mode.
 
         Raises:
             NotImplementedError: if a parameter has hooks.
-            Refused: if two parameters have come to overlap in memory.
+            Refused: if a parameter has come to overlap with another tensor.
         """
         check_no_hooks(tensors[i] for i in self._places)
         self._check_memory(tensors)
@@ -117,7 +118,7 @@ class CompiledStep:
         return self._program(*tensors, rate, signs, *self._constants)
 
     def _check_memory(self, tensors: Sequence[Tensor]) -> None:
-        # Machine code may read a parameter after it has written another one.
+        # Machine code may write into a parameter before it reads another tensor.
         memory = [tensors[i].data_ptr() for i in self._places]
         if memory != self._memory:
             if share_memory(tensors):
