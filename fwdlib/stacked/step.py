@@ -44,12 +44,14 @@ class SGDStep:
     of batch compiles the step, which takes seconds to half a minute; the first one, and shapes that occur once, run as
     with ``compiled=False``.
 
-    A compiled step does what the model's code would do. It follows the Python values that the model and the loss read,
-    such as ``model.training`` or an attribute that you set between two steps, and compiles anew when they change.
+    A compiled step does what the model's code would do. Torch's compiler traces this code, and guards all Python values
+    that it reads, such as ``model.training`` or an attribute that you set between two steps: a change is compiled anew,
+    for up to eight states of these values.
 
     What cannot be compiled runs as with ``compiled=False``, with the same numbers, after one warning that says why: a
-    branch on the values of a tensor, ``.item()``, shapes that depend on values, a counter in Python, TorchScript, an
-    autocast around the step, or a graph so large that it takes more than half a minute to compile.
+    branch on the values of a tensor, ``.item()``, shapes that depend on values, a counter in Python, random numbers of
+    Python or numpy, logging, TorchScript, an autocast around the step, or a graph so large that it takes more than half
+    a minute to compile.
 
     Args:
         model: the step updates its trainable parameters in place.
