@@ -9,6 +9,7 @@ calls.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -275,9 +276,27 @@ NUM_DICTS = [*map(type, nn.Module().__dict__.values())].count(dict)
 
 def _eager() -> AbstractContextManager:
     # Modules that torch.compile has compiled run as they were written.
-    if "torch._dynamo" in sys.modules and not is_traced():
-        return torch.compiler.set_stance("force_eager")
-    return nullcontext()
+    return _ForcedEager() if "torch._dynamo" in sys.modules and not is_traced() else nullcontext()
+
+
+class _ForcedEager:
+    # Torch has one stance for all threads: the first pass sets it, the last one that is left puts it back.
+    _lock, _running, _stance = threading.Lock(), 0, None
+
+    def __enter__(self) -> None:
+        kind = type(self)
+        with self._lock:
+            if kind._running == 0:
+                kind._stance = torch.compiler.set_stance("force_eager")
+                kind._stance.__enter__()
+            kind._running += 1
+
+    def __exit__(self, *error: object) -> None:
+        kind = type(self)
+        with self._lock:
+            kind._running -= 1
+            if kind._running == 0:
+                kind._stance.__exit__(*error)
 
 
 def _refuse_script(modules: Sequence[nn.Module], params: Params) -> None:

@@ -7,6 +7,7 @@ this code, and guards every value that it reads; here it does so as strictly as 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
@@ -34,6 +35,7 @@ STRICT = {
 }
 """Options of torch's tracer, as far as its version has them."""
 
+_one_at_a_time = threading.RLock()  # the options hold for all threads
 GLOBAL_HOOKS = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
 """Those of all modules, of which torch's tracer would not notice a new one."""
 
@@ -106,7 +108,7 @@ class Guarded:
 
         config = dynamo.config
         strict = {name: value for name, value in STRICT.items() if hasattr(config, name)}
-        with config.patch(strict), torch.enable_grad():
+        with _one_at_a_time, config.patch(strict), torch.enable_grad():
             return self._trace(*args)
 
 
@@ -127,12 +129,15 @@ def changed_by_trace() -> str | None:
 def _check_followed(graph: GraphModule) -> None:
     # Refuse what torch's tracer takes for a constant, although it may change.
     from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.variables.lists import DequeVariable
     from torch._dynamo.variables.misc import RandomVariable
 
     output = InstructionTranslator.current_tx().output
     variables = output.side_effects.id_to_variable.values()
     if output.random_calls or any(isinstance(variable, RandomVariable) for variable in variables):
         raise Refused("the forward pass uses Python's random numbers")
+    if any(isinstance(x, DequeVariable) and output.side_effects.is_modified(x) for x in variables):
+        raise Refused("the forward pass changes a deque, whose greatest length torch's tracer forgets")
     if os.getenv.__code__ in output.tracing_context.traced_code:
         raise Refused("the forward pass calls os.getenv; read os.environ")
     for node in graph.graph.nodes:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections import UserDict
+from collections import UserDict, deque
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from types import ModuleType, SimpleNamespace
@@ -401,6 +401,37 @@ def test_an_iterator_in_forward_is_right_in_each_step(recorded):
 
     num_graphs, messages = compare(counting, 5)
     assert num_graphs == (0 if messages else 4)  # some versions of torch do not trace it
+
+
+def test_a_deque_keeps_its_greatest_length(recorded):
+    def remembering():
+        model = Net(remember)
+        model.last_means = deque(maxlen=2)
+        return model
+
+    num_graphs, (message,) = compare(remembering, 6)
+    assert num_graphs == 0
+    assert "changes a deque" in message
+
+
+def remember(self, h):
+    self.last_means.append(h.detach().mean(0))
+    return h - torch.stack(list(self.last_means)).mean(0)
+
+
+def test_steps_in_threads_leave_torchs_compiler_as_it_was(recorded):
+    def work():
+        step = SGDStep(Net(), learning_rate=0.1)
+        for _ in range(6):
+            step(*batch_of())
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert compare(Net) == (1, [])
 
 
 def test_hooks_of_all_modules_are_noticed(recorded):
