@@ -166,7 +166,7 @@ def stacked_derivatives(objective: Objective, params: Params, tangents: Params) 
 
 
 def evaluate(
-    objective: Objective, params: Params, perturbation: Perturbation, buffers: Params | None = None
+    objective: Objective, params: Params, perturbation: Perturbation, own: Params | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run the pass.
 
@@ -174,7 +174,7 @@ def evaluate(
         objective: the loss of a model on a batch, or any function of the parameters.
         params: the point.
         perturbation: the tangents of the parameters.
-        buffers: replace the model's buffers; None for its own.
+        own: the model's own tensors, if ``params`` are known to be the same memory; None to find that out.
 
     Returns:
         The loss, its derivatives (K,), and each example's contribution to them (K, B), None if it is not known.
@@ -182,13 +182,13 @@ def evaluate(
     if not isinstance(objective, ModelLoss):
         leaves = _leaves(params)
         loss = run(nn.Module(), partial(objective, leaves), perturbation, leaves)
-    elif (own := None if buffers is not None or is_transformed() else objective.own(params)) is not None:
+    elif own is not None or (own := None if is_transformed() else objective.own(params)) is not None:
         with requiring_grad(own.values()):
             loss = run(objective.model, objective.run, perturbation, own)
     else:
         objective.check_names(params)
         leaves = _leaves(params)
-        with swapped(objective.model, leaves, {} if buffers is None else buffers):
+        with swapped(objective.model, leaves, {}):
             loss = run(objective.model, objective.run, perturbation, leaves)
     check_scalar(loss)
     if not isinstance(loss, Dual):

@@ -207,7 +207,7 @@ class SGDStep:
             )
         draw_signs = draw_signs or partial(random_signs, generator=self.generator)
         perturbation = kind(params, self.num_tangents, objective.num_examples, draw_signs)
-        loss, jvps, of_examples = evaluate(objective, params, perturbation)
+        loss, jvps, of_examples = evaluate(objective, params, perturbation, trainable)
         perturbation.gradients(jvps, of_examples).add_to_(params, -self.learning_rate)
         return loss
 
