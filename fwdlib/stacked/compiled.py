@@ -84,6 +84,8 @@ class CompiledStep:
         (last,) = [node for node in nodes if node.target is end]
         places = {node: i for i, node in enumerate(node for node in nodes if node.op == "placeholder")}
         _, self._tangents, self._num_tangents, self._num_examples, *params = last.args
+        if self._num_examples == 0:
+            raise Refused("the batch is empty")
         self._places = [places[p] for p in params]
         self._forward = graph
         self._memory: list[int] = []

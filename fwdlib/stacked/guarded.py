@@ -141,6 +141,8 @@ def _check_followed(graph: GraphModule) -> None:
     if os.getenv.__code__ in output.tracing_context.traced_code:
         raise Refused("the forward pass calls os.getenv; read os.environ")
     for node in graph.graph.nodes:
+        if "_data_attr" in getattr(node.target, "__name__", ""):
+            raise Refused("the forward pass reads or writes x.data; use torch.no_grad()")
         value = node.meta.get("example_value")
         if node.op.startswith("call_") and isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
             raise Refused(READS_VALUES)
