@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -10,8 +11,8 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from fwdlib.objectives import is_same
-from fwdlib.stacked.graph import Recorded, compiled, copied, run_without_values
-from fwdlib.stacked.guarded import Guarded, Refused, changed_by_trace
+from fwdlib.stacked.graph import Recorded, compiled, run_without_values
+from fwdlib.stacked.guarded import Guarded, Refused, call_in, changed_by_trace
 from fwdlib.tangents import Params
 
 
@@ -29,11 +30,8 @@ class Step:
     def __init__(self, graph: GraphModule, examples: Sequence[Tensor]) -> None:
         if (name := changed_by_trace()) is not None:
             raise Refused(f"the step changes {name}")
-        nodes = list(graph.graph.nodes)
-        (last,) = [node for node in nodes if node.target is end]
-        found, given = last.args
-        inputs = [node for node in nodes if node.op == "placeholder"]
-        self._places = [i for i, node in enumerate(inputs) if node not in given]
+        (found, given), places = call_in(graph, end)
+        self._places = [i for node, i in places.items() if node not in given]
         self.num_results = len(found)
         self.others: list[Tensor] = []
         """What it reads besides parameters, state and inputs: the tensors as they were found last."""
@@ -43,12 +41,7 @@ class Step:
         """The length of a chunk and how it is differentiated, by the layout of its arguments."""
         self.elementwise: set[tuple] = set()
         """The parameters for which the step was found to be element-wise, with all shapes."""
-        run_without_values(graph, examples)
-        copies = [*map(copied, examples)]
-        versions = [x._version for x in copies]
-        graph(*copies)
-        if versions != [x._version for x in copies]:
-            raise Refused("the step writes into a tensor that it was given")
+        run_without_values(partial(_run_without_writes, graph), examples)
 
     def find(self, tensors: Sequence[Tensor]) -> None:
         """Note the tensors that the step reads now."""
@@ -69,6 +62,13 @@ class Step:
             return program(*given, *(c if i is None else self.others[i] for i, c in constants))
 
         return run
+
+
+def _run_without_writes(graph: GraphModule, *tensors: Tensor) -> None:
+    versions = [x._version for x in tensors]
+    graph(*tensors)
+    if versions != [x._version for x in tensors]:
+        raise Refused("the step writes into a tensor that it was given")
 
 
 class Programs:

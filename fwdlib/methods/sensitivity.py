@@ -189,7 +189,7 @@ def online_gradient(
         for k, name in enumerate(elementwise):
             for g, e in zip(by_loss, eligibility, strict=False):
                 grads[name] += (g.conj() * e[k]).real.sum_to_size(params[name].shape)
-    step = find_step(objective, params, objective.start(params), trace=False)
+    step = step or find_step(objective, params, objective.start(params), trace=False)
     if step is not None:
         step.elementwise.add(key)
     return GradientEstimate(total, grads, total.new_empty(0))

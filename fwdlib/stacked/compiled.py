@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
+from fwdlib.objectives import check_scalar
 from fwdlib.stacked.batches import count_examples
 from fwdlib.stacked.dual import Dual
 from fwdlib.stacked.estimator import run, split
@@ -22,7 +23,7 @@ from fwdlib.stacked.graph import (
     run_without_values,
     share_memory,
 )
-from fwdlib.stacked.guarded import Refused
+from fwdlib.stacked.guarded import Refused, call_in
 from fwdlib.stacked.perturbations import PERTURBATIONS, DrawSigns
 from fwdlib.tangents import AnyGenerator, random_signs
 
@@ -48,10 +49,9 @@ def end(loss: Tensor, tangents: str, num_tangents: int, num_examples: int | None
     """Stand at the end of a traced forward pass, and tell what is the loss and what are the parameters.
 
     Raises:
-        Refused: if the loss is not a scalar.
+        ValueError: if the loss is not a scalar.
     """
-    if not isinstance(loss, Tensor) or loss.dim() or loss.is_complex():
-        raise Refused("the loss is not a real scalar")
+    check_scalar(loss)
     if _ended:
         _ended[-1].append(loss)
     return loss.detach()
@@ -80,16 +80,14 @@ class CompiledStep:
         max_operations: int | None,
         note_size: Callable[[int], None],
     ) -> None:
-        nodes = list(graph.graph.nodes)
-        (last,) = [node for node in nodes if node.target is end]
-        places = {node: i for i, node in enumerate(node for node in nodes if node.op == "placeholder")}
-        _, self._tangents, self._num_tangents, self._num_examples, *params = last.args
+        arguments, places = call_in(graph, end)
+        _, self._tangents, self._num_tangents, self._num_examples, *params = arguments
         if self._num_examples == 0:
             raise Refused("the batch is empty")
         self._places = [places[p] for p in params]
         self._forward = graph
         self._memory: list[int] = []
-        self.has_effects = len(nodes[-1].args[0]) > 1
+        self.has_effects = len(graph.graph.output_node().args[0]) > 1
         """Whether the forward pass has other results than the loss, which the model keeps."""
         self._check_memory(examples)
         like = examples[self._places[0]]

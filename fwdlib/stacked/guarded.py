@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import set_eval_frame
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 MAX_GRAPHS = 8
 """How many graphs a function may have, before no more are made."""
@@ -110,6 +110,13 @@ class Guarded:
         strict = {name: value for name, value in STRICT.items() if hasattr(config, name)}
         with _one_at_a_time, config.patch(strict), torch.enable_grad():
             return self._trace(*args)
+
+
+def call_in(graph: GraphModule, function: Callable) -> tuple[tuple, dict[Node, int]]:
+    """Return the arguments of a function's only call in a graph, as nodes, and the places of the graph's inputs."""
+    (call,) = [node for node in graph.graph.nodes if node.target is function]
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    return call.args, {node: i for i, node in enumerate(inputs)}
 
 
 def changed_by_trace() -> str | None:

@@ -1,5 +1,6 @@
 """The step of SGD: an estimate and an update, eager and compiled."""
 
+import array
 import copy
 import io
 import itertools
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections import UserDict, deque
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
@@ -237,6 +239,18 @@ def python_random(self, h):
     return h * random.random()
 
 
+ARRAY = array.array("d", [1.0])
+
+
+def shrink(self, h):
+    self.last.weight.data.clamp_(-0.3, 0.3)
+    return h
+
+
+def scaled_by_code_that_no_name_leads_to(self, h):
+    return h * next(iter(type(self.schedule).__subclasses__()))().value()
+
+
 def shuffled(self, h):
     values = [1.0, 2.0, 3.0]
     random.shuffle(values)
@@ -288,6 +302,9 @@ RANDOM = f"Python's random numbers|{CANNOT_FOLLOW}"  # some versions of torch tr
         (shuffled, RANDOM),
         (lambda self, h: h * random.sample([1.0, 2.0], 1)[0], RANDOM),
         (lambda self, h: h * float(self.array[0]), CANNOT_FOLLOW),
+        (lambda self, h: h * len(self.array), CANNOT_FOLLOW),
+        (lambda self, h: h * ARRAY[0], CANNOT_FOLLOW),
+        (shrink, "x.data"),
         (numpy_random, CANNOT_FOLLOW),
         (lambda self, h: h + scripted_branch(h.detach()), ITEM),
     ],
@@ -434,6 +451,18 @@ def test_steps_in_threads_leave_torchs_compiler_as_it_was(recorded):
     assert compare(Net) == (1, [])
 
 
+def test_a_value_that_forward_turns_over_has_two_graphs(recorded):
+    assert compare(lambda: Net(flip), 6) == (2, [])
+
+
+@pytest.mark.parametrize("compiled", [False, None])
+def test_an_empty_batch_is_refused_in_each_step(recorded, compiled):
+    step = SGDStep(Net(), learning_rate=0.1, compiled=compiled)
+    for _ in range(4):
+        with pytest.raises(ValueError, match="inputs is an empty batch"):
+            step(X[:0], Y[:0])
+
+
 def test_hooks_of_all_modules_are_noticed(recorded):
     handles = []
 
@@ -534,10 +563,16 @@ def under_a_manager(h):
     return h * VARIABLE.get()
 
 
+LOCAL = threading.local()
 CHANGES = {
     "context variable": (lambda self, h: under_a_manager(h), lambda model, value: VARIABLE.set(value)),
     "key": (lambda self, h: h * max(TABLE), lambda model, value: rename_key(value)),
     "name": (lambda self, h: 2 * h if hasattr(self, "flag_a") else h, rename_attribute),
+    "thread local": (lambda self, h: h * LOCAL.scale, lambda model, value: setattr(LOCAL, "scale", value)),
+    "weak reference": (
+        lambda self, h: h * weakref.ref(self.schedule)().t,
+        lambda model, value: setattr(model.schedule, "t", value),
+    ),
     "environment": (
         lambda self, h: h * len(os.environ["OF_THIS_TEST"]),
         lambda model, value: os.environ.update(OF_THIS_TEST="a" * int(2 * value)),
@@ -790,6 +825,7 @@ def autocast_inside(self, h):
         update_buffer,
         update_plain,
         assign_plain,
+        scaled_by_code_that_no_name_leads_to,
         lazily,
         checkpointed,
         lambda self, h: h + torch.func.vmap(torch.sin)(h.detach()),
