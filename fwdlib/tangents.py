@@ -127,6 +127,14 @@ def rank_one_factors(
     return factors
 
 
+SIGNS_PER_WORD = 64
+
+
+def num_drawn(shape: Sequence[int]) -> int:
+    """Return how many signs are drawn for a shape: those of whole random words."""
+    return SIGNS_PER_WORD * (math.prod(shape) // SIGNS_PER_WORD + 1)
+
+
 def random_signs(shape: Sequence[int], like: Tensor, generator: AnyGenerator = None) -> Tensor:
     """Sample independent signs, -1 or +1, 64 from each random word: many times faster than one by one.
 
@@ -135,10 +143,10 @@ def random_signs(shape: Sequence[int], like: Tensor, generator: AnyGenerator = N
         like: a tensor with the dtype and device wanted.
         generator: where the randomness comes from; None for torch's global generator.
     """
-    size = math.prod(shape)
+    size, num_words = math.prod(shape), num_drawn(shape) // SIGNS_PER_WORD
 
     def signs(gen: torch.Generator | None) -> Tensor:
-        words = torch.randint(-(2**63), 2**63 - 1, (size // 64 + 1,), generator=gen, device=like.device)
+        words = torch.randint(-(2**63), 2**63 - 1, (num_words,), generator=gen, device=like.device)
         return F.embedding(words.view(torch.uint8).int(), _sign_table(like.dtype, like.device)).reshape(-1)[:size]
 
     return draw(generator, signs).reshape(shape)

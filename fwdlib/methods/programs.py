@@ -29,7 +29,7 @@ class Step:
 
     def __init__(self, graph: GraphModule, examples: Sequence[Tensor]) -> None:
         if (name := changed_by_trace()) is not None:
-            raise Refused(f"the step changes {name}")
+            raise Refused(f"the step changes something outside of its state, which torch's tracer calls {name}")
         (found, given), places = call_in(graph, end)
         self._places = [i for node, i in places.items() if node not in given]
         self.num_results = len(found)

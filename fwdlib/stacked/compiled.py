@@ -42,7 +42,7 @@ def forward(model: nn.Module, loss: Callable, batch: tuple, options: Options) ->
         found, num_examples = loss(model(inputs), targets), inputs.shape[0] if inputs.dim() else None
     else:
         found, num_examples = loss(model, *batch), count_examples(batch)
-    return end(found, *options, num_examples, *[p for p in model.parameters() if p.requires_grad])
+    return end(found, *options, num_examples, *[p for _, p in model.named_parameters() if p.requires_grad])
 
 
 def end(loss: Tensor, tangents: str, num_tangents: int, num_examples: int | None, *params: Tensor) -> Tensor:
@@ -91,13 +91,14 @@ class CompiledStep:
         """Whether the forward pass has other results than the loss, which the model keeps."""
         self._check_memory(examples)
         like = examples[self._places[0]]
-        self._options = {"dtype": like.dtype, "device": like.device}
-        self._signs, rate = like.detach().new_empty(0), torch.ones((), **self._options)
+        self._signs = like.detach().new_empty(0)
+        # as exact as Python's number; an accelerator of Apple has no float64
+        self._rate = like.new_ones((), dtype=torch.float32 if like.device.type == "mps" else torch.float64)
         with torch.no_grad():
             count = CountedSigns(torch.Generator(like.device))
             run_without_values(lambda *tensors: self._differentiate(tensors, count), examples)
             self._num_signs = count.total
-            arguments = [*examples, rate, random_signs((count.total,), self._signs, torch.Generator(like.device))]
+            arguments = [*examples, self._rate, self._draw(torch.Generator(like.device))]
             recorded = record(self._step, arguments, max_operations)
             note_size(recorded.num_operations)
             self._constants = recorded.constants
@@ -113,9 +114,10 @@ class CompiledStep:
         """
         check_no_hooks(tensors[i] for i in self._places)
         self._check_memory(tensors)
-        rate = torch.as_tensor(learning_rate, **self._options)
-        signs = random_signs((self._num_signs,), self._signs, generator)
-        return self._program(*tensors, rate, signs, *self._constants)
+        return self._program(*tensors, self._rate.new_tensor(learning_rate), self._draw(generator), *self._constants)
+
+    def _draw(self, generator: AnyGenerator) -> Tensor:
+        return random_signs((self._num_signs,), self._signs, generator)
 
     def _check_memory(self, tensors: Sequence[Tensor]) -> None:
         # Machine code may write into a parameter before it reads another tensor.
@@ -144,7 +146,7 @@ class CompiledStep:
         finally:
             _ended.pop()
         if not isinstance(loss, Dual):
-            raise Refused("the loss does not depend on the parameters")
+            raise Refused("the loss is a constant or a parameter itself")
         _, jvps, of_examples = split(loss, perturbation)
         return found, perturbation.gradients(jvps, of_examples)
 

@@ -27,6 +27,7 @@ from fwdlib.stacked.in_place import InPlace, in_place
 from fwdlib.stacked.perturbations import Perturbation
 from fwdlib.stacked.special import SPECIAL
 from fwdlib.stacked.without_rule import Argument, call_without_rule
+from fwdlib.tangents import is_traced
 
 Rule = Callable[..., Any]
 RULES: dict[Callable, Rule] = {}
@@ -604,8 +605,9 @@ class Pass(TorchFunctionMode):
 
 
 def _apart(x: Tensor) -> Tensor:
-    # Torch gives a tangent the layout of its primal, which it cannot where entries share memory, as after expand().
-    return x.contiguous() if repeats(x) else x
+    # Torch gives a tangent the layout of its primal, which it cannot where entries share memory, as after expand(), or
+    # where the primal is a view made while torch.fx traces.
+    return x.clone() if repeats(x) or is_traced() else x
 
 
 def _is_copy(y: Dual, x: Dual) -> bool:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fwdlib.stacked.guarded import MAX_GRAPHS, READS_VALUES, Refused
-from fwdlib.tangents import AnyGenerator, random_signs
+from fwdlib.stacked.guarded import READS_VALUES, Refused
+from fwdlib.tangents import AnyGenerator, num_drawn, random_signs
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ def how_large(num_operations: int) -> str:
 
 
 class CountedSigns:
-    """A source of signs that counts them.
+    """A source of signs that counts how many are to be drawn at once, to be the same as those of single draws.
 
     Args:
         generator: where the randomness comes from.
@@ -37,11 +37,11 @@ class CountedSigns:
 
     def __init__(self, generator: AnyGenerator = None) -> None:
         self._generator = generator
-        self.total = 0
+        self.total = -1  # the last random word is cut
 
     def __call__(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Draw."""
-        self.total += math.prod(shape)
+        self.total += num_drawn(shape)
         return random_signs(shape, like, self._generator)
 
 
@@ -49,7 +49,7 @@ class GivenSigns:
     """A source that cuts its signs from a tensor.
 
     Args:
-        signs: shape (number of signs,).
+        signs: shape (total of :class:`CountedSigns`,).
     """
 
     def __init__(self, signs: Tensor) -> None:
@@ -58,8 +58,8 @@ class GivenSigns:
 
     def __call__(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Cut the next signs."""
-        start, self.used = self.used, self.used + math.prod(shape)
-        return self._signs[start : self.used].reshape(shape).to(like.dtype)
+        start, self.used = self.used, self.used + num_drawn(shape)
+        return self._signs[start : start + math.prod(shape)].reshape(shape).to(like.dtype)
 
 
 class Recorded(NamedTuple):
@@ -183,6 +183,15 @@ def compiled(recorded: Recorded, arguments: Sequence[Tensor], *, fixed: bool = F
     return torch._inductor.compile(recorded.graph, [*map(copied, (*arguments, *recorded.constants))], options=options)
 
 
+DEPENDS_ON_VALUES = (
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "PendingUnbackedSymbolNotFound",
+    "UserError",
+)
+"""Errors of torch's tracer."""
+
+
 def cause_of(error: Exception) -> str:
     """Return in words why something could not be recorded or compiled."""
     inner = getattr(error, "inner_exception", None)
@@ -191,10 +200,8 @@ def cause_of(error: Exception) -> str:
     text, kind = (str(error).strip() or "no message").splitlines()[0].rstrip(".:"), type(error).__name__
     if isinstance(error, Refused):
         return text
-    if kind == "FailOnRecompileLimitHit":
-        return f"the Python values that it reads keep changing: there are graphs for {MAX_GRAPHS} states of them"
     place = _place_of(error)
-    if kind in ("DataDependentOutputException", "DynamicOutputShapeException", "UserError") or "ata-dependent" in text:
+    if kind in DEPENDS_ON_VALUES or "ata-dependent" in text:
         return READS_VALUES + place
     if kind == "Unsupported":
         return f"torch's compiler cannot follow the Python code ({text}){place}"

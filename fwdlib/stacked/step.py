@@ -21,8 +21,8 @@ from fwdlib.stacked.batches import count_examples
 from fwdlib.stacked.compiled import CompiledStep, Options, check_no_hooks, end, forward
 from fwdlib.stacked.estimator import evaluate
 from fwdlib.stacked.graph import cause_of, how_large
-from fwdlib.stacked.guarded import Guarded, Refused
-from fwdlib.stacked.perturbations import PERTURBATIONS, DrawSigns
+from fwdlib.stacked.guarded import FULL, Guarded, Refused
+from fwdlib.stacked.perturbations import PERTURBATIONS
 from fwdlib.tangents import random_signs
 
 MAX_OPERATIONS = 1_000
@@ -50,8 +50,9 @@ class SGDStep:
 
     What cannot be compiled runs as with ``compiled=False``, with the same numbers, after one warning that says why: a
     branch on the values of a tensor, ``.item()``, shapes that depend on values, a counter in Python, random numbers of
-    Python or numpy, logging, TorchScript, an autocast around the step, or a graph so large that it takes more than half
-    a minute to compile.
+    Python or numpy, functions under ``functools.lru_cache``, a ``torch.autograd.Function``, logging, TorchScript, an
+    autocast around the step, or a graph so large that it takes more than half a minute to compile. As under
+    torch.compile, ``torch.compiler.is_compiling()`` is true in a compiled step.
 
     Args:
         model: the step updates its trainable parameters in place.
@@ -156,6 +157,8 @@ class SGDStep:
             return self._warn_eager(str(refusal))
         if (key := _shapes(batch)) in self._refused:
             return None
+        if self._graphs.is_full:
+            return self._warn_eager(FULL)
         if key not in self._seen:
             self._seen.add(key)
             return None
@@ -193,7 +196,7 @@ class SGDStep:
         if num_operations > MAX_OPERATIONS:
             self._warn(f"SGDStep compiles a large step: {how_large(num_operations)}.")
 
-    def _eager(self, batch: tuple, draw_signs: DrawSigns | None = None) -> Tensor:
+    def _eager(self, batch: tuple) -> Tensor:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         check_no_hooks(trainable.values())
         params = {name: p.detach() for name, p in trainable.items()}
@@ -205,7 +208,7 @@ class SGDStep:
                 f"{self.tangents!r} tangents need the number of examples, and the tensors of the batch differ in their "
                 f"lengths: use 'rank-one' tangents"
             )
-        draw_signs = draw_signs or partial(random_signs, generator=self.generator)
+        draw_signs = partial(random_signs, generator=self.generator)
         perturbation = kind(params, self.num_tangents, objective.num_examples, draw_signs)
         loss, jvps, of_examples = evaluate(objective, params, perturbation, trainable)
         perturbation.gradients(jvps, of_examples).add_to_(params, -self.learning_rate)

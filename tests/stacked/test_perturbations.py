@@ -183,6 +183,7 @@ def centred(model, inputs):
     return model.last(torch.tanh(x - 2 * x.mean()))
 
 
+SQUARE = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64)
 TWO = layers(first=(2, 2), last=(2, 2))
 MODELS = {
     # It has few parameters, so that a bias from examples treated as independent would exceed the noise.
@@ -214,6 +215,18 @@ MODELS = {
         (3, 2),
         lambda m, x: (m.first(x) @ m.heads)[:, 0],
         lambda: {"first": nn.Linear(2, 2), "heads": nn.Parameter(torch.randn(3, 2, 2))},
+    ),
+    # Sums of products that keep the axis of the examples, sum over it, and move it.
+    "einsum": Build((3, 2), lambda m, x: m.last(torch.einsum("bi,ij->bj", torch.tanh(m.first(x)), SQUARE)), TWO),
+    "einsum over examples": Build(
+        (3, 2),
+        lambda m, x: m.last((lambda h: torch.einsum("bi,ci,bj->cj", h, h, x))(torch.tanh(m.first(x)))),
+        TWO,
+    ),
+    "einsum that moves": Build(
+        (3, 2),
+        lambda m, x: torch.einsum("bi,jb->jb", m.last(torch.tanh(m.first(x))), x.t()).t(),
+        TWO,
     ),
     # A layer is applied to a parameter, which has no axis of examples.
     "conditioned": Build(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
+from string import ascii_letters
 from types import FunctionType
 from typing import Any
 
@@ -145,6 +147,30 @@ def _product(num_axes: int, *functions: Callable) -> None:
 
 _product(2, torch.mm, Tensor.mm)
 _product(3, torch.bmm, Tensor.bmm)
+
+
+@rule_of(torch.einsum)
+def einsum(run: Pass, equation: Any, *operands: Any) -> Any:
+    """Apply the product rule, with one more letter for the axis of rows."""
+    if len(operands) == 1 and isinstance(operands[0], Sequence):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or "->" not in equation or len(operands) < 2:
+        return NotImplemented  # with one operand the result may be a view
+    inputs, output = equation.replace(" ", "").split("->")
+    inputs, row = inputs.split(","), next(letter for letter in ascii_letters if letter not in equation)
+    if len(inputs) != len(operands):
+        return NotImplemented
+    duals = [subscripts for subscripts, x in zip(inputs, operands, strict=True) if isinstance(x, Dual)]
+    if "." in equation or any(subscripts[:1] != output[:1] for subscripts in duals):
+        run.mix_examples()  # the product may sum over the examples, or move their axis
+    rows = [run.stack(x) for x in operands]
+    primals, tangents = [x[0] for x in rows], []
+    for i, x in enumerate(rows):
+        if len(x) > 1:
+            with_rows = [row + subscripts if i == j else subscripts for j, subscripts in enumerate(inputs)]
+            product = f"{','.join(with_rows)}->{row}{output}"
+            tangents.append(torch.einsum(product, *primals[:i], x[1:], *primals[i + 1 :]))
+    return dual_of(torch.einsum(equation, *primals), reduce(torch.add, same_rows(tangents)))
 
 
 @rule_of(Tensor.__rmatmul__)

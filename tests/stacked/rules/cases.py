@@ -87,6 +87,21 @@ case([torch.mm, Tensor.mm, *matmuls], [(3, 3), (3, 3)])
 case([torch.bmm, Tensor.bmm, *matmuls], [(2, 3, 3), (2, 3, 3)])
 for shapes in ([(3, 3), (2, 3, 3)], [(2, 3, 3), (3, 3)], [(2, 1, 3, 3), (4, 3, 3)], [(3,), (3, 3)]):
     case(matmuls, shapes)
+for equation, *shapes in (
+    ("bi,ij->bj", (4, 3), (3, 2)),
+    ("bi,bj->bij", (4, 3), (4, 2)),
+    ("b i, j i -> j b", (4, 3), (2, 3)),
+    ("bihd,bjhd->bhij", (2, 3, 2, 4), (2, 5, 2, 4)),
+    ("ii,i,->i", (3, 3), (3,), ()),
+    ("...i,ij->...j", (2, 4, 3), (3, 2)),
+    ("i...,...->...", (2, 4, 3), (1, 3)),
+    ("AB,Bb,bC->AC", (2, 3), (3, 4), (4, 2)),
+):
+    case([torch.einsum], shapes, lambda f, *operands, e=equation: f(e, *operands))
+case([torch.einsum], [(3, 3), (3, 2)], lambda f, *operands: f("ij,jk->ik", list(operands)))
+case([torch.einsum], [(3, 2)], lambda f, x: f("ij->ji", x))
+case([torch.einsum], [(3, 2), (2, 3)], lambda f, x, y: f("ij,jk", x, y))
+case([torch.einsum], [(3, 2), (2, 3)], lambda f, x, y: f(x, [0, 1], y, [1, 2], [0, 2]))
 attend = F.scaled_dot_product_attention
 case([attend], [(2, 3, 4)] * 3)
 case([attend], [(2, 2, 3, 4)] * 3, lambda f, *a: f(*a, is_causal=True, scale=0.3))
@@ -185,6 +200,7 @@ torch.backends.mha.set_fastpath_enabled(False)  # it has no forward derivative, 
 
 # The calls whose rule returns NotImplemented. No other call may fall back on torch.func.jvp.
 FALLS_BACK = {(torch.abs, 1), (Tensor.__getitem__, 10), (Tensor.__getitem__, 11)}
+FALLS_BACK |= {(torch.einsum, i) for i in (9, 10, 11)}
 FALLS_BACK |= {(f, 5) for f in (torch.matmul, Tensor.matmul, Tensor.__rmatmul__)} | {(Tensor.__matmul__, 5)}
 
 
