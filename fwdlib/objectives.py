@@ -194,7 +194,7 @@ class BatchLoss(ModelLoss):
     @property
     def num_examples(self) -> int | None:
         """B, the number of examples in the batch; None if the inputs have no axis of examples."""
-        return len(self.inputs) if self.inputs.dim() else None
+        return self.inputs.shape[0] if self.inputs.dim() else None
 
     def run(self) -> Tensor:
         """Return the loss of the model as it is, a scalar."""

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fwdlib.checks import check_choice, check_count
@@ -113,18 +112,24 @@ def rank_one_factors(
     Returns:
         For each parameter its factors, K (p + q) numbers, all of them of one draw.
     """
-    shapes = {name: (p.shape[:1], p.shape[1:]) if p.dim() > 1 else (p.shape, None) for name, p in params.items()}
-    sizes = [math.prod(shape) for pair in shapes.values() for shape in pair if shape is not None]
+    shapes, sizes = _pieces(tuple([p.shape for p in params.values()]))
     first = next(iter(params.values()))
-    pieces = iter(draw_signs((num_tangents, sum(sizes)), first).split(sizes, dim=1))
+    pieces = iter(draw_signs((num_tangents, sum(sizes)), first).split_with_sizes(sizes, 1))
     factors = {}
-    for name, (left, right) in shapes.items():
-        a, dtype = next(pieces), params[name].dtype
+    for (name, p), (left, right) in zip(params.items(), shapes, strict=True):
+        a = next(pieces)
         b = None if right is None else next(pieces)
         a = a if len(left) == 1 else a.reshape(num_tangents, *left)
         b = b if right is None or len(right) == 1 else b.reshape(num_tangents, *right)
-        factors[name] = RankOne(a.to(dtype), b if b is None else b.to(dtype))
+        factors[name] = RankOne(a.to(p.dtype), b if b is None else b.to(p.dtype))
     return factors
+
+
+@functools.lru_cache(maxsize=128)
+def _pieces(shapes: tuple[torch.Size, ...]) -> tuple[list[tuple[torch.Size, torch.Size | None]], list[int]]:
+    # The shapes of the two factors of each parameter, and the number of signs of each factor.
+    pairs = [(shape[:1], shape[1:]) if len(shape) > 1 else (shape, None) for shape in shapes]
+    return pairs, [math.prod(shape) for pair in pairs for shape in pair if shape is not None]
 
 
 SIGNS_PER_WORD = 64
@@ -147,7 +152,7 @@ def random_signs(shape: Sequence[int], like: Tensor, generator: AnyGenerator = N
 
     def signs(gen: torch.Generator | None) -> Tensor:
         words = torch.randint(-(2**63), 2**63 - 1, (num_words,), generator=gen, device=like.device)
-        return F.embedding(words.view(torch.uint8).int(), _sign_table(like.dtype, like.device)).reshape(-1)[:size]
+        return torch.embedding(_sign_table(like.dtype, like.device), words.view(torch.uint8).int()).reshape(-1)[:size]
 
     return draw(generator, signs).reshape(shape)
 

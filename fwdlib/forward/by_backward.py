@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
@@ -22,6 +22,7 @@ from torch.utils import checkpoint
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fwdlib.forward.passes import Refusal
+from fwdlib.forward.rewind import Rewind
 from fwdlib.objectives import requiring_grad
 
 Rows = Tensor | None
@@ -107,12 +108,12 @@ def jvp_by_backward(
         versions = {id(x): (i, x._version) for i, x in enumerate(given) if is_differentiable(x)}
         results, structure = tree_flatten(call(*given))
         found = [y for y in results if isinstance(y, Tensor) and y.requires_grad]
-        random_state = torch.get_rng_state()
+        rewind = Rewind(nn.Module(), only_torch=True)
         if not all(map(is_differentiable, found)):
             raise Refusal(f"{name} returns a sparse or nested tensor and has no forward derivative. {OTHERS}")
         rows = _rows(found, leaves, tangents, name) if found else iter(())
         derivatives = [next(rows) if isinstance(y, Tensor) and y.requires_grad else None for y in results]
-        torch.set_rng_state(random_state)  # a backward pass that draws does so after the forward pass
+        rewind()  # a backward pass that draws does so after the forward pass
         places = {key: i for key, (i, version) in versions.items() if given[i]._version != version}
     written = [places.get(id(y)) for y in results]
     if len({*places.values()} - {*written}):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
@@ -116,7 +117,7 @@ class ProcessLoss:
         return other
 
     def start(self, params: Params) -> Tree:
-        """Return the state before the first step.
+        """Return the state before the first step, a copy, so that a step in place leaves the given one as it is.
 
         Raises:
             TypeError: if it is something else than tensors.
@@ -128,7 +129,7 @@ class ProcessLoss:
                 raise TypeError(f"the initial state{keystr(path)} must be a tensor, got {type(x).__name__}")
         if not tree_leaves(state):
             raise TypeError("the initial state has no tensors")
-        return state
+        return tree_map(torch.clone, state)
 
     def advance(self, state: Tree, params: Params, first: int, inputs: tuple, num_steps: int) -> Tree:
         """Return the state after some steps.

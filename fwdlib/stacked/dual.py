@@ -52,6 +52,7 @@ class Dual(Tensor):
     """The number of the latest pass that had begun."""
     _rows: Tensor | None
     _parts: tuple[Tensor, Tensor] | None
+    _keeps_primal = False
 
     @staticmethod
     def __new__(cls, stack: Tensor) -> Dual:
@@ -59,14 +60,18 @@ class Dual(Tensor):
         return cls._make(stack.shape[1:], stack, stack, None)
 
     @classmethod
-    def of(cls, primal: Tensor, tangents: Tensor) -> Dual:
+    def of(cls, primal: Tensor, tangents: Tensor, *, keeps_primal: bool = True) -> Dual:
         """Make a dual from its two parts. They are joined when :attr:`stack` is first read.
 
         Args:
             primal: shape (...).
             tangents: shape (R, ...).
+            keeps_primal: whether the primal itself is wanted, which has a tape; if not, nobody else has the parts, and
+                they are joined as soon as one of them is read on its own.
         """
-        return cls._make(primal.shape, primal, None, (primal, tangents))
+        self = cls._make(primal.shape, primal, None, (primal, tangents))
+        self._keeps_primal = keeps_primal
+        return self
 
     @classmethod
     def _make(cls, shape: torch.Size, like: Tensor, rows: Tensor | None, parts: tuple[Tensor, Tensor] | None) -> Dual:
@@ -91,12 +96,17 @@ class Dual(Tensor):
     @property
     def primal(self) -> Tensor:
         """The value, an ordinary tensor."""
-        return self._parts[0] if self._parts else self._rows[0]
+        return self._parts[0] if self._parts and self._keeps_primal else self.stack[0]
 
     @property
     def tangents(self) -> Tensor:
         """The derivatives, shape (R, ...)."""
-        return self._parts[1] if self._parts else self._rows[1:]
+        return self._parts[1] if self._parts and self._keeps_primal else self.stack[1:]
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """The primal and the tangents, to compute with. They may be no views of :attr:`stack`."""
+        return self._parts or (self._rows[0], self._rows[1:])
 
     @property
     def constant(self) -> Tensor:

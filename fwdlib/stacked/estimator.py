@@ -8,6 +8,7 @@ calls.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections import deque
@@ -174,7 +175,8 @@ def evaluate(
         objective: the loss of a model on a batch, or any function of the parameters.
         params: the point.
         perturbation: the tangents of the parameters.
-        own: the model's own tensors, if ``params`` are known to be the same memory; None to find that out.
+        own: the model's own tensors, which require a gradient, if ``params`` are known to be the same memory; None to
+            find that out.
 
     Returns:
         The loss, its derivatives (K,), and each example's contribution to them (K, B), None if it is not known.
@@ -182,7 +184,9 @@ def evaluate(
     if not isinstance(objective, ModelLoss):
         leaves = _leaves(params)
         loss = run(nn.Module(), partial(objective, leaves), perturbation, leaves)
-    elif own is not None or (own := None if is_transformed() else objective.own(params)) is not None:
+    elif own is not None:
+        loss = run(objective.model, objective.run, perturbation, own)
+    elif not is_transformed() and (own := objective.own(params)) is not None:
         with requiring_grad(own.values()):
             loss = run(objective.model, objective.run, perturbation, own)
     else:
@@ -190,18 +194,20 @@ def evaluate(
         leaves = _leaves(params)
         with swapped(objective.model, leaves, {}):
             loss = run(objective.model, objective.run, perturbation, leaves)
+    if isinstance(loss, Dual):
+        found = split(loss, perturbation)
+        check_scalar(found[0])
+        return found
     check_scalar(loss)
-    if not isinstance(loss, Dual):
-        check_depends(not is_transformed(), objective, params)
-        return loss.detach(), loss.new_zeros(perturbation.num_tangents), None
-    return split(loss, perturbation)
+    check_depends(not is_transformed(), objective, params)
+    return loss.detach(), loss.new_zeros(perturbation.num_tangents), None
 
 
 def split(loss: Dual, perturbation: Perturbation) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the loss, its derivatives (K,), and each example's contribution to them (K, B), None if not known."""
     k = perturbation.num_tangents
     stack = loss.stack
-    return stack[0], stack[1 : 1 + k], stack[1 + k :].reshape(k, -1) if len(stack) > 1 + k else None
+    return stack[0], stack[1 : 1 + k], stack[1 + k :].reshape(k, -1) if stack.shape[0] > 1 + k else None
 
 
 def _leaves(params: Params) -> Params:
@@ -246,7 +252,7 @@ def run(
     """
     modules = modules_of(model)
     check_followable(modules)
-    if any(issubclass(kind, torch.jit.ScriptModule) for kind in set(map(type, modules))):
+    if any(map(_is_script, map(type, modules))):
         _refuse_script(modules, params)
     try:
         with _eager(), Pass(perturbation, params, calls) as stacked_pass:
@@ -259,7 +265,7 @@ def run(
     finally:
         for module in modules:
             kinds = [*map(type, module.__dict__.values())]
-            if Dual in kinds or list in kinds or deque in kinds or kinds.count(dict) > NUM_DICTS or module._buffers:
+            if not PLAIN.issuperset(kinds) or kinds.count(dict) > NUM_DICTS or module._buffers:
                 _keep_primals(module.__dict__)
 
 
@@ -272,6 +278,8 @@ BELOW = (
 
 NUM_DICTS = [*map(type, nn.Module().__dict__.values())].count(dict)
 """How many dicts every module has."""
+PLAIN = {*map(type, nn.Module().__dict__.values()), type(None), bool, int, float, str, tuple}
+"""Kinds of attributes that keep no dual."""
 
 
 def _eager() -> AbstractContextManager:
@@ -297,6 +305,11 @@ class _ForcedEager:
             kind._running -= 1
             if kind._running == 0:
                 kind._stance.__exit__(*error)
+
+
+@functools.cache
+def _is_script(kind: type[nn.Module]) -> bool:
+    return issubclass(kind, torch.jit.ScriptModule)
 
 
 def _refuse_script(modules: Sequence[nn.Module], params: Params) -> None:

@@ -65,7 +65,8 @@ def register_rule(*functions: Callable) -> Callable[[Rule], Rule]:
     return register
 
 
-MAY_HIDE = {Tensor, list, tuple}
+SIMPLE = {type(None), bool, int, float, str, torch.dtype}
+VIEW = Tensor.view
 _current_level = torch._C._functorch.maybe_current_level
 _is_fwd_grad_enabled = torch._C._is_fwd_grad_enabled
 _is_grad_enabled = torch.is_grad_enabled
@@ -133,6 +134,7 @@ class Pass(TorchFunctionMode):
         self._num_doubts = 0
         self._number = 0
         self._has_stale = False  # whether the arguments of this call have duals of an earlier pass among them
+        self._may_hide = False  # whether they have tensors with a tape among them
         self._is_inside = False  # whether a rule runs, whose own calls come here if it opens the pass again
         self._has_forward_ad = torch._C._is_fwd_grad_enabled()
 
@@ -170,10 +172,12 @@ class Pass(TorchFunctionMode):
         Raises:
             Refusal: if the pass cannot follow it here.
         """
-        kwargs = kwargs or {}
+        self._may_hide = False
         is_concerned = self._concerns(args)
         if kwargs:
             is_concerned = self._concerns(kwargs.values()) or is_concerned
+        else:
+            kwargs = {}
         if self._has_stale:
             self._has_stale = False
             if func not in METADATA:
@@ -208,12 +212,8 @@ class Pass(TorchFunctionMode):
         if not (_is_grad_enabled() and _is_fwd_grad_enabled()) and self._cuts(func):
             return self.on_primals(func, args, kwargs)
         if not self._keeps_tape:
-            for value in args:
-                if type(value) in MAY_HIDE:
-                    self._check_visible(args)
-                    break
-            if kwargs:
-                self._check_visible(kwargs.values())
+            if self._may_hide:
+                self._check_visible((*args, *kwargs.values()))
             _set_grad_enabled(False)
         self._is_inside = True
         try:
@@ -352,16 +352,23 @@ class Pass(TorchFunctionMode):
         return not torch.is_grad_enabled()
 
     def _concerns(self, values: Iterable) -> bool:
-        # Also notes whether there are duals of an earlier pass among them.
+        # Also notes whether there are duals of an earlier pass among them, and tensors with a tape.
         found = False
         for value in values:
-            if isinstance(value, Dual):
+            kind = type(value)
+            if kind in SIMPLE:
+                continue
+            if kind is Dual:
                 if value.since < self._number:
                     self._has_stale = True
                 else:
                     found = True
             elif id(value) in self.names:
                 found = True
+            elif kind is Tensor:
+                if value.requires_grad:
+                    self._may_hide = True
+                    found = found or (self._filled is not None and self._is_filled(value))
             elif isinstance(value, (list, tuple)):
                 found = self._concerns(value) or found
             elif self._filled is not None and self._is_filled(value):
@@ -473,16 +480,21 @@ class Pass(TorchFunctionMode):
         if self._calls is not None:
             shape = tuple(found.stack.shape[1:]) if isinstance(found, Dual) else None
             self._calls.append(Call(function_name(func), shape, has_rule))
-        if isinstance(found, Dual):
+        if type(found) is Dual:
             if self.perturbation.per_example:
                 self._follow_examples(found)
-            is_doubtful = kind is not None or (kwargs and kwargs.get("memory_format") is not None)
-            source = args[0] if args else None
-            if is_doubtful and func is Tensor.contiguous and isinstance(source, Dual) and repeats(source.stack[0]):
-                is_doubtful = False  # torch copies, too
-            if isinstance(source, Dual) and (is_doubtful or (func is Tensor.view and _is_copy(found, source))):
-                self._doubt(source, found, function_name(func))
+            if kind is not None or func is VIEW or "memory_format" in kwargs:
+                self._doubt_view(func, kind, args, kwargs, found)
         return found
+
+    def _doubt_view(self, func: Callable, kind: _Kind | None, args: tuple, kwargs: dict, found: Dual) -> None:
+        # Note a result that may be a view in torch, or a copy, where it is the other one here.
+        is_doubtful = kind is not None or kwargs.get("memory_format") is not None
+        source = args[0] if args else None
+        if is_doubtful and func is Tensor.contiguous and isinstance(source, Dual) and repeats(source.stack[0]):
+            is_doubtful = False  # torch copies, too
+        if isinstance(source, Dual) and (is_doubtful or (func is VIEW and _is_copy(found, source))):
+            self._doubt(source, found, function_name(func))
 
     def _with_filled(self, func: Callable, kind: _Kind | None, args: tuple, kwargs: dict) -> Any:
         # Filled tensors go into the rule as duals. A view of one is a plain tensor again, whose tangents are a view.

@@ -11,6 +11,9 @@ from torch import Tensor
 from fwdlib.stacked.aliases import memory_of
 from fwdlib.tangents import Params, RankOne, is_traced, is_transformed, own_precision
 
+FEW = 5
+"""Parameters, for which one call each takes less time than a call for all."""
+
 
 class Use(NamedTuple):
     """A place where the pass perturbed something on behalf of a parameter."""
@@ -84,10 +87,11 @@ class Gradients(Mapping[str, Tensor]):
                 params[name].add_(self[name] * factor)
             return
         uses = self._uses
-        if len(self._total) == 1 and self._total.device.type == "cpu" and not (is_traced() or is_transformed()):
-            _add_products(
-                [(params[use.name], *use.factors()) for use in uses if use.factors], float(self._total * factor)
-            )
+        if self._total.shape[0] == 1 and self._total.device.type == "cpu" and not (is_traced() or is_transformed()):
+            products = [(params[use.name], *use.factors()) for use in uses if use.factors]
+            _add_products(products, float(self._total) * float(factor))
+            if len(products) == len(uses):
+                return
             uses = [use for use in uses if not use.factors]
         with own_precision(self._total):
             for use in uses:
@@ -124,11 +128,17 @@ class Gradients(Mapping[str, Tensor]):
 
 
 def _add_products(products: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight: float) -> None:
-    # Add weight left right^T to each target, for one tangent: in two calls of torch for all parameters.
+    # Add weight left right^T to each target, for one tangent: in two calls of torch for many parameters.
     matrices = [
         (target, _column(left, target.dim()), right[0]) for target, left, right in products if right is not None
     ]
     vectors = [(target, left.reshape(target.shape)) for target, left, right in products if right is None]
+    if len(products) < FEW:
+        for target, column, row in matrices:
+            target.addcmul_(column, row, value=weight)
+        for target, left in vectors:
+            target.add_(left, alpha=weight)
+        return
     if matrices:
         torch._foreach_addcmul_(*map(list, zip(*matrices, strict=True)), value=weight)
     if vectors:

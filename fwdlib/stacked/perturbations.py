@@ -466,7 +466,7 @@ def _add_products_(target: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _between(rows: Tensor, num_axes: int, axis: int) -> Tensor:
     # (K, q) -> (K, 1, ..., q, ..., 1), with q at the negative `axis` of tensors with num_axes axes
-    return rows.reshape(len(rows), *[1] * (num_axes + axis), -1, *[1] * (-axis - 1))
+    return rows.reshape(rows.shape[0], *[1] * (num_axes + axis), -1, *[1] * (-axis - 1))
 
 
 def _spread(rows: Tensor, num_axes: int) -> Tensor:

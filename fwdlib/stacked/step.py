@@ -199,19 +199,18 @@ class SGDStep:
     def _eager(self, batch: tuple) -> Tensor:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         check_no_hooks(trainable.values())
-        params = {name: p.detach() for name, p in trainable.items()}
         objective = self._objective(batch)
-        check_objective(objective, params)
-        kind = PERTURBATIONS[self.tangents]
-        if objective.num_examples is None and kind.per_example:
+        check_objective(objective, trainable)
+        kind, num_examples = PERTURBATIONS[self.tangents], objective.num_examples
+        if num_examples is None and kind.per_example:
             raise ValueError(
                 f"{self.tangents!r} tangents need the number of examples, and the tensors of the batch differ in their "
                 f"lengths: use 'rank-one' tangents"
             )
         draw_signs = partial(random_signs, generator=self.generator)
-        perturbation = kind(params, self.num_tangents, objective.num_examples, draw_signs)
-        loss, jvps, of_examples = evaluate(objective, params, perturbation, trainable)
-        perturbation.gradients(jvps, of_examples).add_to_(params, -self.learning_rate)
+        perturbation = kind(trainable, self.num_tangents, num_examples, draw_signs)
+        loss, jvps, of_examples = evaluate(objective, trainable, perturbation, trainable)
+        perturbation.gradients(jvps, of_examples).add_to_(trainable, -self.learning_rate)
         return loss
 
     def _objective(self, batch: tuple) -> ModelLoss:

@@ -113,6 +113,11 @@ def momentum(model, h):
     return h @ model.frozen
 
 
+def momentum_by_data(model, h):
+    model.frozen.data.mul_(0.5).add_(model.w.data, alpha=0.5)
+    return h @ model.frozen
+
+
 def deque(model, h):
     model.queue.append(model.queue[-1] * 1.5)
     return h * model.queue[-1]
@@ -309,6 +314,7 @@ BODIES = {
     "a subclass filled": filled_subclass,
     "checkpoints in a checkpoint": nested_checkpoints,
     "a momentum encoder": momentum,
+    "a momentum encoder by .data": momentum_by_data,
     "a state that is no tensor": deque,
     "a hook of an activation": hooked_activation,
     "a hook of a module, for a while": hooked_module,
@@ -333,6 +339,7 @@ REFUSED = {
         "asks whether an activation has a tape",
         "parameters frozen for a while",
         "a momentum encoder",
+        "a momentum encoder by .data",
         "kept outside the model",
         "a refusal that the model catches",
         "a hook that the model tries",

@@ -471,6 +471,15 @@ def test_a_step_that_writes_into_the_state_is_refused_and_leaves_the_initial_one
     assert initial[1] == 0
 
 
+def test_backprop_through_steps_in_place_leaves_the_initial_state():
+    initial = torch.ones(2, dtype=DOUBLE)
+    process = ProcessLoss(lambda z, p: z.mul_(1 + p["a"]), initial, lambda z, p: z.sum(), 3)
+    found = [backprop_gradient(process, numbers(a=1.0)) for _ in range(2)]
+    assert_equal(found[0], found[1])
+    assert initial.tolist() == [1, 1]
+    assert found[0].grads["a"] == 2 * 3 * 4
+
+
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_process_on_other_data_is_as_a_new_one_and_compiled_once(compiled):
     def process_of(inputs, target):

@@ -24,7 +24,7 @@ from fwdlib.stacked.rules.signatures import rule_of
 def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Any:
     """Compute one product for all rows; the perturbation computes the term from the weight's own tangent."""
     with torch._C.DisableTorchFunctionSubclass():
-        is_layer = weight.dim() == 2 and (bias is None or bias.dim() == 1) and x.numel() and len(weight)
+        is_layer = weight.dim() == 2 and (bias is None or bias.dim() == 1) and x.numel() and weight.shape[0]
     if not is_layer:
         return NotImplemented
     if isinstance(weight, Dual) or isinstance(bias, Dual):  # the weight is itself a result
@@ -34,7 +34,7 @@ def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Any:
     weight_name, bias_name = run.name_of(weight), run.name_of(bias)
     if not run.has_tangents(x):
         outputs = F.linear(x, weight, bias)
-        return dual_of(outputs, run.perturbation.linear(weight_name, bias_name, x, outputs))
+        return dual_of(outputs, run.perturbation.linear(weight_name, bias_name, x, outputs), are_new=True)
     if torch.is_grad_enabled() and weight_name is bias_name is None:
         return Dual.of(F.linear(x.primal, weight, bias), F.linear(x.tangents, weight.detach()))
     stack = run.stack(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from fwdlib.stacked.dual import Dual
 from fwdlib.stacked.forward_pass import Pass
 from fwdlib.stacked.rules.normalisation import log_softmax
 from fwdlib.stacked.rules.reductions import sum_
-from fwdlib.stacked.rules.rows import dual_of, is_autocast, is_half
+from fwdlib.stacked.rules.rows import dual_of, is_autocast, is_half, parts_of
 from fwdlib.stacked.rules.signatures import rule_of
+from fwdlib.tangents import is_traced, is_transformed
 
 
 @rule_of(F.cross_entropy)
@@ -32,7 +34,7 @@ def cross_entropy(
     is_soft = target.is_floating_point() or label_smoothing
     if size_average is not None or reduce is not None or reduction not in ("mean", "sum", "none"):
         return NotImplemented
-    if run.has_tangents(weight) or run.has_tangents(target) or logits.dim() == 1:
+    if run.has_tangents(weight) or run.has_tangents(target) or parts_of(run, logits)[0].dim() == 1:
         return NotImplemented
     if is_soft and (weight is not None or not 0 <= label_smoothing <= 1 or not _fits(target, logits, ignore_index)):
         return NotImplemented
@@ -56,12 +58,15 @@ def cross_entropy(
         return total
     mean = total.stack / count
     if not target.is_floating_point():
-        _unless_ignored(mean[1:], target, ignore_index)
+        _unless_ignored(mean[0], mean[1:], target, ignore_index)
     return Dual(mean)
 
 
-def _unless_ignored(tangents: Tensor, target: Tensor, ignore_index: int) -> None:
+def _unless_ignored(mean: Tensor, tangents: Tensor, target: Tensor, ignore_index: int) -> None:
     # The mean over no target at all is nan, and its gradient zero.
+    is_readable = type(mean) is Tensor and mean.device.type == "cpu" and not (is_traced() or is_transformed())
+    if is_readable and not math.isnan(mean.item()):
+        return
     tangents.masked_fill_((target == ignore_index).all(), 0)
 
 
@@ -89,15 +94,17 @@ def nll_loss(
         return NotImplemented
     if not isinstance(target, Tensor) or run.has_tangents(weight) or not run.has_tangents(log_probs):
         return NotImplemented
-    stack = run.stack(log_probs)
-    if stack.dim() < 3:
+    primal, tangents = parts_of(run, log_probs)
+    if primal.dim() < 2:
         return NotImplemented
     options = {"weight": weight, "ignore_index": ignore_index}
     if reduction != "none" and not run.perturbation.per_example:
-        rows = torch.stack([F.nll_loss(row, target, reduction=reduction, **options) for row in stack.unbind()])
+        rows = primal, *tangents.unbind()
+        rows = torch.stack([F.nll_loss(row, target, reduction=reduction, **options) for row in rows])
         if reduction == "mean":
-            _unless_ignored(rows[1:], target, ignore_index)
+            _unless_ignored(rows[0], rows[1:], target, ignore_index)
         return Dual(rows)
+    stack = run.stack(log_probs)
     value = F.nll_loss(stack[0], target, reduction=reduction, **options)
     rows = stack[1:].flatten(0, 1)
     pieces = F.nll_loss(rows, target.repeat(len(stack) - 1, *[1] * (target.dim() - 1)), reduction="none", **options)
@@ -109,7 +116,7 @@ def nll_loss(
         options["weight"] = None if weight is None else weight.to(dtype)
         ones = stack.new_full(stack.shape[1:], -1, dtype=dtype)
         pieces = pieces / F.nll_loss(ones, target, reduction="sum", **options)
-        _unless_ignored(pieces, target, ignore_index)
+        _unless_ignored(value, pieces, target, ignore_index)
     pieces = pieces.flatten(2).sum(2) if pieces.dim() > 2 else pieces
     return dual_of(value, run.split_examples(pieces) if run.is_batch(log_probs) else pieces.sum(1))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fwdlib.stacked.dual import Dual, primal_of
 from fwdlib.stacked.forward_pass import Pass
-from fwdlib.stacked.rules.rows import by_rows, dual_of, is_autocast, is_half, padded_rows, rows_along
+from fwdlib.stacked.rules.rows import axis_along, by_rows, dual_of, is_autocast, is_half, padded_rows, parts_of
 from fwdlib.stacked.rules.signatures import rule_of
 
 aten = torch.ops.aten
@@ -189,12 +189,13 @@ def log_softmax(run: Pass, x: Any, dim: int, dtype: torch.dtype | None = None, *
 
 
 def _softmax(run: Pass, function: Callable, x: Any, dim: int, dtype: torch.dtype | None) -> Any:
-    if not isinstance(dim, (int, np.integer)) or x.dim() == 0 or not (dtype is None or dtype.is_floating_point):
+    primal, tangents = parts_of(run, x)
+    if not isinstance(dim, (int, np.integer)) or primal.dim() == 0 or not (dtype is None or dtype.is_floating_point):
         return NotImplemented
-    stack, axis = rows_along(run, x, dim)
+    axis = axis_along(run, tangents, dim)
     if dtype is not None:
-        stack = stack.to(dtype)
-    y, tangents = function(stack[0], dim), stack[1:]
+        primal, tangents = primal.to(dtype), tangents.to(dtype)
+    y = function(primal, dim)
     if function is torch.softmax:
-        return dual_of(y, y * (tangents - (y * tangents).sum(axis, keepdim=True)))
-    return dual_of(y, tangents - (y.exp() * tangents).sum(axis, keepdim=True))
+        return dual_of(y, y * (tangents - (y * tangents).sum(axis, keepdim=True)), are_new=True)
+    return dual_of(y, tangents - (y.exp() * tangents).sum(axis, keepdim=True), are_new=True)

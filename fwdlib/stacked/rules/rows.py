@@ -12,15 +12,29 @@ from fwdlib.stacked.dual import Dual, joined, pad_rows
 from fwdlib.stacked.forward_pass import Pass
 
 
-def dual_of(primal: Tensor, tangents: Tensor) -> Dual:
-    """Join a primal and its tangents, which must broadcast to ``(R, *primal.shape)`` and get the primal's type."""
+def dual_of(primal: Tensor, tangents: Tensor, *, are_new: bool = False) -> Dual:
+    """Join a primal and its tangents, which must broadcast to ``(R, *primal.shape)`` and get the primal's type.
+
+    Args:
+        primal: shape (...).
+        tangents: its tangents.
+        are_new: whether nobody else has both: they are joined when a rule first needs the stack.
+    """
     if tangents.shape[1:] != primal.shape:
         tangents = tangents.expand(-1, *primal.shape)
     if tangents.dtype != primal.dtype:
         tangents = tangents.to(primal.dtype)
     if torch.is_grad_enabled():
         return Dual.of(primal, tangents.detach() if tangents.requires_grad else tangents)
-    return Dual(joined(primal, tangents))
+    return Dual.of(primal, tangents, keeps_primal=False) if are_new else Dual(joined(primal, tangents))
+
+
+def parts_of(run: Pass, x: Any) -> tuple[Tensor, Tensor]:
+    """Return the primal of ``x`` and its tangents (R, ...), for a rule that needs no stack."""
+    if isinstance(x, Dual):
+        return x.parts
+    stack = run.stack(x)
+    return stack[0], stack[1:]
 
 
 def by_rows(kernel: Callable[..., Tensor], tangents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -62,10 +76,15 @@ def row_axis(dim: int, stack: Tensor, *, is_new: bool = False) -> int:
 def rows_along(run: Pass, x: Any, dim: int) -> tuple[Tensor, int]:
     """Return the rows of ``x`` and the axis that ``dim`` is in them, for a rule whose function mixes along ``dim``."""
     stack = run.stack(x)
+    return stack, axis_along(run, stack, dim)
+
+
+def axis_along(run: Pass, stack: Tensor, dim: int) -> int:
+    """Return the axis that ``dim`` is in a stack, for such a rule."""
     axis = row_axis(dim, stack)
     if axis == 1:
         run.mix_examples()
-    return stack, axis
+    return axis
 
 
 def per_axis(value: Any, num_axes: int) -> tuple[int, ...]:
@@ -76,7 +95,7 @@ def per_axis(value: Any, num_axes: int) -> tuple[int, ...]:
 
 def is_half(x: Tensor) -> bool:
     """Return whether sums of numbers of this type are to be computed in float32, as torch does."""
-    return x.dtype in (torch.float16, torch.bfloat16)
+    return (x.parts[1] if isinstance(x, Dual) else x).dtype in (torch.float16, torch.bfloat16)
 
 
 def is_autocast(x: Tensor) -> bool:

@@ -49,21 +49,23 @@ def _checked(rule: Rule, function: Callable, names: dict[str, str]) -> Rule:
         known |= dict.fromkeys(NUMPY_NAMES_OF_FIRST, first.name)
     known |= names
 
+    @functools.cache
+    def names_for(num_args: int, *given: str) -> tuple[str, ...] | None:
+        # The rule's names of the keywords given with so many arguments; None if the call does not fit.
+        ours = tuple(known.get(name, name if passes_on else "") for name in given)
+        if limit is not None and num_args > limit:
+            return None
+        if "" in ours or len({*ours}) < len(ours) or any(name in ours for name in positional[:num_args]):
+            return None
+        return ours if all(name in ours for name in required[num_args:]) else None
+
     @functools.wraps(rule)
     def checked(run: Pass, *args: Any, **kwargs: Any) -> Any:
-        if limit is not None and len(args) > limit:
+        if "out" in kwargs and kwargs["out"] is None:
+            del kwargs["out"]
+        names = names_for(len(args), *kwargs)
+        if names is None:
             return NotImplemented
-        if kwargs:
-            if kwargs.get("out", 0) is None:
-                del kwargs["out"]
-            given = {known.get(name, name if passes_on else ""): value for name, value in kwargs.items()}
-            if "" in given or len(given) < len(kwargs) or any(name in given for name in positional[: len(args)]):
-                return NotImplemented
-            if not all(name in given for name in required[len(args) :]):
-                return NotImplemented
-            return rule(run, *args, **given)
-        if len(args) < len(required):
-            return NotImplemented
-        return rule(run, *args)
+        return rule(run, *args, **dict(zip(names, kwargs.values(), strict=True))) if names else rule(run, *args)
 
     return checked
