@@ -89,7 +89,7 @@ class Gradients(Mapping[str, Tensor]):
         uses = self._uses
         if self._total.shape[0] == 1 and self._total.device.type == "cpu" and not (is_traced() or is_transformed()):
             products = [(params[use.name], *use.factors()) for use in uses if use.factors]
-            _add_products(products, float(self._total) * float(factor))
+            _add_products(products, float(self._total * factor))
             if len(products) == len(uses):
                 return
             uses = [use for use in uses if not use.factors]

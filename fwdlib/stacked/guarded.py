@@ -162,9 +162,13 @@ class _Methods(NamedTuple):
 
 
 def _traced_methods() -> dict[type, list[str]]:
-    # The names of those that are called in the trace, by class, of all classes that are read in it.
+    # The names of those that are called in the trace, by class: of the classes of what it reads, and of those that
+    # define them, since torch's tracer forgets objects that the trace makes for itself.
     output = _output()
     codes, classes, found = set(output.tracing_context.traced_code), set(), {}
+    for cls in [x for x in gc.get_objects() if issubclass(type(x), type)]:
+        if any(_code_of(attribute) in codes for attribute in vars(cls).values()):
+            classes.add(cls)
     for variable in output.side_effects.id_to_variable.values():
         value = vars(variable).get("value")
         classes.update((value if isinstance(value, type) else type(value)).__mro__)
