@@ -110,6 +110,27 @@ def test_plain_sgd_writes_no_gradient_out_and_others_write_over_the_last(made, m
         assert not torch.equal(grad, value)
 
 
+class Scaled(nn.Module):
+    """A layer with a temperature, a parameter without axes, and a bias that is broadcast."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3, bias=False)
+        self.scale, self.bias = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(1))
+
+    def forward(self, inputs):
+        return self.scale * F.linear(inputs, self.layer.weight, self.bias)
+
+
+@pytest.mark.parametrize("tangents", TANGENTS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_parameters_of_all_shapes(made, optimizer, tangents):
+    torch.manual_seed(0)
+    model = Scaled().double()
+    make = OPTIMIZERS[optimizer]
+    assert_alike(both((model, made[1]), lambda params: make(params), **TANGENTS[tangents]), model)
+
+
 def of_groups(model):
     return torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.5}], 0.1)
 

@@ -39,7 +39,7 @@ from fwdlib.tangents import AnyGenerator, Params, is_transformed
 T = TypeVar("T")
 
 _REFUSED: weakref.WeakSet = weakref.WeakSet()  # models and functions that the stacked engine has refused
-_TAKEN: weakref.WeakSet = weakref.WeakSet()  # those that it has taken before
+_TAKEN: weakref.WeakSet = weakref.WeakSet()  # those that it has taken, and that draw by torch alone
 
 
 class Derivatives(NamedTuple):
@@ -127,7 +127,8 @@ def either_engine(
     except (NotImplementedError, RuntimeError, TypeError, LookupError, AttributeError, AssertionError):
         rewind()  # an error of the model's own comes again in torch's engine; any other is the stacked engine's fault
     else:
-        _TAKEN.add(key)
+        if key not in _TAKEN and not rewind.others_have_drawn():
+            _TAKEN.add(key)
         return found
     found = torch_engine()
     _REFUSED.add(key)

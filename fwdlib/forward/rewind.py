@@ -61,6 +61,12 @@ class Rewind:
             self._keep_module(module)
         self._keep_random(only_torch)
 
+    def others_have_drawn(self) -> bool:
+        """Return whether numpy's or Python's global generator has advanced since; of ``only_torch`` it is not known."""
+        python, numpy = self._of_others
+        _, key, *place = np.random.get_state()
+        return random.getstate() != python or place != [*numpy[2:]] or not np.array_equal(key, numpy[1])
+
     def _keep_random(self, only_torch: bool) -> None:
         self._states.append((torch.set_rng_state, torch.get_rng_state()))
         if torch.cuda.is_initialized():
@@ -70,7 +76,8 @@ class Rewind:
                 restore = functools.partial(torch.cuda.set_rng_state, device=device)
                 self._states.append((restore, torch.cuda.get_rng_state(device)))
         if not only_torch:
-            self._states += [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state())]
+            self._of_others = random.getstate(), np.random.get_state()
+            self._states += zip((random.setstate, np.random.set_state), self._of_others, strict=True)
 
     def _keep_module(self, module: nn.Module) -> None:
         held = module.__dict__

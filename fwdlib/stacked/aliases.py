@@ -142,6 +142,17 @@ class Doubtful:
                 yield first(), name
 
 
+_VIEWS = (
+    *("view", "view_as", "reshape", "reshape_as", "flatten", "ravel", "unflatten", "contiguous", "real", "imag"),
+    *("transpose", "swapaxes", "swapdims", "t", "adjoint", "permute", "movedim", "moveaxis", "diagonal"),
+    *("unsqueeze", "squeeze", "expand", "expand_as", "broadcast_to", "atleast_1d", "atleast_2d", "atleast_3d"),
+    *("select", "narrow", "unfold", "as_strided", "view_as_real", "__getitem__", "__iter__", "unbind", "chunk"),
+    *("split", "split_with_sizes", "unsafe_chunk", "unsafe_split", "tensor_split", "hsplit", "vsplit", "dsplit"),
+)
+VIEWS = {f for name in _VIEWS for f in (getattr(torch, name, None), getattr(Tensor, name, None)) if callable(f)}
+VIEWS |= {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
+"""Functions that return views, at least of some tensors."""
+
 MAY_SHARE = {
     *(torch.reshape, Tensor.reshape, Tensor.reshape_as, torch.flatten, Tensor.flatten, torch.ravel, Tensor.ravel),
     Tensor.contiguous,

@@ -53,6 +53,8 @@ class Dual(Tensor):
     _rows: Tensor | None
     _parts: tuple[Tensor, Tensor] | None
     _keeps_primal = False
+    is_view_of_parameter = False
+    """Whether the primal shares memory with a parameter, so that a write into one is seen in the other."""
 
     @staticmethod
     def __new__(cls, stack: Tensor) -> Dual:
@@ -73,6 +75,12 @@ class Dual(Tensor):
         self._keeps_primal = keeps_primal
         return self
 
+    def as_view_of_parameter(self, primal: Tensor) -> Dual:
+        """Return a dual with these tangents and a primal that shares memory with a parameter."""
+        view = Dual.of(primal, self.tangents)
+        view.is_view_of_parameter = True
+        return view
+
     @classmethod
     def _make(cls, shape: torch.Size, like: Tensor, rows: Tensor | None, parts: tuple[Tensor, Tensor] | None) -> Dual:
         # It requires a gradient, so the tape reveals what C++ code or a torch.autograd.Function computes from it.
@@ -85,8 +93,10 @@ class Dual(Tensor):
     def stack(self) -> Tensor:
         """All rows, shape (1 + R, ...)."""
         if self._rows is None:
-            primal, tangents = self._parts
-            self.stack = joined(primal, tangents)
+            rows = joined(*self._parts)
+            if self.is_view_of_parameter:
+                return rows
+            self.stack = rows
         return self._rows
 
     @stack.setter

@@ -11,10 +11,12 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import is_dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -265,7 +267,8 @@ def run(
     finally:
         for module in modules:
             kinds = [*map(type, module.__dict__.values())]
-            if not PLAIN.issuperset(kinds) or kinds.count(dict) > NUM_DICTS or module._buffers:
+            num_dicts = kinds.count(dict) + kinds.count(OrderedDict)
+            if num_dicts > NUM_DICTS or module._buffers or not OF_MODULES.issuperset(kinds):
                 _keep_primals(module.__dict__)
 
 
@@ -276,10 +279,12 @@ BELOW = (
 """Words in the errors of code below torch's function overrides that meets a dual."""
 
 
-NUM_DICTS = [*map(type, nn.Module().__dict__.values())].count(dict)
+NUM_DICTS = sum(isinstance(value, dict) for value in nn.Module().__dict__.values())
 """How many dicts every module has."""
-PLAIN = {*map(type, nn.Module().__dict__.values()), type(None), bool, int, float, str, tuple}
-"""Kinds of attributes that keep no dual."""
+PLAIN = {type(None), bool, int, float, str}
+"""Kinds of attributes that hold nothing."""
+OF_MODULES = PLAIN | {*map(type, nn.Module().__dict__.values())}
+"""Those and the kinds that every module has."""
 
 
 def _eager() -> AbstractContextManager:
@@ -322,13 +327,21 @@ def _refuse_script(modules: Sequence[nn.Module], params: Params) -> None:
             )
 
 
-def _keep_primals(kept: dict | list | deque, depth: int = 3) -> None:
-    for key, value in kept.items() if type(kept) is dict else enumerate(kept):
+def _keep_primals(kept: dict | list | deque, depth: int = 5) -> None:
+    for key, value in [*kept.items()] if isinstance(kept, dict) else enumerate(kept):
         kind = type(value)
         if kind is Dual:
             kept[key] = value.primal.detach()
-        elif kind in (dict, list, deque) and value and depth and key != "_parameters" and key != "_modules":
-            _keep_primals(value, depth - 1)
+        elif kind not in PLAIN and depth and key != "_parameters" and key != "_modules":
+            if isinstance(value, tuple):
+                held = [*value]
+                _keep_primals(held, depth - 1)
+                if [*map(id, held)] != [*map(id, value)]:
+                    kept[key] = kind._make(held) if hasattr(kind, "_make") else kind(held)
+            elif isinstance(value, (dict, list, deque)):
+                _keep_primals(value, depth - 1)
+            elif is_dataclass(value) or isinstance(value, SimpleNamespace):
+                _keep_primals(getattr(value, "__dict__", {}), depth - 1)
 
 
 def _num_examples(objective: Objective) -> int | None:

@@ -21,13 +21,13 @@ from fwdlib.forward import by_backward, passes
 from fwdlib.forward.by_backward import jvp_by_backward, leaves_on_tape
 from fwdlib.forward.mode import METADATA, OF_THE_TAPE, SET_REQUIRES_GRAD, as_on_tape, check_no_hook, repeats
 from fwdlib.forward.passes import Refusal
-from fwdlib.stacked.aliases import FILLED, MAY_SHARE, Doubtful, Filled, memory_of
+from fwdlib.stacked.aliases import FILLED, MAY_SHARE, VIEWS, Doubtful, Filled, memory_of
 from fwdlib.stacked.dual import OTHER_ENGINE, Dual, Passes, function_name, is_size, joined, pad_rows, primals_of
 from fwdlib.stacked.in_place import InPlace, in_place
 from fwdlib.stacked.perturbations import Perturbation
 from fwdlib.stacked.special import SPECIAL
 from fwdlib.stacked.without_rule import Argument, call_without_rule
-from fwdlib.tangents import is_traced
+from fwdlib.tangents import is_traced, is_transformed
 
 Rule = Callable[..., Any]
 RULES: dict[Callable, Rule] = {}
@@ -480,12 +480,18 @@ class Pass(TorchFunctionMode):
         if self._calls is not None:
             shape = tuple(found.stack.shape[1:]) if isinstance(found, Dual) else None
             self._calls.append(Call(function_name(func), shape, has_rule))
-        if type(found) is Dual:
-            if self.perturbation.per_example:
-                self._follow_examples(found)
-            if kind is not None or func is VIEW or "memory_format" in kwargs:
-                self._doubt_view(func, kind, args, kwargs, found)
+        is_single = type(found) is Dual
+        if is_single and self.perturbation.per_example:
+            self._follow_examples(found)
+        if func in VIEWS and args and self._is_in_parameter(args[0]):
+            return _in_memory_of_parameter(func, args, kwargs, found)
+        if is_single and (kind is not None or func is VIEW or "memory_format" in kwargs):
+            self._doubt_view(func, kind, args, kwargs, found)
         return found
+
+    def _is_in_parameter(self, x: Any) -> bool:
+        is_own = x.is_view_of_parameter if type(x) is Dual else id(x) in self.names
+        return is_own and not self._keeps_tape and not is_transformed()
 
     def _doubt_view(self, func: Callable, kind: _Kind | None, args: tuple, kwargs: dict, found: Dual) -> None:
         # Note a result that may be a view in torch, or a copy, where it is the other one here.
@@ -540,10 +546,12 @@ class Pass(TorchFunctionMode):
                 f"{function_name(func)} writes into its arguments, and the stacked engine does not know how. Write the "
                 f"model without the function. {OTHER_ENGINE}"
             )
-        if (name := self.name_of(target)) is not None:
+        is_view = isinstance(target, Dual) and target.is_view_of_parameter
+        if is_view or (name := self.name_of(target)) is not None:
             raise RuntimeError(
-                f"{function_name(func)} writes into {name.strip()!r}, which requires a gradient: torch allows it under "
-                f"torch.no_grad() alone. Write x = x + y in place of x += y."
+                f"{function_name(func)} writes into {'a view of a parameter' if is_view else repr(name.strip())}, "
+                f"which requires a gradient: torch allows it under torch.no_grad() alone. Write x = x + y in place of "
+                f"x += y."
             )
         if not (target.is_floating_point() or target.is_complex()):  # integers have no tangents
             return func(*primals_of(args), **primals_of(kwargs))
@@ -620,6 +628,18 @@ def _apart(x: Tensor) -> Tensor:
     # Torch gives a tangent the layout of its primal, which it cannot where entries share memory, as after expand(), or
     # where the primal is a view made while torch.fx traces.
     return x.clone() if repeats(x) or is_traced() else x
+
+
+def _in_memory_of_parameter(func: Callable, args: tuple, kwargs: dict, found: Any) -> Any:
+    # What a function of a parameter has found, with views of the parameter in place of copies.
+    source, *rest = args
+    primal = source.primal if isinstance(source, Dual) else source.detach()
+    plain = func(primal, *primals_of(rest), **primals_of(kwargs))
+
+    def share(y: Any, p: Any) -> Any:
+        return y.as_view_of_parameter(p) if isinstance(y, Dual) and memory_of(p) == memory_of(primal) else y
+
+    return tree_map(share, found, plain)
 
 
 def _is_copy(y: Dual, x: Dual) -> bool:

@@ -148,7 +148,7 @@ def _add_products(products: Sequence[tuple[Tensor, Tensor, Tensor | None]], weig
 def _write_product(target: Tensor, left: Tensor, right: Tensor | None, weight: Tensor) -> None:
     # Write weight left right^T over the target, for one tangent.
     if right is None:
-        torch.mul(left.reshape(target.shape), weight, out=target)
+        torch.mul(left.reshape(target.shape), weight[0], out=target)
     else:
         torch.mul(_column(left * weight, target.dim()), right[0], out=target)
 

@@ -73,6 +73,7 @@ def assert_as_backprop(make, num_tangents=2, loss_of=loss_of):
     *found, model = by_the_pass(make, num_tangents, loss_of)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in other.parameters()]
+    torch.testing.assert_close(model.state_dict(), other.state_dict())
     for buffer, wanted in zip(model.buffers(), other.buffers(), strict=True):
         assert type(buffer) is torch.Tensor
         assert not buffer.requires_grad

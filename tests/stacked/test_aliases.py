@@ -217,9 +217,45 @@ def test_what_cannot_be_followed_is_right_or_refused(name):
         by_the_pass(lambda: Net(body))
 
 
-def test_a_parameter_is_not_written_into_with_gradients():
-    with pytest.raises(RuntimeError, match=r"mul_ writes into 'w', which requires a gradient.*no_grad"):
-        by_the_pass(lambda: Net(lambda model, h: model.w.mul_(2) + h))
+def without_grad(change):
+    with torch.no_grad():
+        change()
+
+
+PARAMETER_VIEWS = {
+    # one of a parameter and a view of it is written into, and both are read
+    "a row by detach": lambda w: w[0].detach().zero_(),
+    "a row by data": lambda w: w[0].data.zero_(),
+    "a row of the transpose": lambda w: w.t().data[0].zero_(),
+    "flattened": lambda w: w.view(-1).detach()[:3].fill_(0.5),
+    "a view made before": lambda w: (lambda view: without_grad(lambda: view.mul_(2)) or view)(w[0]),
+    "rows one by one": lambda w: torch.stack([row.data.clamp_(0, 0.1) for row in w]),
+    "chunks": lambda w: w.chunk(3)[1].data.mul_(0),
+    "by numpy": lambda w: w.unsqueeze(0)[0, 1].detach().numpy().fill(0) or w[2],
+    "a diagonal": lambda w: w.diagonal().data.zero_(),
+    "a view of a view": lambda w: (lambda view: w.data.mul_(0.5) is None or view[1:].t()[2:])(w.reshape(3, 12)),
+    "the parameter, by data": lambda w: (lambda view: w.data.mul_(0.5) is None or view)(w.t()),
+    "the parameter, without grad mode": lambda w: (
+        lambda view: without_grad(lambda: w.clamp_(-0.1, 0.1)) or view[0] + view.mT[1]
+    )(w.view(6, 6)),
+    "a copy": lambda w: (lambda copy: w.data.mul_(0.5) is None or copy.reshape(-1)[:6])(w.t().reshape(-1) + 0),
+}
+
+
+@pytest.mark.parametrize("num_tangents", [1, 3])
+@pytest.mark.parametrize("name", PARAMETER_VIEWS)
+def test_a_view_of_a_parameter_shares_its_memory(name, num_tangents):
+    def body(model, h):
+        view = PARAMETER_VIEWS[name](model.w)
+        return h @ model.w + view.sum() * h.mean()
+
+    assert_as_backprop(lambda: Net(body), num_tangents)
+
+
+@pytest.mark.parametrize(("change", "what"), [(lambda w: w, "'w'"), (lambda w: w[1:].t(), "a view of a parameter")])
+def test_a_parameter_is_not_written_into_with_gradients(change, what):
+    with pytest.raises(RuntimeError, match=rf"mul_ writes into {what}, which requires a gradient.*no_grad"):
+        by_the_pass(lambda: Net(lambda model, h: change(model.w).mul_(2).sum() + h))
 
 
 def test_tangents_of_filled_tensors_go_with_the_tensor_and_its_views():

@@ -1,7 +1,10 @@
 """The stacked estimate: exact cases, steps of optimizers, edge cases."""
 
 import math
+from collections import OrderedDict, defaultdict, deque, namedtuple
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch import nn
 from fwdlib.data import Dataset
 from fwdlib.estimators import backprop_gradient, forward_gradient
 from fwdlib.models import MLP
-from fwdlib.objectives import BatchLoss, assign_gradients, params_of
+from fwdlib.objectives import BatchLoss, ClosureLoss, assign_gradients, params_of
 from fwdlib.stacked.estimator import stacked_gradient, stacked_jvp
 from fwdlib.stacked.perturbations import PERTURBATIONS
 from fwdlib.tangents import TANGENTS
@@ -288,3 +291,51 @@ def test_a_part_in_torchscript_is_refused_before_the_pass():
     with pytest.raises(NotImplementedError, match=r"TorchScript.*was scripted or traced"):
         estimate_of(model)
     assert not model[0].running_mean.any()
+
+
+Pair = namedtuple("Pair", ["one", "other"])
+
+
+@dataclass
+class Held:
+    """What a model keeps."""
+
+    hidden: torch.Tensor
+
+
+KEPT = {
+    "tuple": lambda h: (h, 1),
+    "namedtuple": lambda h: Pair(1, h),
+    "largest": lambda h: h.max(1),
+    "OrderedDict": lambda h: OrderedDict(h=h),
+    "defaultdict": lambda h: defaultdict(list, {"h": [h]}),
+    "dataclass": Held,
+    "namespace": lambda h: SimpleNamespace(h=(h, [h])),
+    "nest": lambda h: [{"h": (h, deque([h]))}],
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_model_keeps_holds_plain_tensors(name):
+    class Keeping(nn.Linear):
+        def forward(self, x):
+            h = super().forward(x)
+            self.kept = KEPT[name](h)
+            return h
+
+    model = Keeping(3, 3)
+    loss = forward_gradient(ClosureLoss(model, lambda: model(torch.ones(4, 3)).square().sum()), params_of(model)).loss
+    model(torch.ones(4, 3))
+    expected = model.kept
+    forward_gradient(ClosureLoss(model, lambda: model(torch.ones(4, 3)).square().sum()), params_of(model))
+    seen, queue = [], [model.kept]
+    while queue:
+        value = queue.pop()
+        if isinstance(value, torch.Tensor):
+            seen.append(value)
+        queue += value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list, deque)) else ()
+        queue += vars(value).values() if isinstance(value, (Held, SimpleNamespace)) else ()
+    assert loss > 0
+    assert seen
+    assert {type(value) for value in seen} == {torch.Tensor}
+    assert type(model.kept) is type(expected)

@@ -228,6 +228,12 @@ MODELS = {
         lambda m, x: torch.einsum("bi,jb->jb", m.last(torch.tanh(m.first(x))), x.t()).t(),
         TWO,
     ),
+    # One number for all units.
+    "a bias that is broadcast": Build(
+        (3, 2),
+        lambda m, x: m.last(torch.tanh(F.linear(x, m.first.weight, m.shift))),
+        lambda: {"shift": nn.Parameter(torch.tensor([0.3])), **TWO()},
+    ),
     # A layer is applied to a parameter, which has no axis of examples.
     "conditioned": Build(
         (3, 2),

@@ -24,7 +24,8 @@ from fwdlib.stacked.rules.signatures import rule_of
 def linear(run: Pass, x: Any, weight: Any, bias: Any = None) -> Any:
     """Compute one product for all rows; the perturbation computes the term from the weight's own tangent."""
     with torch._C.DisableTorchFunctionSubclass():
-        is_layer = weight.dim() == 2 and (bias is None or bias.dim() == 1) and x.numel() and weight.shape[0]
+        fits = bias is None or bias.shape == weight.shape[:1]  # torch broadcasts other biases
+        is_layer = weight.dim() == 2 and fits and x.numel() and weight.shape[0]
     if not is_layer:
         return NotImplemented
     if isinstance(weight, Dual) or isinstance(bias, Dual):  # the weight is itself a result
