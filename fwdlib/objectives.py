@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,17 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
                 seen.add(id(child))
                 found.append(child)
     return found
+
+
+CONTAINERS = dict, OrderedDict, set
+NUM_CONTAINERS = sum(type(value) in CONTAINERS for value in vars(nn.Module()).values())
+OF_MODULES = {*map(type, vars(nn.Module()).values()), type(None), bool, int, float, str}
+
+
+def holds_more(module: nn.Module) -> bool:
+    """Return whether a module has attributes that can hold something, besides those that every module has."""
+    kinds = [*map(type, module.__dict__.values())]
+    return sum(map(kinds.count, CONTAINERS)) > NUM_CONTAINERS or not OF_MODULES.issuperset(kinds)
 
 
 def assign_gradients(model: nn.Module, grads: Params) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fwdlib.objectives import modules_of
+from fwdlib.objectives import holds_more, modules_of
 from fwdlib.tangents import AnyGenerator
 
 ONE_PASS = "A single tangent needs one pass, and so does fwdlib.forward_gradient(..., engine='stacked')."
@@ -83,12 +83,13 @@ class Rewind:
         held = module.__dict__
         self._seen.add(id(module))
         self._containers.append((held, held.copy()))
-        for name, value in held.items():
-            if name in OWN:
-                if name in CHANGING and isinstance(value, dict):  # in TorchScript they are none
-                    self._containers.append((value, value.copy() if value else ()))
-            elif type(value) not in UNCHANGED:
-                self._keep(value, DEPTH)
+        for name in CHANGING:
+            if isinstance(value := held.get(name), dict):  # in TorchScript they are none
+                self._containers.append((value, value.copy() if value else ()))
+        if holds_more(module):
+            for name, value in held.items():
+                if name not in OWN and type(value) not in UNCHANGED:
+                    self._keep(value, DEPTH)
         for p in module._parameters.values():
             if p is not None and id(p) not in self._seen:
                 self._places.append((p, _place(p), _first_bytes(p) if _is_plain(p) else None))
@@ -107,7 +108,8 @@ class Rewind:
             self._containers.append((value, (dict if isinstance(value, dict) else list)(value) if value else ()))
             self._keep_all(value.values() if isinstance(value, dict) else value, depth)
         elif isinstance(value, tuple):
-            self._keep_all(value, depth)
+            if not UNCHANGED.issuperset(map(type, value)):
+                self._keep_all(value, depth)
         elif isinstance(value, np.ndarray):
             if value.flags.writeable and _is_state(value, depth):
                 self._values.append((value, value.copy()))
@@ -159,7 +161,7 @@ class Rewind:
 
 
 OWN = frozenset(nn.Module().__dict__)
-CHANGING = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}
+CHANGING = "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"
 """What every module has, and those of it that a pass changes."""
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass
@@ -33,6 +33,7 @@ from fwdlib.objectives import (
     check_depends,
     check_objective,
     check_scalar,
+    holds_more,
     modules_of,
     requiring_grad,
     swapped,
@@ -266,9 +267,7 @@ def run(
         raise Refusal(f"a tensor with tangents reached TorchScript or C++ code. {OTHER_ENGINE}") from error
     finally:
         for module in modules:
-            kinds = [*map(type, module.__dict__.values())]
-            num_dicts = kinds.count(dict) + kinds.count(OrderedDict)
-            if num_dicts > NUM_DICTS or module._buffers or not OF_MODULES.issuperset(kinds):
+            if module._buffers or holds_more(module):
                 _keep_primals(module.__dict__)
 
 
@@ -279,12 +278,8 @@ BELOW = (
 """Words in the errors of code below torch's function overrides that meets a dual."""
 
 
-NUM_DICTS = sum(isinstance(value, dict) for value in nn.Module().__dict__.values())
-"""How many dicts every module has."""
 PLAIN = {type(None), bool, int, float, str}
 """Kinds of attributes that hold nothing."""
-OF_MODULES = PLAIN | {*map(type, nn.Module().__dict__.values())}
-"""Those and the kinds that every module has."""
 
 
 def _eager() -> AbstractContextManager:
