@@ -114,14 +114,19 @@ def rank_one_factors(
     """
     shapes, sizes = _pieces(tuple([p.shape for p in params.values()]))
     first = next(iter(params.values()))
-    pieces = iter(draw_signs((num_tangents, sum(sizes)), first).split_with_sizes(sizes, 1))
+    signs, dtype = draw_signs((num_tangents, sum(sizes)), first), first.dtype
+    pieces = iter(signs.split_with_sizes(sizes, 1))
     factors = {}
     for (name, p), (left, right) in zip(params.items(), shapes, strict=True):
         a = next(pieces)
         b = None if right is None else next(pieces)
-        a = a if len(left) == 1 else a.reshape(num_tangents, *left)
-        b = b if right is None or len(right) == 1 else b.reshape(num_tangents, *right)
-        factors[name] = RankOne(a.to(p.dtype), b if b is None else b.to(p.dtype))
+        if not left:
+            a = a.reshape(num_tangents)
+        if right is not None and len(right) > 1:
+            b = b.reshape(num_tangents, *right)
+        if p.dtype is not dtype:
+            a, b = a.to(p.dtype), b if b is None else b.to(p.dtype)
+        factors[name] = RankOne(a, b)
     return factors
 
 

@@ -175,7 +175,8 @@ class Pass(TorchFunctionMode):
         self._may_hide = False
         is_concerned = self._concerns(args)
         if kwargs:
-            is_concerned = self._concerns(kwargs.values()) or is_concerned
+            if not SIMPLE.issuperset(map(type, kwargs.values())):
+                is_concerned = self._concerns(kwargs.values()) or is_concerned
         else:
             kwargs = {}
         if self._has_stale:
