@@ -62,7 +62,8 @@ class SGDStep:
         num_tangents: K.
         tangents: ``"rank-one"``, ``"per-example"`` or ``"activity"``.
         compiled: whether to compile; None to compile if there is a compiler and it takes less than half a minute.
-        generator: the source of the signs; None for torch's global generator.
+        generator: the source of the signs; None for torch's global generator, from which a compiled step draws them
+            before the model draws anything.
 
     Raises:
         ValueError: if an argument is out of its range.
