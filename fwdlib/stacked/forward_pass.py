@@ -66,7 +66,7 @@ def register_rule(*functions: Callable) -> Callable[[Rule], Rule]:
 
 
 SIMPLE = {type(None), bool, int, float, str, torch.dtype}
-VIEW = Tensor.view
+_VIEW = Tensor.view
 _current_level = torch._C._functorch.maybe_current_level
 _is_fwd_grad_enabled = torch._C._is_fwd_grad_enabled
 _is_grad_enabled = torch.is_grad_enabled
@@ -486,7 +486,7 @@ class Pass(TorchFunctionMode):
             self._follow_examples(found)
         if func in VIEWS and args and self._is_in_parameter(args[0]):
             return _in_memory_of_parameter(func, args, kwargs, found)
-        if is_single and (kind is not None or func is VIEW or "memory_format" in kwargs):
+        if is_single and (kind is not None or func is _VIEW or "memory_format" in kwargs):
             self._doubt_view(func, kind, args, kwargs, found)
         return found
 
@@ -500,7 +500,7 @@ class Pass(TorchFunctionMode):
         source = args[0] if args else None
         if is_doubtful and func is Tensor.contiguous and isinstance(source, Dual) and repeats(source.stack[0]):
             is_doubtful = False  # torch copies, too
-        if isinstance(source, Dual) and (is_doubtful or (func is VIEW and _is_copy(found, source))):
+        if isinstance(source, Dual) and (is_doubtful or (func is _VIEW and _is_copy(found, source))):
             self._doubt(source, found, function_name(func))
 
     def _with_filled(self, func: Callable, kind: _Kind | None, args: tuple, kwargs: dict) -> Any:

@@ -11,6 +11,7 @@ import gc
 import inspect
 import operator
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from types import CodeType, FunctionType
@@ -236,10 +237,11 @@ def _check_followed(graph: GraphModule) -> None:
 
 
 def _cached_functions() -> Iterable[FunctionType]:
-    # Those under functools.lru_cache, which torch's tracer calls anew each time.
+    # Those under functools.lru_cache, which torch's tracer calls anew each time; not those of torch and Python.
     wrappers = [x for x in gc.get_objects() if type(x) is functools._lru_cache_wrapper]
     functions = (inspect.unwrap(wrapper) for wrapper in wrappers)
-    return [f for f in functions if isinstance(f, FunctionType) and f.__module__.partition(".")[0] != "torch"]
+    others = {"torch", *sys.stdlib_module_names}
+    return [f for f in functions if isinstance(f, FunctionType) and f.__module__.partition(".")[0] not in others]
 
 
 def _output() -> Any:
